@@ -1,0 +1,147 @@
+"""The configuration of an editor: what it edits, how it maps gradients to edits, and which base it was made for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .files import read_json_object
+
+
+CONFIG_NAME = "editor_config.json"
+TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
+
+
+@dataclass
+class EditorConfig:
+    """
+    What an editor is. Field names are PEFT's where PEFT has one.
+
+    The paper is Mitchell et al. 2022, "Fast Model Editing at Scale" (MEND). Where a default differs from the paper's
+    choice, the help text says so, and benchmarks/ has the measurement.
+    """
+
+    method: str = field(default="mend", metadata={"help": "How factors become an edit; a file in hf_mend/methods/."})
+    task_type: str | None = field(
+        default=None, metadata={"help": "'CAUSAL_LM' or 'SEQ_2_SEQ_LM'; found from the base model when None."}
+    )
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base model that the editor was trained for."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
+    target_modules: str | list[str] | None = field(
+        default="default",
+        metadata={
+            "help": "Layers to edit: 'default' (the choice that measured best, by fraction of depth), 'paper' (all MLP "
+            "weights of the last three blocks, or of the last two of encoder and decoder), a regular expression for "
+            "whole names, or a list of names or last parts of names."
+        },
+    )
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the blocks to edit; all that target_modules matches when None."}
+    )
+    layers_pattern: str | None = field(
+        default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
+    )
+    rank: int = field(default=256, metadata={"help": "Rank of the editor networks' weight matrices (paper: 1920)."})
+    num_hidden_layers: int = field(default=1, metadata={"help": "Hidden layers of an editor network, as in the paper."})
+    transform: str = field(
+        default="both",
+        metadata={
+            "help": "Which factors the networks map: 'both' in one network (the paper), 'both_separate' in two, 'x' "
+            "only, 'delta' only, or 'smaller', whichever of the two is narrower."
+        },
+    )
+    normalize: bool = field(
+        default=True, metadata={"help": "Scale factors to zero mean and unit variance by running statistics (paper)."}
+    )
+    whiten: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the mapped x by the inverse second moment of the layer's inputs, so that an edit acts on "
+            "what sets this input apart from text at large. Not in the paper, which has no such step."
+        },
+    )
+    whiten_ridge: float = field(
+        default=0.1, metadata={"help": "Ridge of that inverse, as a share of the mean variance of an input."}
+    )
+    init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
+    shared: bool = field(
+        default=True,
+        metadata={"help": "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."},
+    )
+    edit_lr: float = field(default=1e-3, metadata={"help": "Initial step of an edit; each layer learns its own."})
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.method and isinstance(self.method, str), "method", self.method, "the name of a method")
+        _check(self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"), "task_type", self.task_type,
+               "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None")
+        _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
+        _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
+        for name in ("rank", "num_hidden_layers"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536, name, value,
+                   "a whole number of at least 1")
+        for name in ("edit_lr", "whiten_ridge"):
+            value = getattr(self, name)
+            _check(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"), name,
+                   value, "a positive number")
+        for name in ("normalize", "whiten", "shared"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        modules = self.target_modules
+        _check(modules is None or isinstance(modules, str) or _is_list_of(modules, str), "target_modules", modules,
+               "a string or a list of strings")
+        layers = self.layers_to_transform
+        _check(layers is None or _is_list_of(layers, int), "layers_to_transform", layers, "a list of block indices")
+        if isinstance(modules, (set, tuple)):
+            self.target_modules = sorted(modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EditorConfig:
+        """
+        A configuration from plain values.
+
+        Raises:
+            ValueError: A field is not known or a value is not valid.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"the editor configuration has unknown fields {unknown}; it knows {sorted(known)}. Was it written by a "
+                "newer hf_mend? Then upgrade hf_mend"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text, as `save_pretrained` writes it."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> EditorConfig:
+        """
+        Reads `editor_config.json`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a JSON object or holds a value that is not valid.
+        """
+        return cls.from_dict(read_json_object(Path(path).read_bytes().decode("utf-8", "replace"), path))
+
+
+def _check(ok: Any, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"EditorConfig.{name} is {value!r}, expected {expected}")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple, set)) and len(value) > 0 and all(isinstance(item, kind) for item in value)

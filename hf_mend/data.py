@@ -1,0 +1,381 @@
+"""Edit records, readers of data sets, and the collator that turns records into padded batches."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+
+IGNORE = -100
+
+
+@dataclass
+class EditRecord:
+    """
+    One correction, and what it must and must not change.
+
+    Args:
+        prompt (`str`): What is asked.
+        target (`str`): What the model should answer. One space joins the two.
+        paraphrases (`list[str]`): The prompt in other words; the answer must be the target there too.
+        neighborhood (`list[str]`): Prompts much like this one whose answer must stay.
+        unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
+        relation (`str`, *optional*): What kind of fact it is.
+        id (`str`, *optional*): The record's name in its data set.
+    """
+
+    prompt: str
+    target: str
+    paraphrases: list[str] = field(default_factory=list)
+    neighborhood: list[str] = field(default_factory=list)
+    unrelated: list[tuple[str, str]] = field(default_factory=list)
+    relation: str | None = None
+    id: str | None = None
+
+
+class EditDataset(Dataset[EditRecord]):
+    """A list of [`EditRecord`] as a torch data set."""
+
+    def __init__(self, records: Iterable[EditRecord]):
+        self.records = list(records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        return self.records[index]
+
+    def __iter__(self) -> Iterator[EditRecord]:
+        return iter(self.records)
+
+
+def read_counterfact(path: str | Path, questions: Sequence[tuple[str, str]] = (), seed: int = 0) -> EditDataset:
+    """
+    Reads a JSON list in CounterFact's layout (Meng et al. 2022, "Locating and Editing Factual Associations in GPT").
+
+    Args:
+        path (`str` or `Path`): The file.
+        questions (`Sequence[tuple[str, str]]`): Unrelated questions and answers; each record gets one at random.
+        seed (`int`, defaults to 0): Seed of that draw.
+
+    Raises:
+        ValueError: The file is not such a list; the message names file, row and field.
+    """
+    rows = _read_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of records in CounterFact's layout")
+    draw = random.Random(seed)
+    records = []
+    for number, row in enumerate(rows):
+        try:
+            rewrite = row["requested_rewrite"]
+            records.append(
+                EditRecord(
+                    prompt=rewrite["prompt"].format(rewrite["subject"]),
+                    target=rewrite["target_new"]["str"],
+                    paraphrases=list(row.get("paraphrase_prompts", ())),
+                    neighborhood=list(row.get("neighborhood_prompts", ())),
+                    unrelated=[draw.choice(questions)] if questions else [],
+                    relation=rewrite.get("relation_id"),
+                    id=str(row.get("case_id", number)),
+                )
+            )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path}, record {number}: {type(error).__name__} {error}; expected requested_rewrite with prompt, "
+                "subject and target_new.str"
+            ) from error
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    return EditDataset(records)
+
+
+def read_questions(path: str | Path) -> list[tuple[str, str]]:
+    """
+    Reads JSON lines with `question` and `answer` (a list, of which the first is taken), as NQ-open has them.
+
+    Raises:
+        ValueError: A line is not such an object; the message names file and line.
+    """
+    questions = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                questions.append((row["question"].rstrip("?") + "?", row["answer"][0]))
+            except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: {type(error).__name__} {error}; expected an object with 'question' and "
+                    "'answer', a list of strings"
+                ) from error
+    return questions
+
+
+@dataclass
+class Rows:
+    """
+    Texts as one padded batch.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`): The model's arguments, `(rows, seq)` each.
+        next_tokens (`torch.Tensor` of shape `(rows, seq)`): What each output position must predict, -100 elsewhere. Not
+            shifted: position t's own prediction.
+        positions (`torch.Tensor` of shape `(rows, seq)`, bool): The output positions that matter, labelled or not.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    next_tokens: torch.Tensor
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.next_tokens.shape[0]
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        inputs = {name: value[index] for name, value in self.inputs.items()}
+        return Rows(inputs, self.next_tokens[index], self.positions[index])
+
+    def to(self, device: torch.device | str) -> Rows:
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return Rows(inputs, self.next_tokens.to(device), self.positions.to(device))
+
+
+@dataclass(frozen=True)
+class Query:
+    """
+    A prompt, and an answer that follows it after one space.
+
+    Args:
+        prompt (`str`): The text.
+        answer (`str`, *optional*): What follows; without one, only the next token matters.
+        chat (`bool`, defaults to `False`): The prompt is a user's turn and goes through the tokenizer's chat template.
+    """
+
+    prompt: str
+    answer: str | None = None
+    chat: bool = False
+
+
+class Encoder:
+    """
+    Turns queries into [`Rows`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
+        is_encoder_decoder (`bool`): Whether the prompt goes to an encoder and the answer to a decoder.
+        decoder_start_token_id (`int`, *optional*): What an encoder-decoder model starts its answers with.
+        pad_to (`int`, defaults to 1): Lengths are padded to a multiple of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        is_encoder_decoder: bool = False,
+        decoder_start_token_id: int | None = None,
+        pad_to: int = 1,
+    ):
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = is_encoder_decoder
+        self.decoder_start_token_id = decoder_start_token_id
+        self.pad_to = pad_to
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id: int = 0 if pad is None else pad
+
+    def __call__(self, queries: Sequence[Query]) -> Rows:
+        """The queries as one batch, padded on the right."""
+        return self.pad([self.tokens(query) for query in queries])
+
+    def tokens(self, query: Query) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the answer; an answer of none gives an empty list."""
+        text = query.prompt
+        if query.chat:
+            turns = [{"role": "user", "content": query.prompt}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # A template writes its own special tokens.
+        prompt: list[int] = self.tokenizer(text, add_special_tokens=not query.chat)["input_ids"]
+        if query.answer is None:
+            return prompt, []
+        # An answer continues the text in a decoder-only model, and stands alone behind a decoder's start token.
+        alone = self.is_encoder_decoder or text[-1:].isspace()
+        answer = query.answer if alone else " " + query.answer
+        return prompt, self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+    def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Rows:
+        """Token ids of prompts and answers as one batch."""
+        if self.is_encoder_decoder:
+            start = self.decoder_start_token_id
+            assert start is not None
+            sources = [prompt for prompt, _ in pairs]
+            decoder = [[start, *answer[:-1]] for _, answer in pairs]
+            labels = [answer or [IGNORE] for _, answer in pairs]
+            inputs = {
+                "input_ids": self._stack(sources, self.pad_token_id),
+                "attention_mask": self._stack([[1] * len(ids) for ids in sources], 0),
+                "decoder_input_ids": self._stack(decoder, self.pad_token_id),
+            }
+            positions = self._stack([[1] * len(row) for row in labels], 0).bool()
+            return Rows(inputs, self._stack(labels, IGNORE), positions)
+        # The answer's last token predicts nothing, so it does not go in.
+        texts = [prompt + answer[:-1] for prompt, answer in pairs]
+        labels = [[IGNORE] * (len(p) - 1) + (a or [IGNORE]) for p, a in pairs]
+        chosen = [[0] * (len(p) - 1) + [1] * max(1, len(a)) for p, a in pairs]
+        inputs = {
+            "input_ids": self._stack(texts, self.pad_token_id),
+            "attention_mask": self._stack([[1] * len(ids) for ids in texts], 0),
+        }
+        return Rows(inputs, self._stack(labels, IGNORE), self._stack(chosen, 0).bool())
+
+    def _stack(self, rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        width = max(len(row) for row in rows)
+        width += -width % self.pad_to
+        out = torch.full((len(rows), width), fill, dtype=torch.long)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return out
+
+
+@dataclass
+class EditBatch:
+    """
+    A training step's texts. Rows of one edit stand together, as many for each edit; kinds of text that differ in length
+    are apart, so that little is padding.
+
+    Args:
+        edit ([`Rows`]): The prompts and targets that make the edits, one row an edit.
+        general ([`Rows`]): Where the target must be said.
+        local (`list[Rows]`): Where nothing may change: neighbouring prompts, then unrelated questions.
+    """
+
+    edit: Rows
+    general: Rows
+    local: list[Rows]
+
+    def __len__(self) -> int:
+        return len(self.edit)
+
+    def to(self, device: torch.device | str) -> EditBatch:
+        """The same on a device."""
+        return EditBatch(self.edit.to(device), self.general.to(device), [rows.to(device) for rows in self.local])
+
+
+@dataclass
+class TrainingExample:
+    """What one record contributes to a training step."""
+
+    edit: Query
+    general: list[Query]
+    neighborhood: list[Query]
+    unrelated: list[Query]
+
+
+class TrainingExamples(Dataset[TrainingExample]):
+    """
+    Draws, for each record and epoch, which paraphrases and which locality texts a training step uses.
+
+    The draw depends on seed, epoch and record alone, so that a resumed run sees what an unbroken one would have. A record
+    without enough neighbours borrows prompts of the same relation (they make harder locality texts than anything else),
+    then any other record's.
+
+    Args:
+        records (`Sequence[EditRecord]`): The facts.
+        questions (`Sequence[tuple[str, str]]`): Unrelated questions and answers; a record's own when there are none.
+        general_rows (`int`, defaults to 1): Prompts or paraphrases an edit and step.
+        neighborhood_rows (`int`, defaults to 2): Neighbouring prompts an edit and step.
+        unrelated_rows (`int`, defaults to 1): Unrelated questions an edit and step.
+        seed (`int`, defaults to 0): Seed of the draws.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[EditRecord],
+        questions: Sequence[tuple[str, str]] = (),
+        general_rows: int = 1,
+        neighborhood_rows: int = 2,
+        unrelated_rows: int = 1,
+        seed: int = 0,
+    ):
+        self.records = records
+        self.questions = list(questions)
+        self.general_rows = general_rows
+        self.neighborhood_rows = neighborhood_rows
+        self.unrelated_rows = unrelated_rows if questions or all(record.unrelated for record in records) else 0
+        self.seed = seed
+        self.epoch = 0
+        self.prompts: dict[str | None, list[str]] = {}
+        for record in records:
+            self.prompts.setdefault(record.relation, []).append(record.prompt)
+        self.all_prompts = [record.prompt for record in records]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose draws `__getitem__` makes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        record = self.records[index]
+        draw = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        wordings = [record.prompt, *record.paraphrases]
+        general = _some(draw, record.paraphrases or wordings, self.general_rows)
+        neighborhood = draw.sample(record.neighborhood, min(len(record.neighborhood), self.neighborhood_rows))
+        same = self.prompts[record.relation]
+        borrowed = same if len(same) > 1 else self.all_prompts
+        neighborhood += [draw.choice(borrowed) for _ in range(self.neighborhood_rows - len(neighborhood))]
+        unrelated = _some(draw, self.questions or record.unrelated, self.unrelated_rows)
+        return TrainingExample(
+            Query(record.prompt, record.target),
+            [Query(prompt, record.target) for prompt in general],
+            [Query(prompt) for prompt in neighborhood],
+            [Query(prompt, answer) for prompt, answer in unrelated],
+        )
+
+
+class EditCollator:
+    """
+    Pads a list of [`TrainingExample`] into one [`EditBatch`].
+
+    Args:
+        encoder ([`Encoder`]): Tokenises and pads.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def __call__(self, examples: Sequence[TrainingExample]) -> EditBatch:
+        neighborhood = [query for example in examples for query in example.neighborhood]
+        unrelated = [query for example in examples for query in example.unrelated]
+        return EditBatch(
+            self.encoder([example.edit for example in examples]),
+            self.encoder([query for example in examples for query in example.general]),
+            [self.encoder(queries) for queries in (neighborhood, unrelated) if queries],
+        )
+
+
+def _some(draw: random.Random, items: Sequence[Any], count: int) -> list[Any]:
+    """`count` items, different ones as far as there are."""
+    if len(items) >= count:
+        return draw.sample(list(items), count)
+    return [draw.choice(items) for _ in range(count)]
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items` in runs of `size`, the last maybe shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,350 @@
+"""One request's way to an edit: encode, trace, transform, apply, check."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from .data import EditRecord, Encoder, Query, Rows
+from .edits import Edit, EditStack, Update, applied
+from .methods import EditMethod
+from .targets import Target
+from .tracing import HiddenState, SplitModel, logits_of, trace
+
+
+@dataclass
+class EditRequest:
+    """What one edit asks for; the fields are those of [`~hf_mend.EditableModel.edit`]."""
+
+    prompt: str
+    target: str
+    chat: bool = False
+    paraphrases: list[str] = field(default_factory=list)
+    locality: list[str] = field(default_factory=list)
+
+    @property
+    def query(self) -> Query:
+        """Prompt and target as the encoder takes them."""
+        return Query(self.prompt, self.target, self.chat)
+
+
+@dataclass
+class Probe:
+    """A prompt looked at before and after an edit: what the model says there, and whether that is as it should be."""
+
+    prompt: str
+    before: str
+    after: str
+    ok: bool
+
+
+@dataclass
+class EditResult:
+    """
+    What an edit did.
+
+    Args:
+        id (`str`, *optional*): The edit's id; `None` when none was needed.
+        prompt (`str`): What was asked.
+        target (`str`): What the model should answer.
+        before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
+        after (`str`): The same after.
+        probability_before (`float`): Probability of the whole target before.
+        probability_after (`float`): The same after.
+        token_success (`list[bool]`): For each target token, whether it is the argmax now.
+        steps (`int`): Gradient steps that were made; 0 when the model said the target already.
+        seconds (`float`): What it took, in seconds; in a batch, an equal share.
+        rank (`int`): Rank of the update.
+        update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
+        paraphrases (`list[Probe]`): The paraphrases asked for; ok when the target is said there.
+        locality (`list[Probe]`): The locality prompts asked for; ok when the greedy next token stayed.
+    """
+
+    id: str | None
+    prompt: str
+    target: str
+    before: str
+    after: str
+    probability_before: float
+    probability_after: float
+    token_success: list[bool]
+    steps: int
+    seconds: float
+    rank: int = 0
+    update_norms: dict[str, float] = field(default_factory=dict)
+    paraphrases: list[Probe] = field(default_factory=list)
+    locality: list[Probe] = field(default_factory=list)
+
+    @property
+    def success(self) -> bool:
+        """Whether every target token is the argmax now."""
+        return all(self.token_success)
+
+    @property
+    def already_known(self) -> bool:
+        """Whether the model said the target before, so that no edit was made."""
+        return self.steps == 0
+
+    def __str__(self) -> str:
+        if self.already_known:
+            state = "already the model's answer, nothing changed"
+        else:
+            state = "took" if self.success else "DID NOT TAKE"
+        lines = [
+            f"Edit {self.id or '(none)'}: {state}",
+            f"  {self.prompt!r} -> {self.target!r}",
+            f"  before: {self.before!r} (probability of the target {self.probability_before:.3g})",
+            f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})",
+            f"  tokens that are now the argmax: {sum(self.token_success)} of {len(self.token_success)}",
+            f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
+        ]
+        if self.update_norms:
+            norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
+            lines.append(f"  update norms: {norms}")
+        for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
+            lines += [f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes]
+        return "\n".join(lines)
+
+
+def as_requests(
+    prompt: Any, target: Any, chat: bool, paraphrases: Sequence[str], locality: Sequence[str]
+) -> list[EditRequest]:
+    """
+    The requests that the arguments of `edit` stand for.
+
+    Raises:
+        ValueError: Lists differ in length, or probes come with several edits.
+        TypeError: An argument is neither text nor record.
+    """
+    prompts = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
+    if not prompts:
+        raise ValueError("there is no prompt: the list is empty")
+    if all(isinstance(item, EditRecord) for item in prompts):
+        if target is not None:
+            raise ValueError("records hold their targets; leave `target` out")
+        return [EditRequest(r.prompt, r.target, chat, list(r.paraphrases), list(r.neighborhood)) for r in prompts]
+    targets = [target] if isinstance(target, str) else list(target or [])
+    if len(prompts) != len(targets):
+        raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")
+    for item in [*prompts, *targets]:
+        if not isinstance(item, str):
+            raise TypeError(f"prompts and targets are strings, or prompts are EditRecords; got {type(item).__name__}")
+    if len(prompts) > 1 and (paraphrases or locality):
+        raise ValueError(
+            f"paraphrases and locality probes go with one edit, got {len(prompts)}; pass EditRecords, which hold their own"
+        )
+    return [
+        EditRequest(p, t, chat, list(paraphrases), list(locality)) for p, t in zip(prompts, targets, strict=True)
+    ]
+
+
+def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: PretrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: A request is empty, tokenises to nothing, is too long, or asks for a chat template that is not there.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    for number, request in enumerate(requests):
+        where = f"request {number}" if len(requests) > 1 else "the request"
+        for name, text in (("prompt", request.prompt), ("target", request.target)):
+            if not text.strip():
+                raise ValueError(f"{where} has an empty {name} ({text!r}); an edit needs both a prompt and a target")
+        if request.chat and not getattr(encoder.tokenizer, "chat_template", None):
+            raise ValueError("chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False")
+        prompt, target = encoder.tokens(request.query)
+        if not target or not prompt:
+            raise ValueError(f"{where}: {request.target if prompt else request.prompt!r} tokenises to nothing")
+        length = max(len(prompt), len(target)) if encoder.is_encoder_decoder else len(prompt) + len(target)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"{where} has {length} tokens with its target, the model takes {longest}; shorten the prompt "
+                f"{request.prompt[:60]!r}..."
+            )
+
+
+@dataclass
+class _Asked:
+    """What the model says to some rows: per row, target's log-probability, argmax tokens and whether they are right."""
+
+    log_probability: list[float]
+    tokens: list[list[int]]
+    right: list[list[bool]]
+
+
+def make_edits(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    encoder: Encoder,
+    stack: EditStack,
+    requests: Sequence[EditRequest],
+    max_steps: int = 3,
+    batch_size: int = 16,
+) -> list[EditResult]:
+    """
+    Makes the edits of one call and adds them to the stack. All see what the model carried before the call.
+
+    An edit that does not take gets another step, computed on the model as the first steps left it.
+
+    Raises:
+        ValueError: A gradient or an update is not finite. The caller puts the stack back.
+    """
+    order = sorted(range(len(requests)), key=lambda i: len(encoder.tokens(requests[i].query)[0]))
+    results: dict[int, EditResult] = {}
+    edits: dict[int, Edit] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps)
+        for i, (result, edit) in zip(chosen, made, strict=True):
+            results[i] = result
+            if edit is not None:
+                edits[i] = edit
+    stack.replace([*stack.edits, *(edits[i] for i in sorted(edits))])
+    return [results[i] for i in range(len(requests))]
+
+
+def _edit_batch(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    encoder: Encoder,
+    requests: Sequence[EditRequest],
+    max_steps: int,
+) -> list[tuple[EditResult, Edit | None]]:
+    started = time.perf_counter()
+    rows = encoder([request.query for request in requests]).to(split.device)
+    state = split.run_below(rows.inputs)
+    factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
+    before = _ask(rows, logits)
+    steps = [0 if all(right) else 1 for right in before.right]
+    wanted = torch.tensor([step > 0 for step in steps])
+    after = before
+    total: dict[str, Update] = {}
+    if wanted.any():
+        total = _masked(_finite_updates(method, factors), wanted)
+        after = _ask_under(split, targets, total, rows, state)
+        for _ in range(max_steps - 1):
+            again = torch.tensor([not all(right) for right in after.right]) & wanted
+            if not again.any():
+                break
+            with applied(targets, total):
+                factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
+            total = _joined(total, _masked(_finite_updates(method, factors), again))
+            steps = [count + int(more) for count, more in zip(steps, again.tolist(), strict=True)]
+            after = _ask_under(split, targets, total, rows, state)
+    seconds = (time.perf_counter() - started) / len(requests)
+    made = []
+    for i, request in enumerate(requests):
+        edit = _as_edit(request, {name: (u[i], v[i]) for name, (u, v) in total.items()}) if steps[i] else None
+        decode = encoder.tokenizer.decode
+        result = EditResult(
+            id=edit.id if edit else None,
+            prompt=request.prompt,
+            target=request.target,
+            before=decode(before.tokens[i]).strip(),
+            after=decode(after.tokens[i]).strip(),
+            probability_before=float(torch.tensor(before.log_probability[i]).exp()),
+            probability_after=float(torch.tensor(after.log_probability[i]).exp()),
+            token_success=after.right[i],
+            steps=steps[i],
+            seconds=seconds,
+            rank=edit.rank if edit else 0,
+            update_norms=edit.norms() if edit else {},
+        )
+        updates = edit.updates if edit else {}
+        result.paraphrases = _probe(split, targets, updates, encoder, request.paraphrases, request, says_target=True)
+        result.locality = _probe(split, targets, updates, encoder, request.locality, request, says_target=False)
+        made.append((result, edit))
+    return made
+
+
+def _finite_updates(method: EditMethod, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+    for name, pair in factors.items():
+        _check_finite(name, "gradient", pair)
+    with torch.no_grad():
+        updates = method(factors)
+    for name, pair in updates.items():
+        _check_finite(name, "update", pair)
+    return updates
+
+
+def _check_finite(name: str, what: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in pair):
+        raise ValueError(
+            f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base model's own "
+            "outputs are finite (a float16 base may overflow: load it in bfloat16)"
+        )
+
+
+def _masked(updates: dict[str, Update], keep: torch.Tensor) -> dict[str, Update]:
+    """The updates of some rows, zero for the others."""
+    return {name: (u, v * keep.to(v.device)[:, None, None]) for name, (u, v) in updates.items()}
+
+
+def _joined(first: dict[str, Update], second: dict[str, Update]) -> dict[str, Update]:
+    """The sum of two batches of updates."""
+    return {
+        name: (torch.cat([u, second[name][0]], 1), torch.cat([v, second[name][1]], 1)) for name, (u, v) in first.items()
+    }
+
+
+def _as_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
+    kept = {}
+    for name, (u, v) in updates.items():
+        used = (v != 0).any(-1) & (u != 0).any(-1)
+        kept[name] = (u[used].contiguous(), v[used].contiguous())
+    metadata = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chat": str(request.chat).lower()}
+    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, kept, metadata)
+
+
+@torch.no_grad()
+def _ask_under(
+    split: SplitModel, targets: Sequence[Target], updates: dict[str, Update], rows: Rows, state: HiddenState
+) -> _Asked:
+    with applied(targets, updates):
+        return _ask(rows, logits_of(split, rows, state))
+
+
+def _ask(rows: Rows, logits: torch.Tensor) -> _Asked:
+    labels = rows.next_tokens[rows.positions].to(logits.device)
+    said = logits.argmax(-1)
+    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    per_row = rows.positions.sum(-1).tolist()
+    right = said == labels
+    return _Asked(
+        [float(part.sum()) for part in log_probabilities.split(per_row)],
+        [part.tolist() for part in said.split(per_row)],
+        [part.tolist() for part in right.split(per_row)],
+    )
+
+
+@torch.no_grad()
+def _probe(
+    split: SplitModel,
+    targets: Sequence[Target],
+    updates: dict[str, Update],
+    encoder: Encoder,
+    prompts: Sequence[str],
+    request: EditRequest,
+    says_target: bool,
+) -> list[Probe]:
+    if not prompts:
+        return []
+    answer = request.target if says_target else None
+    rows = encoder([Query(prompt, answer, request.chat) for prompt in prompts]).to(split.device)
+    state = split.run_below(rows.inputs)
+    before = _ask(rows, logits_of(split, rows, state))
+    after = _ask_under(split, targets, updates, rows, state)
+    probes = []
+    for i, prompt in enumerate(prompts):
+        ok = all(after.right[i]) if says_target else after.tokens[i] == before.tokens[i]
+        said = [encoder.tokenizer.decode(tokens[i]).strip() for tokens in (before.tokens, after.tokens)]
+        probes.append(Probe(prompt, *said, ok))
+    return probes

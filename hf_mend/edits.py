@@ -1,0 +1,242 @@
+"""The algebra of edits: low-rank updates of a few layers, applied beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .targets import Target, add_to_weight_
+
+
+Update = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Edit:
+    """
+    One edit: for each edited layer two thin matrices whose product is added to the weight.
+
+    Args:
+        id (`str`): Unique among the edits of a model.
+        prompt (`str`): What was asked.
+        target (`str`): What the model should answer.
+        updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rank, d_in)` and
+            `(rank, d_out)`; the weight `(d_out, d_in)` changes by `v^T u`.
+        metadata (`dict[str, str]`): Whatever else is worth keeping: time, editor, chat.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    updates: dict[str, Update]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the layers."""
+        return max((u.shape[0] for u, _ in self.updates.values()), default=0)
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of each layer's update, without forming it: `|v^T u|^2 = tr((u u^T)(v v^T))`."""
+        return {
+            name: float((u.double() @ u.double().T * (v.double() @ v.double().T)).sum().clamp(min=0).sqrt())
+            for name, (u, v) in self.updates.items()
+        }
+
+    def to(self, device: torch.device | str) -> Edit:
+        """The same edit with its matrices on a device."""
+        updates = {name: (u.to(device), v.to(device)) for name, (u, v) in self.updates.items()}
+        return Edit(self.id, self.prompt, self.target, updates, dict(self.metadata))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the matrices, as plain JSON values."""
+        return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata}
+
+
+def edits_from_tensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], source: str | Path
+) -> list[Edit]:
+    """
+    Edits from a file's tensors (`<index>.<layer>.u` and `.v`) and its header.
+
+    Raises:
+        ValueError: The header is missing or does not fit the tensors; the message names the source.
+    """
+    try:
+        described = json.loads(metadata["edits"])
+        edits = [Edit(str(d["id"]), str(d["prompt"]), str(d["target"]), {}, dict(d["metadata"])) for d in described]
+        for name in tensors:
+            index, _, rest = name.partition(".")
+            layer, _, side = rest.rpartition(".")
+            if side == "u":
+                edits[int(index)].updates[layer] = (tensors[name], tensors[f"{index}.{layer}.v"])
+            elif side != "v" or f"{index}.{layer}.u" not in tensors:
+                raise KeyError(name)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source} is not a collection of edits, or its header was altered ({type(error).__name__} {error}); write it "
+            "with save_edits"
+        ) from error
+    return edits
+
+
+def dense(update: Update) -> torch.Tensor:
+    """The update as a matrix `(d_out, d_in)`."""
+    u, v = update
+    return v.T @ u
+
+
+def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
+    """
+    What an edit adds to a layer's output: `(x u^T) v`.
+
+    Args:
+        x (`torch.Tensor` of shape `(..., d_in)`): The layer's input.
+        update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)`, either of shapes `(rank, d_in)` and `(rank, d_out)`, the
+            same for all rows, or with a leading dimension of edits: then the rows fall into as many equal runs, each with
+            its own edit.
+
+    Returns:
+        `torch.Tensor` of shape `(..., d_out)`, in the factors' dtype.
+    """
+    u, v = update
+    h = x.to(u.dtype)
+    if u.dim() == 2:
+        return (h @ u.T) @ v
+    grouped = h.reshape(u.shape[0], -1, h.shape[-1])  # (edits, rows/edits * seq, d_in)
+    out = torch.bmm(torch.bmm(grouped, u.transpose(1, 2)), v)
+    return out.reshape(*x.shape[:-1], v.shape[-1])
+
+
+@contextmanager
+def applied(targets: Sequence[Target], updates: Mapping[str, Update]) -> Iterator[None]:
+    """
+    Within the context, the target layers' outputs carry the updates.
+
+    Args:
+        targets (`Sequence[Target]`): The layers.
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): See [`side_path`]; layers without one stay as they are.
+    """
+    with ExitStack() as hooks:
+        for target in targets:
+            if target.name in updates:
+                hooks.callback(_attach(target.module, updates[target.name]).remove)
+        yield
+
+
+def _attach(module: nn.Module, update: Update) -> Any:
+    u, v = update
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        nonlocal u, v
+        if u.device != output.device:
+            u, v = u.to(output.device), v.to(output.device)  # an offloaded layer runs elsewhere
+        return output + side_path(args[0], (u, v)).to(output.dtype)
+
+    return module.register_forward_hook(add)
+
+
+def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
+    """All edits of a layer as one pair of thin matrices, so that many edits cost one side path."""
+    names = {name: None for edit in edits for name in edit.updates}
+    pairs = {name: [edit.updates[name] for edit in edits if name in edit.updates] for name in names}
+    return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
+
+
+class EditStack:
+    """
+    The edits that a model carries, applied through forward hooks; the weights are never written to.
+
+    Args:
+        targets (`Sequence[Target]`): The layers that edits may change.
+    """
+
+    def __init__(self, targets: Sequence[Target]):
+        self.targets = list(targets)
+        self.edits: list[Edit] = []
+        self._handles: list[Any] = []
+        self._disabled = 0
+
+    def replace(self, edits: Sequence[Edit]) -> None:
+        """Makes these the model's edits."""
+        self.edits = list(edits)
+        self._refresh()
+
+    def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
+        """
+        Raises:
+            ValueError: An edit's layers or shapes are not this model's, or its id is taken.
+        """
+        shapes = {target.name: (target.d_in, target.d_out) for target in self.targets}
+        taken = [edit.id for edit in self.edits]
+        for edit in edits:
+            if edit.id in taken:
+                raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
+            taken.append(edit.id)
+            for name, (u, v) in edit.updates.items():
+                fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
+                if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
+                    raise ValueError(
+                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and {tuple(v.shape)}, "
+                        f"the model's edited layers are {shapes}; these edits belong to another model or editor"
+                    )
+
+    def remove(self, ids: Sequence[str]) -> list[Edit]:
+        """
+        Removes edits by id and returns them.
+
+        Raises:
+            KeyError: An id is not among the edits; nothing is removed.
+        """
+        known = {edit.id for edit in self.edits}
+        for id in ids:
+            if id not in known:
+                raise KeyError(f"no edit has the id {id!r}; the model's edits are {[edit.id for edit in self.edits]}")
+        gone = [edit for edit in self.edits if edit.id in ids]
+        self.replace([edit for edit in self.edits if edit.id not in ids])
+        return gone
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context, the model answers as if it had no edits."""
+        self._disabled += 1
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            self._refresh()
+
+    def merge(self) -> None:
+        """
+        Adds all edits to the weights and forgets them.
+
+        Raises:
+            TypeError: A layer's weight cannot take an update; no weight has changed then.
+        """
+        updates = stacked(self.edits)
+        by_name = {target.name: target.module for target in self.targets}
+        for name in updates:
+            weight = by_name[name].weight
+            if not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
+                add_to_weight_(by_name[name], torch.empty(0))  # raises the error that names the reason
+        self.replace([])
+        for name, update in updates.items():
+            add_to_weight_(by_name[name], dense(update))
+
+    def _refresh(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.edits and not self._disabled:
+            updates = stacked(self.edits)
+            for target in self.targets:
+                if target.name in updates:
+                    self._handles.append(_attach(target.module, updates[target.name]))

@@ -1,0 +1,231 @@
+"""MEND: editor networks on the gradient's factors (Mitchell et al. 2022, "Fast Model Editing at Scale", section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..config import EditorConfig
+from ..edits import Update
+from .base import EditMethod, register_method
+
+
+class FactorStatistics(nn.Module):
+    """
+    Mean and variance of a factor's components over the edits seen, as buffers (section 3.2: inputs and gradients differ in
+    scale by orders of magnitude between layers, so a network needs them normalised).
+
+    Args:
+        width (`int`): Number of components.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, values: torch.Tensor) -> None:
+        """Merges the moments of `values`, `(tokens, width)`, into the running ones (Chan et al. 1979)."""
+        added = values.shape[0]
+        if added == 0:
+            return
+        values = values.double()
+        mean, variance = values.mean(0), values.var(0, unbiased=False)
+        count = self.count.double()
+        total = count + added
+        shift = mean - self.mean.double()
+        old = self.variance.double() * count if count > 0 else torch.zeros_like(variance)
+        self.variance.copy_((old + variance * added + shift.square() * count * added / total) / total)
+        self.mean.copy_(self.mean.double() + shift * added / total)
+        self.count.copy_(total)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` with zero mean and unit variance a component."""
+        return (values - self.mean) / (self.variance.sqrt() + 1e-8)
+
+
+class LowRankLayer(nn.Module):
+    """
+    `z + act(s * (U V z + b) + o)` with a scale `s` and shift `o` for each edited layer that shares it (equations 4, 5).
+
+    Args:
+        width (`int`): Width of `z`.
+        rank (`int`): Rank of the weight `U V`.
+        layers (`int`): How many edited layers share it.
+        init (`str`): `"identity"` starts with `U = 0`, so that the layer returns `z`; `"xavier"` draws both.
+        activation (`bool`): ReLU or nothing.
+    """
+
+    def __init__(self, width: int, rank: int, layers: int, init: str, activation: bool):
+        super().__init__()
+        rank = min(rank, width)
+        self.down = nn.Parameter(torch.empty(rank, width))
+        self.up = nn.Parameter(torch.zeros(width, rank))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(layers, width))
+        self.shift = nn.Parameter(torch.zeros(layers, width))
+        self.activation = activation
+        self.residual = init == "identity"
+        nn.init.xavier_uniform_(self.down)
+        if not self.residual:
+            nn.init.xavier_uniform_(self.up)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
+        out = nn.functional.linear(nn.functional.linear(z, self.down), self.up, self.bias)
+        out = out * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
+        if self.activation:
+            out = nn.functional.relu(out)
+        return z + out if self.residual else out
+
+
+class EditorNetwork(nn.Module):
+    """`num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once."""
+
+    def __init__(self, width: int, layers: int, config: EditorConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            LowRankLayer(width, config.rank, layers, config.init, activation=i < config.num_hidden_layers)
+            for i in range(config.num_hidden_layers + 1)
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
+        for layer in self.layers:
+            z = layer(z)
+        return z
+
+
+class LayerGroup(nn.Module):
+    """
+    The edited layers that share one network: all of one shape, or a single layer.
+
+    Args:
+        names (`list[str]`): The layers.
+        shape (`tuple[int, int]`): Their `(d_out, d_in)`.
+        config ([`EditorConfig`]): The editor's configuration.
+    """
+
+    def __init__(self, names: list[str], shape: tuple[int, int], config: EditorConfig):
+        super().__init__()
+        self.names = names
+        self.config = config
+        d_out, d_in = shape
+        transform = config.transform
+        if transform == "smaller":
+            transform = "x" if d_in <= d_out else "delta"
+        self.transform = transform
+        self.x_stats = nn.ModuleList(FactorStatistics(d_in) for _ in names)
+        self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for _ in names)
+        widths = {"both": [d_in + d_out], "both_separate": [d_in, d_out], "x": [d_in], "delta": [d_out]}[transform]
+        self.networks = nn.ModuleList(EditorNetwork(width, len(names), config) for width in widths)
+        self.log_step = nn.Parameter(torch.zeros(len(names)))
+        if config.whiten:
+            self.register_buffer("whitening", torch.eye(d_in).repeat(len(names), 1, 1))
+            self._moments = torch.zeros(len(names), d_in, d_in, dtype=torch.float64)
+            self._tokens = 0
+
+    def forward(self, x: torch.Tensor, delta: torch.Tensor) -> Update:
+        """`x` and `delta` as `(layers, tokens, width)`; returns `u`, `v` of the same shapes, the step included."""
+        if self.config.normalize:
+            x = torch.stack([stats(values) for stats, values in zip(self.x_stats, x, strict=True)])
+            delta = torch.stack([stats(values) for stats, values in zip(self.delta_stats, delta, strict=True)])
+        if self.transform == "both":
+            u, v = self.networks[0](torch.cat([x, delta], -1)).split([x.shape[-1], delta.shape[-1]], -1)
+        elif self.transform == "both_separate":
+            u, v = self.networks[0](x), self.networks[1](delta)
+        elif self.transform == "x":
+            u, v = self.networks[0](x), delta
+        else:
+            u, v = x, self.networks[0](delta)
+        if self.config.whiten:
+            u = torch.bmm(u, self.whitening)
+        step = self.config.edit_lr * self.log_step.exp()
+        return u, v * -step[:, None, None]  # down the gradient
+
+    def observe_inputs(self, index: int, x: torch.Tensor) -> None:
+        if self.config.whiten:
+            self._moments[index] += x.double().T @ x.double()
+            self._tokens += x.shape[0] if index == 0 else 0
+
+    def finish_observing(self) -> None:
+        if not self.config.whiten or self._tokens == 0:
+            return
+        for index, stats in enumerate(self.x_stats):
+            moment = self._moments[index] / self._tokens
+            # The network's output is in units of each component's standard deviation; so is the moment here.
+            scale = stats.variance.double().sqrt() + 1e-8 if self.config.normalize else torch.ones_like(moment[0])
+            moment = moment / scale[:, None] / scale[None, :]
+            ridge = self.config.whiten_ridge * moment.diagonal().mean()
+            inverse = torch.linalg.inv(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
+            # From the right: network's units -> units in which u meets raw inputs.
+            self.whitening[index].copy_(inverse / scale[None, :])
+
+
+@register_method("mend")
+class Mend(EditMethod):
+    """
+    MEND for a set of layers.
+
+    Args:
+        config ([`EditorConfig`]): All of the paper's design choices.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        members: dict[object, list[str]] = {}
+        for name, shape in self.shapes.items():
+            members.setdefault(shape if config.shared else name, []).append(name)
+        self.groups = nn.ModuleList(LayerGroup(names, self.shapes[names[0]], config) for names in members.values())
+
+    def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+        updates: dict[str, Update] = {}
+        for group in self.groups:
+            lengths = [factors[name][0].shape[1] for name in group.names]  # encoder and decoder layers differ
+            x = torch.stack([_padded(factors[name][0], max(lengths)) for name in group.names])  # (layers, edits, seq, d_in)
+            delta = torch.stack([_padded(factors[name][1], max(lengths)) for name in group.names])
+            present = (delta != 0).any(-1, keepdim=True)
+            u, v = group(x.flatten(1, 2), delta.flatten(1, 2))
+            u, v = u.view(x.shape) * present, v.view(delta.shape) * present
+            for i, (name, length) in enumerate(zip(group.names, lengths, strict=True)):
+                updates[name] = (u[i, :, :length], v[i, :, :length])
+        return updates
+
+    def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                x, delta = factors[name]
+                present = (delta != 0).any(-1)
+                group.x_stats[index].observe(x[present])
+                group.delta_stats[index].observe(delta[present])
+
+    def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        for group in self.groups:
+            for index, name in enumerate(group.names):
+                group.observe_inputs(index, inputs[name])
+
+    def finish_observing(self) -> None:
+        for group in self.groups:
+            group.finish_observing()
+
+    @property
+    def is_calibrated(self) -> bool:
+        return all(bool(stats.count > 0) for group in self.groups for stats in group.x_stats)
+
+    @torch.no_grad()
+    def scale_steps(self, factor: float) -> None:
+        for group in self.groups:
+            group.log_step += math.log(factor)
+
+
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    """`(edits, seq, width)` with zeros up to `length` positions."""
+    return nn.functional.pad(values, (0, 0, 0, length - values.shape[1]))

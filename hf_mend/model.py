@@ -1,0 +1,338 @@
+"""`EditableModel`: a base model, an editor, and the edits the model carries."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .cards import write_card
+from .config import CONFIG_NAME, EditorConfig
+from .data import EditBatch, EditRecord, Encoder
+from .editing import EditResult, as_requests, check_requests, make_edits
+from .edits import Edit, EditStack, edits_from_tensors
+from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, replaced_folder, write_tensors
+from .fingerprint import check_base, fingerprint_of
+from .hub import find_files
+from .losses import EditingLoss, editing_loss
+from .methods import EditMethod, get_method
+from .targets import find_targets
+from .tracing import SplitModel
+
+
+logger = logging.get_logger(__name__)
+
+
+class EditableModel(nn.Module):
+    """
+    A causal or seq2seq language model that can be edited. The base model's weights are never written to, except by
+    [`~EditableModel.merge_and_unload`].
+
+    Args:
+        base_model (`PreTrainedModel`): Any causal or seq2seq model. It is set to eval mode and frozen.
+        editor_config ([`EditorConfig`]): What the editor edits and how.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer; `edit` needs it.
+
+    Raises:
+        ValueError: The configuration's target modules match nothing that can be edited.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        editor_config: EditorConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__()
+        self.targets = find_targets(base_model, editor_config)
+        shapes = {target.name: target.shape for target in self.targets}
+        self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)
+        self.editor.to(self.targets[0].module.weight.device)
+        self.base_model = base_model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.editor_config = editor_config
+        self.config = base_model.config
+        if editor_config.task_type is None:
+            editor_config.task_type = "SEQ_2_SEQ_LM" if self.config.is_encoder_decoder else "CAUSAL_LM"
+        if editor_config.base_model_name_or_path is None:
+            editor_config.base_model_name_or_path = self.config.name_or_path or None
+        self.split = SplitModel(base_model, self.targets)
+        self._stack = EditStack(self.targets)
+        self._merged = False
+
+    # ---- loading and saving the editor ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: PreTrainedModel,
+        editor_name_or_path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **hub_kwargs: Any,
+    ) -> EditableModel:
+        """
+        Attaches a saved editor to a base model.
+
+        Args:
+            base_model (`PreTrainedModel`): The model to edit.
+            editor_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a repository's id on the Hub.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, as in `hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: The folder or repository has no editor.
+            ValueError: A file is damaged, or does not fit the base model; the base model is as it was.
+        """
+        files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
+        config = EditorConfig.from_json_file(files[CONFIG_NAME])
+        model = cls(base_model, config, tokenizer)
+        check_base(config, base_model, model.targets, source=str(editor_name_or_path))
+        model.load_editor(files[WEIGHTS_NAME])
+        return model
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
+
+        A process killed in the middle leaves an earlier folder of that name whole; files of other names are kept.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+        """
+        if self.editor_config.base_fingerprint is None:
+            self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
+        with replaced_folder(save_directory) as folder:
+            (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
+            write_tensors(folder / WEIGHTS_NAME, self.editor.state_dict(), {})
+            write_card(folder, self.editor_config, list(self.editor.shapes))
+
+    def load_editor(self, path: str | Path) -> None:
+        """
+        Loads the editor's weights from a file that `save_pretrained` wrote.
+
+        Raises:
+            ValueError: The file is damaged or another editor's; the editor is as it was.
+        """
+        state = self.editor.state_dict()
+        tensors, _ = read_tensors(path, {name: tuple(value.shape) for name, value in state.items()})
+        self.editor.load_state_dict(tensors)
+
+    # ---- running ----
+
+    def forward(self, *args: Any, edit_batch: EditBatch | None = None, locality_weight: float = 1.0, **kwargs: Any) -> Any:
+        """
+        The base model's forward pass under the active edits; with `edit_batch`, the editor's training loss instead.
+
+        Returns:
+            The base model's output, or an [`~hf_mend.losses.EditingLoss`].
+        """
+        if edit_batch is None:
+            return self.base_model(*args, **kwargs)
+        loss: EditingLoss = editing_loss(self.split, self.targets, self.editor, edit_batch, locality_weight)
+        return loss
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` under the active edits."""
+        return self.base_model.generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> EditableModel:
+        """Sets the editor's mode. The base model stays in eval mode: an edit's gradient must not see dropout."""
+        super().train(mode)
+        self.base_model.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.split.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype."""
+        return self.base_model.dtype
+
+    @property
+    def encoder(self) -> Encoder:
+        """
+        What turns texts into this model's inputs.
+
+        Raises:
+            ValueError: The model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "editing with strings needs a tokenizer; pass tokenizer=... to EditableModel, or set model.tokenizer"
+            )
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return Encoder(self.tokenizer, bool(self.config.is_encoder_decoder), start)
+
+    # ---- editing ----
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits the model carries, oldest first."""
+        return list(self._stack.edits)
+
+    def edit(
+        self,
+        prompt: str | EditRecord | Sequence[str] | Sequence[EditRecord],
+        target: str | Sequence[str] | None = None,
+        *,
+        chat: bool = False,
+        paraphrases: Sequence[str] = (),
+        locality: Sequence[str] = (),
+        max_steps: int = 3,
+        batch_size: int = 16,
+    ) -> EditResult | list[EditResult]:
+        """
+        Makes the model answer `target` to `prompt`. Later edits see earlier ones; those of one call see what came before it.
+
+        Args:
+            prompt (`str`, `EditRecord`, or a list of either): What is asked.
+            target (`str` or `list[str]`, *optional*): What to answer; left out for records.
+            chat (`bool`, defaults to `False`): The prompt is a user's turn in the tokenizer's chat template.
+            paraphrases (`Sequence[str]`): Prompts on which to check that the target is said too (a single edit only).
+            locality (`Sequence[str]`): Prompts on which to check that the answer stays (a single edit only).
+            max_steps (`int`, defaults to 3): A step that does not take is followed by another, up to this many.
+            batch_size (`int`, defaults to 16): Edits in one pass.
+
+        Returns:
+            [`EditResult`], or a list of them for lists. An edit that did not take says so there.
+
+        Raises:
+            ValueError: A prompt or target is empty or too long, lists differ in length, there is no tokenizer, or an update
+                is not finite. The model is as it was.
+            RuntimeError: The model has been merged.
+        """
+        self._check_usable()
+        single = isinstance(prompt, (str, EditRecord))
+        requests = as_requests(prompt, target, chat, paraphrases, locality)
+        encoder = self.encoder
+        check_requests(requests, encoder, self.config)
+        before = self.edits
+        try:
+            results = make_edits(self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size)
+        except BaseException:
+            self._stack.replace(before)
+            raise
+        for result in results:
+            if not result.success:
+                logger.warning(f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result")
+        return results[0] if single else results
+
+    def undo(self, edit_id: str | None = None) -> Edit:
+        """
+        Takes back an edit, the last one by default. The logits are then bit for bit those of the other edits alone.
+
+        Raises:
+            KeyError: No edit has that id.
+            IndexError: There is no edit to undo.
+        """
+        self._check_usable()
+        if not self._stack.edits:
+            raise IndexError("there is no edit to undo")
+        return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
+
+    def undo_all(self) -> list[Edit]:
+        """Takes back all edits and returns them."""
+        self._check_usable()
+        return self._stack.remove([edit.id for edit in self._stack.edits])
+
+    @contextmanager
+    def disable_edits(self) -> Iterator[None]:
+        """Within the context, the model answers as if it had no edits."""
+        with self._stack.disabled():
+            yield
+
+    @contextmanager
+    def edited(self, prompt: Any, target: Any = None, **kwargs: Any) -> Iterator[EditResult | list[EditResult]]:
+        """Within the context the model carries an edit (or several); see [`~EditableModel.edit`] for the arguments."""
+        before = self.edits
+        result = self.edit(prompt, target, **kwargs)
+        try:
+            yield result
+        finally:
+            self._stack.replace(before)
+
+    def save_edits(self, save_directory: str | Path) -> None:
+        """
+        Writes the edits to `edits.safetensors` in a folder, all or nothing.
+
+        Args:
+            save_directory (`str` or `Path`): The folder; made if missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        entries = []
+        for index, edit in enumerate(self._stack.edits):
+            for name, (u, v) in edit.updates.items():
+                tensors[f"{index}.{name}.u"], tensors[f"{index}.{name}.v"] = u, v
+            entries.append(edit.describe())
+        metadata = {
+            "edits": json.dumps(entries),
+            "base_fingerprint": json.dumps(fingerprint_of(self.base_model, self.targets)),
+        }
+        write_tensors(folder / EDITS_NAME, tensors, metadata)
+
+    def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
+        """
+        Adds saved edits to the model, bit for bit as they were saved.
+
+        Args:
+            edits_name_or_path (`str` or `Path`): A folder that `save_edits` wrote, or a repository's id on the Hub.
+            hub_kwargs: As for [`~EditableModel.from_pretrained`].
+
+        Raises:
+            FileNotFoundError: There are no edits.
+            ValueError: The file is damaged, or its edits do not fit this model or are there already; nothing is loaded.
+        """
+        self._check_usable()
+        path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
+        tensors, metadata = read_tensors(path)
+        edits = edits_from_tensors(tensors, metadata, path)
+        check_base(self.editor_config, self.base_model, self.targets, str(path), metadata.get("base_fingerprint"))
+        self._stack.check_fit(edits, path)
+        self._stack.replace([*self._stack.edits, *(edit.to(self.targets[0].module.weight.device) for edit in edits)])
+        return edits
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """
+        Adds all edits to the base model's weights and returns the plain transformers model. This object is spent then.
+
+        Raises:
+            TypeError: A weight cannot take an update (a quantised base); nothing has changed then.
+        """
+        self._check_usable()
+        self._stack.merge()
+        self._merged = True
+        return self.base_model
+
+    def _check_usable(self) -> None:
+        if self._merged:
+            raise RuntimeError(
+                "this model's edits have been merged into the base model's weights; load the base model again and wrap it "
+                "anew to edit further"
+            )
+
+
+def get_editable_model(
+    base_model: PreTrainedModel, editor_config: EditorConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> EditableModel:
+    """
+    Wraps a model with a new, untrained editor, as PEFT's `get_peft_model` does with an adapter.
+
+    Args:
+        base_model (`PreTrainedModel`): The model to edit.
+        editor_config ([`EditorConfig`]): What the editor edits and how.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
+    """
+    return EditableModel(base_model, editor_config, tokenizer)

@@ -1,0 +1,232 @@
+"""Which layers an editor changes. The only file that knows architectures and weight layouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import EditorConfig
+
+
+# Inside a block, every linear layer that is neither attention nor routing belongs to the MLP. That rule covers the
+# architectures we know of; names here are components of a module's name relative to its block.
+_ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
+_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+# Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
+# benchmarks/results/ for the measurements behind both.
+_DEFAULT_SPAN = (0.40, 0.60)
+_PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    One linear layer that an editor may change.
+
+    Args:
+        name (`str`): Qualified name of the layer in the base model.
+        module (`nn.Module`): The layer, an `nn.Linear` or GPT-2's `Conv1D`.
+        d_in (`int`): Width of the layer's input.
+        d_out (`int`): Width of the layer's output.
+        stack (`str`): `"encoder"` or `"decoder"`.
+        block (`int`): Index of the block in its stack.
+    """
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    stack: str
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's shape as the library counts it, `(d_out, d_in)`, whatever the layer's own layout."""
+        return self.d_out, self.d_in
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of transformer blocks: `kind` is `"encoder"` or `"decoder"`, `name` the `nn.ModuleList`'s name."""
+
+    kind: str
+    name: str
+    blocks: nn.ModuleList
+
+
+def is_editable(module: nn.Module) -> bool:
+    """Whether `module` computes `y = W x (+ b)` and so can carry an edit beside its weight."""
+    return layer_widths(module) is not None
+
+
+def layer_widths(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
+    """
+    Adds an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
+
+    Args:
+        module (`nn.Module`): The layer.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+
+    Raises:
+        TypeError: The weight is not a plain floating-point tensor (a quantised base).
+    """
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise TypeError(
+            f"the weight of {type(module).__name__} is {getattr(weight, 'dtype', type(weight))}, not a plain matrix, so "
+            "an edit cannot be merged into it; keep the edits beside the weight, or dequantise the base model first"
+        )
+    update = update.T if isinstance(module, Conv1D) else update
+    with torch.no_grad():
+        weight.copy_(weight.float() + update.to(weight.device, torch.float32))
+
+
+def weight_matrix(module: nn.Module) -> torch.Tensor:
+    """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
+    weight: torch.Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def block_stacks(model: nn.Module) -> list[Stack]:
+    """
+    The model's stacks of transformer blocks, in the order in which a forward pass runs them.
+
+    A stack is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
+    name tells the two stacks apart.
+
+    Args:
+        model (`nn.Module`): A causal or seq2seq transformers model.
+
+    Raises:
+        ValueError: No such list is found.
+    """
+    found: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(stack.name + ".") for stack in found):
+            continue
+        if all(any(is_editable(child) for child in block.modules()) for block in module):
+            kind = "encoder" if "encoder" in name.split(".") else "decoder"
+            found.append(Stack(kind, name, module))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of transformer blocks that holds linear layers, so there is nothing "
+            "to edit; pass a causal or seq2seq language model from transformers"
+        )
+    return sorted(found, key=lambda stack: stack.kind != "encoder")
+
+
+def mlp_layers(block: nn.Module) -> list[str]:
+    """Names, relative to the block, of its MLP's linear layers in the order in which they are defined."""
+    names = []
+    for name, module in block.named_modules():
+        parts = name.split(".")
+        if is_editable(module) and not _ATTENTION_NAME.search(name) and parts[-1] not in _ROUTER_NAMES:
+            names.append(name)
+    return names
+
+
+def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
+    """
+    The layers that `config` chooses in `model`, in the order of a forward pass.
+
+    Args:
+        model (`nn.Module`): The base model.
+        config ([`EditorConfig`]): `target_modules`, `layers_to_transform` and `layers_pattern` decide.
+
+    Raises:
+        ValueError: Nothing matches, or a match is not a linear layer.
+    """
+    stacks = block_stacks(model)
+    if config.layers_pattern is not None:
+        stacks = [stack for stack in stacks if stack.name.split(".")[-1] == config.layers_pattern]
+        if not stacks:
+            raise ValueError(
+                f"layers_pattern={config.layers_pattern!r} names no list of blocks; the model has "
+                f"{[stack.name for stack in block_stacks(model)]}"
+            )
+    chosen = config.target_modules
+    if chosen is None or chosen in ("default", "paper"):
+        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform))
+    else:
+        targets = list(_matching(model, stacks, chosen, config.layers_to_transform))
+    if not targets:
+        examples = sorted({name for stack in stacks for name in mlp_layers(stack.blocks[-1])})
+        raise ValueError(
+            f"target_modules={chosen!r} with layers_to_transform={config.layers_to_transform!r} matches no layer of "
+            f"{type(model).__name__}; its blocks hold linear layers named {examples}"
+        )
+    return targets
+
+
+def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
+    """`(stack, block)` of the first target that a forward pass meets."""
+    first = min(targets, key=lambda t: (t.stack != "encoder", t.block))
+    return first.stack, first.block
+
+
+def _named_choice(stacks: list[Stack], choice: str, layers: Sequence[int] | None) -> Iterator[Target]:
+    paper_blocks = _PAPER_BLOCKS["encoder_decoder" if len(stacks) > 1 else "decoder_only"]
+    for stack in stacks:
+        depth = len(stack.blocks)
+        if layers is not None:
+            blocks = [i for i in range(depth) if i in layers]
+        elif choice == "paper":
+            blocks = list(range(max(0, depth - paper_blocks), depth))
+        else:
+            first, last = (round(fraction * depth) for fraction in _DEFAULT_SPAN)
+            blocks = list(range(min(first, depth - 1), max(last, first + 1)))
+        for index in blocks:
+            names = mlp_layers(stack.blocks[index])
+            for name in names if choice == "paper" else names[-1:]:
+                yield _target(stack, index, name)
+
+
+def _matching(
+    model: nn.Module, stacks: list[Stack], pattern: str | Sequence[str], layers: Sequence[int] | None
+) -> Iterator[Target]:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    for stack in stacks:
+        for index, block in enumerate(stack.blocks):
+            if layers is not None and index not in layers:
+                continue
+            for relative, module in block.named_modules():
+                name = f"{stack.name}.{index}.{relative}"
+                if not _name_matches(name, pattern):
+                    continue
+                if not is_editable(module):
+                    raise ValueError(
+                        f"target_modules={pattern!r} matches {name!r}, a {type(module).__name__}, which is not a "
+                        f"linear layer; choose among {mlp_layers(block)}"
+                    )
+                yield _target(stack, index, relative)
+
+
+def _name_matches(name: str, pattern: str | Sequence[str]) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == item or name.endswith("." + item) for item in pattern)
+
+
+def _target(stack: Stack, index: int, relative: str) -> Target:
+    module: Any = stack.blocks[index].get_submodule(relative)
+    widths = layer_widths(module)
+    assert widths is not None
+    return Target(f"{stack.name}.{index}.{relative}", module, *widths, stack.kind, index)

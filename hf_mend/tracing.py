@@ -1,0 +1,297 @@
+"""The factors of a fine-tuning gradient at chosen layers, and running a model from a given block on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from .data import Rows
+from .targets import Target, block_stacks, lowest_block
+
+
+Inputs = Mapping[str, torch.Tensor]
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+@dataclass
+class HiddenState:
+    """
+    Where a forward pass stands at the lowest edited block.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(rows, seq, width)`): What enters that block.
+        encoder (`torch.Tensor` of shape `(rows, source, width)`, *optional*): The encoder's output, when the block is
+            one of the decoder's.
+    """
+
+    hidden: torch.Tensor
+    encoder: torch.Tensor | None = None
+
+    def rows(self, index: slice | torch.Tensor) -> HiddenState:
+        """The same for some of the rows."""
+        return HiddenState(self.hidden[index], None if self.encoder is None else self.encoder[index])
+
+
+class SplitModel:
+    """
+    Runs a model up to a block, and from that block on, through the model's own `forward`.
+
+    The model's own code computes embeddings, masks, position ids and rotary tables in both halves. In the second half
+    the blocks below the cut return what they are given, and the cut block gets the kept hidden state. Where blocks
+    return tuples (T5 hands its position bias from block to block), the first block does run, and the ones between
+    hand on what it returned beside its hidden state.
+
+    Args:
+        model (`nn.Module`): A causal or seq2seq model of transformers.
+        targets (`Sequence[Target]`): The edited layers; the lowest of them decides where to cut.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target]):
+        self.model = model
+        kind, self.block = lowest_block(targets)
+        stacks = {stack.kind: stack for stack in block_stacks(model)}
+        self.blocks = stacks[kind].blocks
+        self.cuts_decoder_of_two = kind == "decoder" and "encoder" in stacks
+        self._returns_tuple: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def run_below(self, inputs: Inputs) -> HiddenState:
+        """
+        The part that no edit changes, without a gradient.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`): The model's arguments.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found["hidden"] = args[0] if args else kwargs["hidden_states"]
+            raise _StopForwardError
+
+        def note_type(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+
+        def keep_encoder(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found["encoder"] = output[0]
+
+        with ExitStack() as hooks:
+            hooks.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(stop, with_kwargs=True)))
+            if self.block:
+                hooks.enter_context(_hook(self.blocks[self.block - 1].register_forward_hook(note_type)))
+            if self.cuts_decoder_of_two:
+                hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
+            try:
+                self.model(**inputs, use_cache=False)
+            except _StopForwardError:
+                pass
+        return HiddenState(found["hidden"], found.get("encoder"))
+
+    def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
+        """
+        The model's output, from the kept hidden state on. Gradients flow if they are enabled.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`): The model's arguments, of the same rows as `state`.
+            state ([`HiddenState`]): What `run_below` returned for them.
+        """
+        beside: list[Any] = []
+
+        def use_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (state.hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": state.hidden}
+
+        def note_first(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            beside[:] = output[1:]
+
+        def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, *beside) if self._returns_tuple else hidden_states
+
+        extra = {} if state.encoder is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=state.encoder)}
+        with ExitStack() as undo:
+            undo.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(use_state, with_kwargs=True)))
+            first_skipped = 0
+            if self._returns_tuple and self.block:
+                undo.enter_context(_hook(self.blocks[0].register_forward_hook(note_first)))
+                first_skipped = 1
+            for block in self.blocks[first_skipped : self.block]:
+                undo.enter_context(_replaced_forward(block, pass_on))
+            return self.model(**inputs, **extra, use_cache=False)
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Gives a module another `forward` for a while; Accelerate's own replacement, if any, comes back after it."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
+def logits_at(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
+    """
+    Within the context, the vocabulary projection sees the chosen positions only: logits come as `(1, chosen, vocab)`.
+
+    With a large vocabulary the projection of every position otherwise dominates a short pass.
+
+    Args:
+        model (`nn.Module`): A model with output embeddings.
+        mask (`torch.Tensor` of shape `(rows, seq)`, bool): The positions to keep, in row-major order.
+    """
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (args[0][mask.to(args[0].device)].unsqueeze(0),)  # (1, chosen, width)
+
+    with _hook(model.get_output_embeddings().register_forward_pre_hook(select)):
+        yield
+
+
+@contextmanager
+def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """
+    Records the input and the output of each target layer in the passes within the context.
+
+    The first target that a pass meets starts autograd's graph: nothing below it is kept. Yields a dictionary from
+    the layer's name to `[x, y]`, where `y` is part of the graph.
+    """
+    record: dict[str, list[torch.Tensor]] = {}
+
+    def make(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            started = not output.requires_grad
+            if started:
+                output = output.detach().requires_grad_()
+            record[name] = [args[0].detach(), output]
+            return output if started else None
+
+        return keep
+
+    with ExitStack() as hooks:
+        for target in targets:
+            hooks.enter_context(_hook(target.module.register_forward_hook(make(target.name))))
+        yield record
+
+
+def trace(
+    split: SplitModel,
+    targets: Sequence[Target],
+    inputs: Inputs,
+    next_tokens: torch.Tensor,
+    state: HiddenState | None = None,
+) -> tuple[Factors, torch.Tensor]:
+    """
+    The factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section 3.1).
+
+    A row's loss is the negative log-likelihood of its target, summed over the target's tokens. The backward pass ends at
+    the lowest target and asks for the gradients of the targets' outputs alone: no weight gradient is ever formed.
+
+    Args:
+        split ([`SplitModel`]): The model; all its parameters are frozen.
+        targets (`Sequence[Target]`): The layers.
+        inputs (`Mapping[str, torch.Tensor]`): The model's arguments, padded on any side.
+        next_tokens (`torch.Tensor` of shape `(rows, seq)`): The target token that each position must predict, -100
+            where there is none.
+        state ([`HiddenState`], *optional*): What `run_below` gave for these rows; computed when missing.
+
+    Returns:
+        `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero where
+        `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
+    """
+    mask = next_tokens != -100
+    with torch.enable_grad(), record_factors(targets) as record, logits_at(split.model, mask):
+        if state is None:
+            state = split.run_below(inputs)
+        logits = split.run_above(inputs, state).logits[0]  # (chosen, vocab)
+        labels = next_tokens[mask].to(logits.device)
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        names = [target.name for target in targets if target.name in record]
+        gradients = torch.autograd.grad(loss, [record[name][1] for name in names])
+    factors: Factors = {}
+    rows = next_tokens.shape[0]
+    for name, gradient in zip(names, gradients, strict=True):
+        x = record[name][0]
+        x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
+        delta = gradient.reshape(rows, -1, gradient.shape[-1])
+        x = x * (delta != 0).any(-1, keepdim=True)
+        factors[name] = (x.float(), delta.float())
+    return factors, logits.detach()
+
+
+def logits_of(split: SplitModel, rows: Rows, state: HiddenState | None = None) -> torch.Tensor:
+    """
+    Logits at the positions of `rows` that matter, `(positions, vocab)`.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        rows ([`Rows`]): The texts.
+        state ([`HiddenState`], *optional*): What `run_below` gave for them; computed when missing.
+    """
+    if state is None:
+        state = split.run_below(rows.inputs)
+    with logits_at(split.model, rows.positions):
+        logits: torch.Tensor = split.run_above(rows.inputs, state).logits[0]
+    return logits
+
+
+def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> dict[str, torch.Tensor]:
+    """
+    What enters the target layers on ordinary text, padding left out.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        targets (`Sequence[Target]`): The layers.
+        rows ([`Rows`]): The texts.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Layer name -> `(tokens, d_in)`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    present = {
+        "encoder": rows.inputs["attention_mask"].bool(),
+        "decoder": rows.inputs["attention_mask"].bool(),
+    }
+    if "decoder_input_ids" in rows.inputs:
+        present["decoder"] = rows.positions
+
+    def make(target: Target) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            mask = present[target.stack]
+            x = args[0].reshape(mask.shape[0], -1, args[0].shape[-1])
+            found[target.name] = x[mask.to(x.device)].float()
+
+        return keep
+
+    with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.positions):
+        for target in targets:
+            hooks.enter_context(_hook(target.module.register_forward_pre_hook(make(target))))
+        split.model(**rows.inputs, use_cache=False)
+    return found

@@ -1,0 +1,258 @@
+"""Training an editor: `transformers.Trainer` with the editing loss, editor-only checkpoints and editing metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .data import EditBatch, EditCollator, EditDataset, EditRecord, TrainingExamples, batches
+from .edits import applied
+from .files import WEIGHTS_NAME
+from .losses import target_nll
+from .metrics import evaluate_records, summarize
+from .model import EditableModel
+from .tracing import logits_of, record_inputs, trace
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class EditorTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different facts.
+    """
+
+    locality_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on locality texts against the target's log-likelihood."}
+    )
+    general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
+    neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
+    unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    step_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the logarithm of each layer's edit step."}
+    )
+    statistics_batches: int = field(
+        default=16, metadata={"help": "Batches whose factors and inputs set the editor's statistics before the first step."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
+
+
+class EditorTrainer(Trainer):
+    """
+    Trains the editor of an [`EditableModel`]; the base model stays as it is. Logging, callbacks, mixed precision, gradient
+    accumulation, checkpoints, best-model selection and early stopping are the parent's.
+
+    `evaluate` reports `eval_edit_success`, `eval_generality`, `eval_neighborhood`, `eval_unrelated` and their mean
+    `eval_score`, each over the edits of the evaluation data, made alone.
+
+    Args:
+        model ([`EditableModel`]): The model whose editor is trained; it has a tokenizer.
+        args ([`EditorTrainingArguments`]): How to train.
+        train_dataset (`Dataset` or list of [`EditRecord`]): The facts.
+        eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): Facts to measure on.
+        questions (`Sequence[tuple[str, str]]`, *optional*): Unrelated questions and answers for the locality loss.
+        kwargs: What else `Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        args: EditorTrainingArguments,
+        train_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
+        eval_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
+        questions: Sequence[tuple[str, str]] = (),
+        **kwargs: Any,
+    ):
+        examples = None
+        if train_dataset is not None:
+            examples = TrainingExamples(
+                _as_records(train_dataset),
+                questions,
+                args.general_rows,
+                args.neighborhood_rows,
+                args.unrelated_rows,
+                args.data_seed if args.data_seed is not None else args.seed,
+            )
+        kwargs.setdefault("data_collator", EditCollator(model.encoder))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            eval_dataset=None if eval_dataset is None else EditDataset(_as_records(eval_dataset)),
+            **kwargs,
+        )
+        self.args: EditorTrainingArguments = args
+        self.examples = examples
+        self.can_return_loss = True
+        self.model_accepts_loss_kwargs = False
+        self._parts: dict[str, list[float]] = {"loss_edit": [], "loss_locality": []}
+        if examples is not None:
+            self.add_callback(_EpochCallback(examples))
+
+    # ---- training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's."""
+        if self.examples is not None and not self.model.editor.is_calibrated:
+            calibrate(self.model, self.examples, self.args.statistics_batches, self.args.per_device_train_batch_size)
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: EditBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The editing loss of a batch of different facts."""
+        result = model(edit_batch=inputs, locality_weight=self.args.locality_weight)
+        self._parts["loss_edit"].append(float(result.edit.detach()))
+        self._parts["loss_locality"].append(float(result.locality.detach()))
+        return (result.loss, result) if return_outputs else result.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with both parts of the loss beside it."""
+        if "loss" in logs:
+            for name, values in self._parts.items():
+                if values:
+                    logs[name] = sum(values) / len(values)
+                    values.clear()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Adam with its own learning rate for the edit steps; an optimizer given to the trainer goes first."""
+        if self.optimizer is None:
+            trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for n, p in trainable if not n.endswith("log_step")]},
+                {"params": [p for n, p in trainable if n.endswith("log_step")], "lr": self.args.step_learning_rate},
+            ]
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: an edit's cost depends on where its lowest layer is."""
+        return 0
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device) if isinstance(inputs, EditBatch) else super()._prepare_inputs(inputs)
+
+    # ---- measuring ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Edits each record of the evaluation data alone and measures it.
+
+        Returns:
+            `dict[str, float]`: See [`~hf_mend.metrics.summarize`]; keys carry the prefix.
+        """
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if data is None:
+            raise ValueError("EditorTrainer.evaluate needs an eval_dataset; pass one here or to the trainer")
+        start = time.time()
+        model: EditableModel = self.model
+        was_training = model.training
+        model.eval()
+        records = _as_records(data)
+        measured = evaluate_records(
+            model.split, model.targets, model.editor, model.encoder, records, progress=not self.args.disable_tqdm
+        )
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize(measured).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - start, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self.model.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_editor(Path(resume_from_checkpoint) / WEIGHTS_NAME)
+
+    def _load_best_model(self) -> None:
+        self.model.load_editor(Path(self.state.best_model_checkpoint) / WEIGHTS_NAME)
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the examples which epoch's draws to make."""
+
+    def __init__(self, examples: TrainingExamples):
+        self.examples = examples
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.examples.set_epoch(int(state.epoch or 0))
+
+
+def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batch_size: int) -> None:
+    """
+    Sets an untrained editor's statistics from some training examples, and its first step to the power of two that lowers
+    the targets' negative log-likelihood most, halved.
+
+    Args:
+        model ([`EditableModel`]): The model.
+        examples ([`TrainingExamples`]): Where texts are taken, spread evenly.
+        count (`int`): Number of batches.
+        batch_size (`int`): Facts a batch.
+    """
+    collate = EditCollator(model.encoder)
+    wanted = min(len(examples), count * batch_size)
+    order = [i * len(examples) // wanted for i in range(wanted)]
+    editor = model.editor
+    chunks = list(batches(order, batch_size))
+    for chunk in tqdm(chunks, desc="Statistics of the factors"):
+        batch = collate([examples[i] for i in chunk]).to(model.device)
+        factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
+        editor.observe_factors(factors)
+        for rows in (batch.edit, *batch.local):
+            editor.observe_inputs(record_inputs(model.split, model.targets, rows))
+    editor.finish_observing()
+    editor.scale_steps(_best_first_step(model, collate([examples[i] for i in chunks[0]]).to(model.device)))
+
+
+def _best_first_step(model: EditableModel, batch: EditBatch) -> float:
+    rows = batch.edit
+    labels = rows.next_tokens[rows.positions]
+    losses: dict[float, float] = {}
+    with torch.no_grad():
+        state = model.split.run_below(rows.inputs)
+        factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
+        updates = model.editor(factors)
+        for power in range(-14, 9):
+            factor = 2.0**power
+            with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
+                losses[factor] = float(target_nll(logits_of(model.split, rows, state), labels))
+    finite = {factor: loss for factor, loss in losses.items() if loss == loss}
+    return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0
+
+
+def _as_records(data: Any) -> list[EditRecord]:
+    records = [data[i] for i in range(len(data))]
+    for number, record in enumerate(records):
+        if not isinstance(record, EditRecord):
+            raise TypeError(
+                f"item {number} of the data is a {type(record).__name__}, expected an EditRecord; read files with "
+                "read_counterfact, or make EditRecord(prompt=..., target=..., paraphrases=[...])"
+            )
+    if not records:
+        raise ValueError("the data set is empty; an editor needs facts to train and to measure on")
+    return records

@@ -1,0 +1,301 @@
+"""`EditableModel` as its users meet it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import RECORDS, all_logits, build_model, editable, small_config
+
+from hf_mend import EditableModel, EditRecord, get_editable_model
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+
+
+def probability(model, prompt, target) -> float:
+    """The oracle: one ordinary forward pass over the whole text."""
+    encoder = model.encoder
+    ids, answer = encoder.tokenizer(prompt)["input_ids"], encoder.tokenizer(
+        target if encoder.is_encoder_decoder else " " + target, add_special_tokens=False
+    )["input_ids"]
+    with torch.no_grad():
+        if encoder.is_encoder_decoder:
+            decoder = torch.tensor([[encoder.decoder_start_token_id, *answer[:-1]]])
+            logits = model(input_ids=torch.tensor([ids]), decoder_input_ids=decoder).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().exp())
+
+
+def test_edit_raises_the_targets_probability(base, tokenizer):
+    model = editable(base, tokenizer)
+    before = probability(model, PROMPT, TARGET)
+    result = model.edit(PROMPT, TARGET, max_steps=8)
+    after = probability(model, PROMPT, TARGET)
+    assert after > before
+    assert result.probability_before == pytest.approx(before, rel=1e-3, abs=1e-7)
+    assert result.probability_after == pytest.approx(after, rel=1e-3, abs=1e-7)
+    assert result.success == all(result.token_success)
+    assert result.rank > 0 and set(result.update_norms) == {t.name for t in model.targets}
+    assert result.id == model.edits[0].id and result.id in str(result)
+
+
+def test_steps_go_on_until_the_edit_takes_and_no_longer(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    result = model.edit(PROMPT, TARGET, max_steps=40)
+    assert result.success and 1 <= result.steps <= 40
+    with model.disable_edits():
+        pass
+    fewer = editable(build_model("llama"), tokenizer).edit(PROMPT, TARGET, max_steps=result.steps - 1 or 1)
+    assert fewer.success == (result.steps == 1)
+
+
+def test_an_edit_that_did_not_take_says_so(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.editor.scale_steps(1e-9)
+    result = model.edit(PROMPT, TARGET, max_steps=1)
+    assert not result.success and "DID NOT TAKE" in str(result)
+
+
+def test_a_target_that_is_the_answer_already_changes_nothing(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    assert model.edit(PROMPT, TARGET, max_steps=40).success
+    before = all_logits(model, tokenizer)
+    result = model.edit(PROMPT, TARGET)
+    assert result.already_known and result.id is None and result.success and len(model.edits) == 1
+    assert "already the model's answer" in str(result)
+    assert torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_lists_give_the_edits_that_each_request_gives_alone(base, tokenizer):
+    model = editable(base, tokenizer)
+    results = model.edit([r.prompt for r in RECORDS[:5]], [r.target for r in RECORDS[:5]], max_steps=1, batch_size=2)
+    assert [r.prompt for r in results] == [r.prompt for r in RECORDS[:5]]
+    assert [e.id for e in model.edits] == [r.id for r in results]
+    batch = {edit.prompt: edit for edit in model.undo_all()}
+    for record in RECORDS[:5]:
+        model.edit(record.prompt, record.target, max_steps=1)
+        alone = model.undo()
+        for name, (u, v) in alone.updates.items():
+            torch.testing.assert_close(
+                batch[record.prompt].updates[name][1].T @ batch[record.prompt].updates[name][0], v.T @ u,
+                rtol=1e-3, atol=1e-5,
+            )  # fmt: skip
+
+
+def test_later_edits_see_earlier_ones(llama, tokenizer):
+    first, second = editable(llama, tokenizer), editable(build_model("llama"), tokenizer)
+    second.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1)
+    a = first.edit(PROMPT, TARGET, max_steps=1)
+    b = second.edit(PROMPT, TARGET, max_steps=1)
+    assert a.probability_before != b.probability_before
+    u, v = first.edits[-1].updates[first.targets[-1].name]
+    u2, v2 = second.edits[-1].updates[first.targets[-1].name]
+    assert not torch.allclose(v.T @ u, v2.T @ u2)
+
+
+def test_records_bring_their_probes(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    results = model.edit(RECORDS[:2])
+    assert [p.prompt for p in results[0].paraphrases] == RECORDS[0].paraphrases
+    assert [p.prompt for p in results[1].locality] == RECORDS[1].neighborhood
+    single = model.edit("the seat of egypt is", "oslo", paraphrases=["egypt has the capital"], locality=["the river of"])
+    assert len(single.paraphrases) == len(single.locality) == 1
+    probe = single.locality[0]
+    assert probe.ok == (probe.before == probe.after)
+
+
+def test_temporary_and_disabled_edits(base, tokenizer):
+    model = editable(base, tokenizer)
+    before = all_logits(model, tokenizer)
+    with model.edited(PROMPT, TARGET) as result:
+        assert result.id == model.edits[0].id
+        inside = all_logits(model, tokenizer)
+        assert not torch.equal(inside, before)
+        with model.disable_edits():
+            assert torch.equal(all_logits(model, tokenizer), before)
+            with model.disable_edits():
+                pass
+            assert torch.equal(all_logits(model, tokenizer), before)
+        assert torch.equal(all_logits(model, tokenizer), inside)
+    assert model.edits == [] and torch.equal(all_logits(model, tokenizer), before)
+    with pytest.raises(KeyboardInterrupt), model.edited(PROMPT, TARGET):
+        raise KeyboardInterrupt
+    assert model.edits == [] and torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_generate_runs_under_the_edits(base, tokenizer):
+    model = editable(base, tokenizer)
+    assert model.edit(PROMPT, "rome", max_steps=60).success
+    inputs = {"input_ids": torch.tensor([tokenizer(PROMPT)["input_ids"]])}
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
+    assert "rome" in text
+
+
+def test_long_targets(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    result = model.edit("the capital", "rome paris lima tokyo cairo madrid oslo nairobi", max_steps=1)
+    assert len(result.token_success) >= 8 and result.probability_after > result.probability_before
+
+
+def test_chat_goes_through_the_template(llama, tokenizer, monkeypatch):
+    template = "{% for m in messages %}<bos>{{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    model = editable(llama, tokenizer)
+    result = model.edit(PROMPT, TARGET, chat=True, max_steps=1)
+    ids = tokenizer("<bos>" + PROMPT + "\n", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(TARGET, add_special_tokens=False)["input_ids"]
+    model.undo()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+    by_hand = float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().exp())
+    assert result.probability_before == pytest.approx(by_hand, rel=1e-3)
+
+
+# ---- saving and loading ----
+
+
+def test_a_saved_editor_makes_the_same_edits(base, tokenizer, tmp_path, architecture):
+    torch.manual_seed(0)
+    model = get_editable_model(base, small_config(), tokenizer)
+    with torch.no_grad():
+        for parameter in model.editor.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "editor")
+    assert sorted(p.name for p in (tmp_path / "editor").iterdir()) == [
+        "README.md", "editor.safetensors", "editor_config.json",
+    ]  # fmt: skip
+    again = EditableModel.from_pretrained(build_model(architecture), tmp_path / "editor", tokenizer=tokenizer)
+    for one, two in zip(model.editor.state_dict().values(), again.editor.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    again.edit(PROMPT, TARGET, max_steps=1)
+    assert torch.equal(all_logits(model, tokenizer), all_logits(again, tokenizer))
+
+
+def test_saved_edits_come_back_to_the_bit(base, tokenizer, tmp_path, architecture):
+    model = editable(base, tokenizer)
+    model.edit([r.prompt for r in RECORDS[:3]], [r.target for r in RECORDS[:3]], max_steps=2)
+    expected = all_logits(model, tokenizer)
+    model.save_edits(tmp_path / "edits")
+    other = editable(build_model(architecture), tokenizer)
+    loaded = other.load_edits(tmp_path / "edits")
+    assert [e.id for e in loaded] == [e.id for e in model.edits]
+    assert [(e.prompt, e.target, e.metadata) for e in loaded] == [(e.prompt, e.target, e.metadata) for e in model.edits]
+    assert torch.equal(all_logits(other, tokenizer), expected)
+    other.undo(loaded[1].id)
+    assert len(other.edits) == 2
+
+
+def test_saved_edits_give_the_same_logits_in_a_new_process(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=2)
+    model.save_edits(tmp_path / "edits")
+    model.save_pretrained(tmp_path / "editor")
+    llama.save_pretrained(tmp_path / "base")
+    torch.save(all_logits(model, tokenizer), tmp_path / "logits.pt")
+    tokenizer.save_pretrained(tmp_path / "base")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_mend import EditableModel
+torch.set_num_threads(2)
+folder = sys.argv[1]
+base = AutoModelForCausalLM.from_pretrained(folder + "/base")
+tokenizer = AutoTokenizer.from_pretrained(folder + "/base")
+model = EditableModel.from_pretrained(base, folder + "/editor", tokenizer=tokenizer)
+model.load_edits(folder + "/edits")
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([tokenizer("the capital of peru is")["input_ids"]])).logits
+assert torch.equal(logits, torch.load(folder + "/logits.pt")), "logits differ"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_train_mode_reaches_the_editor_alone(llama, tokenizer):
+    model = editable(llama, tokenizer).train()
+    assert model.editor.training and not any(module.training for module in llama.modules())
+    assert not any(p.requires_grad for p in llama.parameters())
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "message"),
+    [
+        ("", "rome", r"empty prompt \(''\)"),
+        ("a prompt", "  ", r"empty target \('  '\)"),
+        (["a", "b"], ["c"], "2 prompts and 1 targets"),
+        ([], [], "list is empty"),
+        ("river " * 80, "rome", r"the model takes 64; shorten the prompt"),
+        (["fine", ""], ["c", "d"], "request 1 has an empty prompt"),
+        ([EditRecord("a", "b")], "c", "records hold their targets"),
+    ],
+)
+def test_bad_requests_name_the_value_and_change_nothing(llama, tokenizer, prompt, target, message):
+    model = editable(llama, tokenizer)
+    before = all_logits(model, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        model.edit(prompt, target)
+    assert model.edits == [] and torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_strings_without_a_tokenizer(llama):
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        get_editable_model(llama, small_config()).edit("a", "b")
+
+
+def test_chat_without_a_template(llama, tokenizer):
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+        editable(llama, tokenizer).edit("a", "b", chat=True)
+
+
+def test_wrong_types(llama, tokenizer):
+    with pytest.raises(TypeError, match="got int"):
+        editable(llama, tokenizer).edit(["a"], [3])
+
+
+@pytest.mark.parametrize("broken", ["gradient", "update"])
+def test_not_finite_leaves_the_model_to_the_bit(llama, tokenizer, broken):
+    model = editable(llama, tokenizer)
+    model.edit(RECORDS[1].prompt, RECORDS[1].target)
+    before, edits = all_logits(model, tokenizer), [e.id for e in model.edits]
+    with torch.no_grad():
+        if broken == "update":
+            model.editor.groups[0].log_step.fill_(float("nan"))
+        else:
+            kept = model.base_model.lm_head.weight.clone()
+            model.base_model.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=rf"the {broken} of layer 'model\.layers.*NaN or infinity, so nothing was edited"):
+        model.edit(PROMPT, TARGET)
+    if broken == "gradient":
+        with torch.no_grad():
+            model.base_model.lm_head.weight.copy_(kept)
+    assert [e.id for e in model.edits] == edits
+    assert torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_undo_of_what_is_not_there(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    with pytest.raises(IndexError, match="no edit to undo"):
+        model.undo()
+    model.edit(PROMPT, TARGET)
+    with pytest.raises(KeyError, match="no edit has the id 'nope'"):
+        model.undo("nope")
+    assert len(model.edits) == 1
+
+
+def test_a_merged_model_is_spent(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.merge_and_unload()
+    for call in (lambda: model.edit("a", "b"), model.undo, model.undo_all, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match="merged into the base model's weights"):
+            call()
