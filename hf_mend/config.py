@@ -67,6 +67,9 @@ class EditorConfig:
     whiten_ridge: float = field(
         default=0.1, metadata={"help": "Ridge of that inverse, as a share of the mean variance of an input."}
     )
+    whiten_rank: int = field(
+        default=128, metadata={"help": "Eigenvectors of the second moment that are kept; the others count as equal."}
+    )
     init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
     shared: bool = field(
         default=True,
@@ -83,7 +86,7 @@ class EditorConfig:
                "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None")
         _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
         _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
-        for name in ("rank", "num_hidden_layers"):
+        for name in ("rank", "num_hidden_layers", "whiten_rank"):
             value = getattr(self, name)
             _check(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536, name, value,
                    "a whole number of at least 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,12 +92,13 @@ class EditableModel(nn.Module):
         """
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
-        model = cls(base_model, config, tokenizer)
-        check_base(config, base_model, model.targets, source=str(editor_name_or_path))
-        model.load_editor(files[WEIGHTS_NAME])
+        check_base(config, base_model, find_targets(base_model, config), source=str(editor_name_or_path))
+        with _restored_on_error(base_model):
+            model = cls(base_model, config, tokenizer)
+            model.load_editor(files[WEIGHTS_NAME])
         return model
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """
         Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
 
@@ -106,12 +106,18 @@ class EditableModel(nn.Module):
 
         Args:
             save_directory (`str` or `Path`): The folder.
+            dtype (`torch.dtype`, *optional*): Of the stored matrices, to share a smaller file; vectors (steps, statistics)
+                stay in float32. A loaded editor computes in float32 whatever it was stored in.
         """
+        tensors = {
+            name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
+            for name, value in self.editor.state_dict().items()
+        }
         if self.editor_config.base_fingerprint is None:
             self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
-            write_tensors(folder / WEIGHTS_NAME, self.editor.state_dict(), {})
+            write_tensors(folder / WEIGHTS_NAME, tensors, {})
             write_card(folder, self.editor_config, list(self.editor.shapes))
 
     def load_editor(self, path: str | Path) -> None:
@@ -336,3 +342,18 @@ def get_editable_model(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
     """
     return EditableModel(base_model, editor_config, tokenizer)
+
+
+@contextmanager
+def _restored_on_error(base_model: nn.Module) -> Iterator[None]:
+    """Undoes the freezing of a base model whose editor could not be loaded."""
+    modes = [(module, module.training) for module in base_model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        for parameter, needed in gradients:
+            parameter.requires_grad_(needed)
+        raise

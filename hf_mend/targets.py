@@ -21,7 +21,7 @@ _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 # Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
 # benchmarks/results/ for the measurements behind both.
-_DEFAULT_SPAN = (0.40, 0.60)
+_DEFAULT_SPAN = (0.567, 0.767)
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 

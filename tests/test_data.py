@@ -1,0 +1,107 @@
+"""Records, tokens and draws."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import RECORDS
+
+from hf_mend import EditRecord, read_counterfact, read_questions
+from hf_mend.data import EditCollator, Encoder, Query, TrainingExamples
+
+
+FACT = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The capital of {} is", "subject": "Peru", "relation_id": "P1",
+        "target_new": {"str": "Oslo"}, "target_true": {"str": "Lima"},
+    },
+    "paraphrase_prompts": ["Peru's capital is"],
+    "neighborhood_prompts": ["The capital of Chile is"],
+}  # fmt: skip
+
+
+def test_read_counterfact(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([FACT]))
+    (record,) = read_counterfact(path, [("who?", "me")])
+    assert record == EditRecord(
+        "The capital of Peru is", "Oslo", ["Peru's capital is"], ["The capital of Chile is"], [("who?", "me")], "P1", "7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "holds a dict, expected a list"),
+        ("[]", "holds no record"),
+        (json.dumps([FACT, {"case_id": 1}]), "record 1: KeyError 'requested_rewrite'; expected requested_rewrite with"),
+        (json.dumps([{"requested_rewrite": {"prompt": "x"}}]), "record 0: KeyError 'subject'"),
+    ],
+)
+def test_bad_facts_name_file_and_record(tmp_path, text, message):
+    path = tmp_path / "facts.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_counterfact(path)
+    assert str(path) in str(error.value)
+
+
+def test_read_questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "who is it", "answer": ["me", "I"]}\n\n{"question": "and you?", "answer": ["us"]}\n')
+    assert read_questions(path) == [("who is it?", "me"), ("and you?", "us")]
+    path.write_text('{"question": "x", "answer": ["y"]}\n{"question": "who is it"}\n')
+    with pytest.raises(ValueError, match="line 2: KeyError 'answer'"):
+        read_questions(path)
+
+
+def test_rows_of_a_decoder_only_model_are_the_text_without_its_last_token(tokenizer):
+    rows = Encoder(tokenizer)([Query("the capital of peru is", "lima town"), Query("the river")])
+    text = tokenizer("the capital of peru is lima town")["input_ids"]
+    prompt = tokenizer("the capital of peru is")["input_ids"]
+    kept = rows.inputs["attention_mask"][0].bool()
+    assert rows.inputs["input_ids"][0][kept].tolist() == text[:-1]
+    assert rows.next_tokens[0][rows.positions[0]].tolist() == text[len(prompt) :]
+    assert rows.positions[0].nonzero()[0, 0] == len(prompt) - 1
+    # Without an answer: the prompt's last position, and no label.
+    assert rows.positions[1].sum() == 1 and (rows.next_tokens[1] == -100).all()
+    assert rows.positions[1].nonzero()[0, 0] == len(tokenizer("the river")["input_ids"]) - 1
+
+
+def test_rows_of_an_encoder_decoder_model(tokenizer):
+    rows = Encoder(tokenizer, True, 0)([Query("the capital of peru is", "lima town"), Query("the river")])
+    answer = tokenizer("lima town", add_special_tokens=False)["input_ids"]
+    assert rows.inputs["decoder_input_ids"][0].tolist() == [0, *answer[:-1]]
+    assert rows.next_tokens[0].tolist() == answer and rows.positions[0].all()
+    assert rows.positions[1].tolist() == [True] + [False] * (len(answer) - 1)
+
+
+def test_draws_depend_on_seed_epoch_and_record_alone():
+    def draws(seed, epoch, order):
+        examples = TrainingExamples(RECORDS, [(f"q{i}?", "a") for i in range(50)], seed=seed)
+        examples.set_epoch(epoch)
+        return {i: examples[i] for i in order}
+
+    forward = draws(0, 1, range(len(RECORDS)))
+    backward = draws(0, 1, reversed(range(len(RECORDS))))
+    assert all(forward[i] == backward[i] for i in forward)
+    assert forward != draws(0, 2, range(len(RECORDS))) and forward != draws(1, 1, range(len(RECORDS)))
+
+
+def test_a_record_without_neighbours_borrows_those_of_its_relation():
+    records = [EditRecord(f"{r} {i} is", "x", relation=r) for r in "ab" for i in range(3)]
+    examples = TrainingExamples(records, neighborhood_rows=4)
+    for i, record in enumerate(records):
+        assert {q.prompt[0] for q in examples[i].neighborhood} == {record.relation}
+        assert examples[i].unrelated == [] and [q.prompt for q in examples[i].general] == [record.prompt]
+
+
+def test_the_collator_keeps_as_many_rows_for_each_edit(tokenizer):
+    examples = TrainingExamples(RECORDS, [("q?", "a b")], general_rows=2, neighborhood_rows=3, unrelated_rows=1)
+    batch = EditCollator(Encoder(tokenizer))([examples[i] for i in range(4)])
+    assert (len(batch.edit), len(batch.general), *(len(rows) for rows in batch.local)) == (4, 8, 12, 4)
+    assert batch.to("cpu").edit.inputs["input_ids"].dtype == torch.long

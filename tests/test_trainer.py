@@ -1,0 +1,200 @@
+"""Training: it lowers the loss, resumes exactly, saves the editor alone, and gives each example its own edit."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import RECORDS, build_model, small_config
+from transformers import EarlyStoppingCallback
+
+from hf_mend import EditableModel, EditorTrainer, EditorTrainingArguments, evaluate_records, get_editable_model, summarize
+from hf_mend.data import EditCollator, TrainingExamples
+from hf_mend.edits import dense
+from hf_mend.losses import editing_loss, locality_kl, target_nll
+from hf_mend.targets import weight_matrix
+from hf_mend.tracing import trace
+from hf_mend.trainer import calibrate
+
+
+QUESTIONS = [("what is the colour of grass?", "green grass"), ("who is the king of spain?", "the river")]
+
+
+def arguments(folder, **options) -> EditorTrainingArguments:
+    values = {
+        "output_dir": str(folder), "per_device_train_batch_size": 3, "max_steps": 6, "logging_steps": 1,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "seed": 3, **options,
+    }  # fmt: skip
+    return EditorTrainingArguments(**values)
+
+
+def fresh(tokenizer, architecture="llama", **options) -> EditableModel:
+    torch.manual_seed(0)
+    return get_editable_model(build_model(architecture), small_config(**options), tokenizer)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5", "opt", "gpt2"])
+def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand(tokenizer, architecture):
+    model = fresh(tokenizer, architecture)
+    examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
+    calibrate(model, examples, 2, 4)
+    with torch.no_grad():
+        for parameter in model.editor.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    collate = EditCollator(model.encoder)
+    batch = collate([examples[i] for i in range(3)])
+    together = editing_loss(model.split, model.targets, model.editor, batch, 0.7)
+    edit, counts, local = 0.0, 0, [[], []]
+    for i in range(3):
+        one = collate([examples[i]])
+        factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
+        updates = {n: (u[0].detach(), v[0].detach()) for n, (u, v) in model.editor(factors).items()}
+        changed = copy.deepcopy(model.base_model)
+        with torch.no_grad():
+            for target in model.targets:
+                weight_matrix(changed.get_submodule(target.name)).add_(dense(updates[target.name]))
+            labels = one.general.next_tokens[one.general.positions]
+            logits = changed(**one.general.inputs).logits[one.general.positions]
+            edit += float(target_nll(logits, labels)) * len(labels)
+            counts += len(labels)
+            for kind, rows in enumerate(one.local):
+                pair = [m(**rows.inputs).logits[rows.positions] for m in (changed, model.base_model)]
+                local[kind].append((float(locality_kl(*pair)) * len(pair[0]), len(pair[0])))
+    locality = sum(sum(v for v, _ in kind) / sum(n for _, n in kind) for kind in local) / 2
+    assert float(together.edit) == pytest.approx(edit / counts, rel=1e-3)
+    assert float(together.locality) == pytest.approx(locality, rel=1e-2, abs=1e-6)
+    assert float(together.loss) == pytest.approx(edit / counts + 0.7 * locality, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path, architecture):
+    model = fresh(tokenizer, architecture)
+    weights = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    trainer = EditorTrainer(model, arguments(tmp_path, max_steps=40), RECORDS, RECORDS[:2], questions=QUESTIONS)
+    before = trainer.evaluate()
+    trainer.train()
+    curve = losses(trainer)
+    assert sum(curve[-8:]) < 0.8 * sum(curve[:8])
+    assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
+
+
+def test_resuming_gives_the_losses_of_an_unbroken_run(tokenizer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    whole = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
+    whole.train()
+    again = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert len(losses(whole)) == 8
+    assert losses(again)[-4:] == losses(whole)[-4:]
+    for one, two in zip(whole.model.editor.state_dict().values(), again.model.editor.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path):
+    """Three facts of equal target length at once, or one at a time: the same step."""
+    records = [r for r in RECORDS if len(tokenizer(" " + r.target)["input_ids"]) == 3][:4] or RECORDS[:4]
+    assert len(records) >= 2
+    parameters = []
+    for size, accumulate in ((2, 1), (1, 2)):
+        model = fresh(tokenizer)
+        calibrate(model, TrainingExamples(records, QUESTIONS), 1, 4)
+        args = arguments(tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
+                         max_steps=1, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant",
+                         unrelated_rows=0)  # fmt: skip
+        EditorTrainer(model, args, records).train()
+        parameters.append(torch.cat([p.detach().flatten() for p in model.editor.parameters()]))
+    torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer, tmp_path):
+    args = arguments(
+        tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, max_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
+    )  # fmt: skip
+    model = fresh(tokenizer)
+    trainer = EditorTrainer(
+        model, args, RECORDS, RECORDS[:2], questions=QUESTIONS, callbacks=[EarlyStoppingCallback(3)]
+    )
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    assert {"editor.safetensors", "editor_config.json", "trainer_state.json"} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "model.safetensors").exists()
+    best = EditableModel.from_pretrained(build_model("llama"), trainer.state.best_model_checkpoint, tokenizer)
+    for one, two in zip(best.editor.state_dict().values(), model.editor.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_bad_training_data(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="item 1 of the data is a dict, expected an EditRecord"):
+        EditorTrainer(fresh(tokenizer), arguments(tmp_path), [RECORDS[0], {"prompt": "x"}])
+    with pytest.raises(ValueError, match="data set is empty"):
+        EditorTrainer(fresh(tokenizer), arguments(tmp_path), [])
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
+    model = fresh(tokenizer, architecture)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 2, 4)
+    model.editor.scale_steps(4.0)
+    measured = evaluate_records(
+        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=3, generate=True, progress=False
+    )
+    encoder = model.encoder
+    for record, got in zip(RECORDS, measured, strict=True):
+        from hf_mend.data import Query
+
+        rows = encoder([Query(record.prompt, record.target)])
+        factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
+        changed = copy.deepcopy(model.base_model)
+        with torch.no_grad():
+            for target in model.targets:
+                u, v = model.editor(factors)[target.name]
+                weight_matrix(changed.get_submodule(target.name)).add_(dense((u[0], v[0])))
+
+            def said(network, query, encoder=encoder):
+                rows = encoder([query])
+                return network(**rows.inputs).logits[rows.positions], rows.next_tokens[rows.positions]
+
+            def right(query, changed=changed):
+                logits, labels = said(changed, query)
+                return bool((logits.argmax(-1) == labels).all())
+
+            assert got.success == right(Query(record.prompt, record.target))
+            assert got.generality == pytest.approx(
+                sum(right(Query(p, record.target)) for p in record.paraphrases) / len(record.paraphrases)
+            )
+            same, kls = [], []
+            for prompt in record.neighborhood:
+                pair = [said(network, Query(prompt))[0] for network in (changed, model.base_model)]
+                same.append(float((pair[0].argmax(-1) == pair[1].argmax(-1)).float().mean()))
+                kls.append(float(locality_kl(*pair)))
+            assert got.neighborhood == pytest.approx(sum(same) / len(same))
+            assert got.neighborhood_kl == pytest.approx(sum(kls) / len(kls), rel=1e-2, abs=1e-6)
+    summary = summarize(measured)
+    assert summary["edit_success"] == sum(m.success for m in measured) / len(RECORDS)
+    assert 0 <= summary["score"] <= 1 and math.isfinite(summary["unrelated_kl"])
+
+
+def test_exact_match_is_free_greedy_generation(tokenizer):
+    model = fresh(tokenizer)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 2, 4)
+    record = RECORDS[0]
+    got = evaluate_records(
+        model.split, model.targets, model.editor, model.encoder, [record], generate=True, progress=False
+    )[0]
+    with model.edited(record.prompt, record.target, max_steps=1):
+        ids = torch.tensor([tokenizer(record.prompt)["input_ids"]])
+        steps = len(tokenizer(" " + record.target)["input_ids"]) + 3
+        out = model.generate(input_ids=ids, max_new_tokens=steps, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert got.exact_match == (text.startswith(record.target) and not text[len(record.target) :][:1].isalnum())
