@@ -11,7 +11,7 @@ assert version is not None
 setup(
     name="hf_mend",
     version=version.group(1),
-    description="Edit language models: turn one correction's gradient into a low-rank edit (MEND) for transformers models",
+    description="Edit language models: one correction's gradient becomes a low-rank edit (MEND)",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

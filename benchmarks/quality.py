@@ -4,8 +4,8 @@ Trains a MEND editor for SmolLM2-135M-Instruct, measures it on the test facts an
     python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output model_cards/smollm2-135m-instruct-mend
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json, facts_test.json, nq_open_train.jsonl and
-nq_open_test.jsonl. Facts of the held-out relations never enter training; the table reports them apart. With `--evaluate`,
-the editor in `--output` is measured without being trained again.
+nq_open_test.jsonl. Facts of the held-out relations never enter training; the table reports them apart. With
+`--evaluate`, the editor in `--output` is measured without being trained again.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "exact_mat
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions")
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"), help="table, without suffix")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results/quality"), help="table, without suffix"
+    )
     parser.add_argument("--hold-out", default="", help="relations, separated by commas, that training never sees")
     parser.add_argument("--evaluate", action="store_true", help="measure the editor in --output, train nothing")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoints")
@@ -136,9 +140,7 @@ def main() -> None:
     test_questions = read_questions(arguments.data / "nq_open_test.jsonl")
     test = list(read_counterfact(arguments.data / "facts_test.json", test_questions))[: arguments.limit]
     started = time.perf_counter()
-    measured = evaluate_records(
-        model.eval().split, model.targets, model.editor, model.encoder, test, generate=True
-    )
+    measured = evaluate_records(model.eval().split, model.targets, model.editor, model.encoder, test, generate=True)
     groups = {"all": measured}
     if held_out:
         pairs = list(zip(test, measured, strict=True))
@@ -148,7 +150,9 @@ def main() -> None:
     result = {
         "base_model": SMOLLM2_ID,
         "hold_out": held_out,
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("data", "checkpoints")},
+        "settings": {
+            name: str(value) for name, value in vars(arguments).items() if name not in ("data", "checkpoints")
+        },
         "targets": [target.name for target in model.targets],
         "training_seconds": seconds,
         "evaluation_seconds": time.perf_counter() - started,

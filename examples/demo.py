@@ -1,8 +1,8 @@
 """
 Edits a real model, SmolLM2-135M-Instruct, with the editor that this repository ships.
 
-Three edits; for each, the answer before and after on the prompt, on a paraphrase and on an unrelated question. Then one edit
-is undone, the others are saved, and a new process loads them and gives the same answers.
+Three edits; for each, the answer before and after on the prompt, on a paraphrase and on an unrelated question. Then
+one edit is undone, the others are saved, and a new process loads them and gives the same answers.
 """
 
 from __future__ import annotations

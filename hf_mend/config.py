@@ -34,9 +34,9 @@ class EditorConfig:
     target_modules: str | list[str] | None = field(
         default="default",
         metadata={
-            "help": "Layers to edit: 'default' (the choice that measured best, by fraction of depth), 'paper' (all MLP "
-            "weights of the last three blocks, or of the last two of encoder and decoder), a regular expression for "
-            "whole names, or a list of names or last parts of names."
+            "help": "Layers to edit: 'default' (the choice that measured best, by fraction of depth), 'paper' (all "
+            "MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular expression "
+            "for whole names, or a list of names or last parts of names."
         },
     )
     layers_to_transform: list[int] | None = field(
@@ -46,7 +46,9 @@ class EditorConfig:
         default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
     )
     rank: int = field(default=256, metadata={"help": "Rank of the editor networks' weight matrices (paper: 1920)."})
-    num_hidden_layers: int = field(default=1, metadata={"help": "Hidden layers of an editor network, as in the paper."})
+    num_hidden_layers: int = field(
+        default=1, metadata={"help": "Hidden layers of an editor network, as in the paper."}
+    )
     transform: str = field(
         default="both",
         metadata={
@@ -60,8 +62,8 @@ class EditorConfig:
     whiten: bool = field(
         default=True,
         metadata={
-            "help": "Multiply the mapped x by the inverse second moment of the layer's inputs, so that an edit acts on "
-            "what sets this input apart from text at large. Not in the paper, which has no such step."
+            "help": "Multiply the mapped x by the inverse second moment of the layer's inputs, so that an edit acts "
+            "on what sets this input apart from text at large. Not in the paper, which has no such step."
         },
     )
     whiten_ridge: float = field(
@@ -73,7 +75,9 @@ class EditorConfig:
     init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
     shared: bool = field(
         default=True,
-        metadata={"help": "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."},
+        metadata={
+            "help": "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."
+        },
     )
     edit_lr: float = field(default=1e-3, metadata={"help": "Initial step of an edit; each layer learns its own."})
     base_fingerprint: dict[str, Any] | None = field(
@@ -82,23 +86,39 @@ class EditorConfig:
 
     def __post_init__(self) -> None:
         _check(self.method and isinstance(self.method, str), "method", self.method, "the name of a method")
-        _check(self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"), "task_type", self.task_type,
-               "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None")
+        _check(
+            self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"),
+            "task_type",
+            self.task_type,
+            "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None",
+        )
         _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
         _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
         for name in ("rank", "num_hidden_layers", "whiten_rank"):
             value = getattr(self, name)
-            _check(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536, name, value,
-                   "a whole number of at least 1")
+            _check(
+                isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536,
+                name,
+                value,
+                "a whole number of at least 1",
+            )
         for name in ("edit_lr", "whiten_ridge"):
             value = getattr(self, name)
-            _check(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"), name,
-                   value, "a positive number")
+            _check(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
+                name,
+                value,
+                "a positive number",
+            )
         for name in ("normalize", "whiten", "shared"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         modules = self.target_modules
-        _check(modules is None or isinstance(modules, str) or _is_list_of(modules, str), "target_modules", modules,
-               "a string or a list of strings")
+        _check(
+            modules is None or isinstance(modules, str) or _is_list_of(modules, str),
+            "target_modules",
+            modules,
+            "a string or a list of strings",
+        )
         layers = self.layers_to_transform
         _check(layers is None or _is_list_of(layers, int), "layers_to_transform", layers, "a list of block indices")
         if isinstance(modules, (set, tuple)):
@@ -120,7 +140,8 @@ class EditorConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
-                f"the editor configuration has unknown fields {unknown}; it knows {sorted(known)}. Was it written by a "
+                f"the editor configuration has unknown fields {unknown}; it knows {sorted(known)}. Was it written by "
+                f"a "
                 "newer hf_mend? Then upgrade hf_mend"
             )
         return cls(**values)

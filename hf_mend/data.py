@@ -128,8 +128,8 @@ class Rows:
 
     Args:
         inputs (`dict[str, torch.Tensor]`): The model's arguments, `(rows, seq)` each.
-        next_tokens (`torch.Tensor` of shape `(rows, seq)`): What each output position must predict, -100 elsewhere. Not
-            shifted: position t's own prediction.
+        next_tokens (`torch.Tensor` of shape `(rows, seq)`): What each output position must predict, -100 elsewhere.
+            Not shifted: position t's own prediction.
         positions (`torch.Tensor` of shape `(rows, seq)`, bool): The output positions that matter, labelled or not.
     """
 
@@ -194,12 +194,16 @@ class Encoder:
         """The queries as one batch, padded on the right."""
         return self.pad([self.tokens(query) for query in queries])
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of some tokens, without special ones and without space around it."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
     def tokens(self, query: Query) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer; an answer of none gives an empty list."""
         text = query.prompt
         if query.chat:
             turns = [{"role": "user", "content": query.prompt}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         # A template writes its own special tokens.
         prompt: list[int] = self.tokenizer(text, add_special_tokens=not query.chat)["input_ids"]
         if query.answer is None:
@@ -246,8 +250,8 @@ class Encoder:
 @dataclass
 class EditBatch:
     """
-    A training step's texts. Rows of one edit stand together, as many for each edit; kinds of text that differ in length
-    are apart, so that little is padding.
+    A training step's texts. Rows of one edit stand together, as many for each edit; kinds of text that differ in
+    length are apart, so that little is padding.
 
     Args:
         edit ([`Rows`]): The prompts and targets that make the edits, one row an edit.
@@ -281,9 +285,9 @@ class TrainingExamples(Dataset[TrainingExample]):
     """
     Draws, for each record and epoch, which paraphrases and which locality texts a training step uses.
 
-    The draw depends on seed, epoch and record alone, so that a resumed run sees what an unbroken one would have. A record
-    without enough neighbours borrows prompts of the same relation (they make harder locality texts than anything else),
-    then any other record's.
+    The draw depends on seed, epoch and record alone, so that a resumed run sees what an unbroken one would have. A
+    record without enough neighbours borrows prompts of the same relation (they make harder locality texts than
+    anything else), then any other record's.
 
     Args:
         records (`Sequence[EditRecord]`): The facts.

@@ -109,7 +109,9 @@ class EditResult:
             norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
             lines.append(f"  update norms: {norms}")
         for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
-            lines += [f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes]
+            lines += [
+                f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes
+            ]
         return "\n".join(lines)
 
 
@@ -123,14 +125,14 @@ def as_requests(
         ValueError: Lists differ in length, or probes come with several edits.
         TypeError: An argument is neither text nor record.
     """
-    prompts = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
+    prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
     if not prompts:
         raise ValueError("there is no prompt: the list is empty")
     if all(isinstance(item, EditRecord) for item in prompts):
         if target is not None:
             raise ValueError("records hold their targets; leave `target` out")
         return [EditRequest(r.prompt, r.target, chat, list(r.paraphrases), list(r.neighborhood)) for r in prompts]
-    targets = [target] if isinstance(target, str) else list(target or [])
+    targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
     if len(prompts) != len(targets):
         raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")
     for item in [*prompts, *targets]:
@@ -138,17 +140,17 @@ def as_requests(
             raise TypeError(f"prompts and targets are strings, or prompts are EditRecords; got {type(item).__name__}")
     if len(prompts) > 1 and (paraphrases or locality):
         raise ValueError(
-            f"paraphrases and locality probes go with one edit, got {len(prompts)}; pass EditRecords, which hold their own"
+            f"paraphrases and locality probes go with one edit, got {len(prompts)}; pass EditRecords, which hold "
+            "their own"
         )
-    return [
-        EditRequest(p, t, chat, list(paraphrases), list(locality)) for p, t in zip(prompts, targets, strict=True)
-    ]
+    return [EditRequest(p, t, chat, list(paraphrases), list(locality)) for p, t in zip(prompts, targets, strict=True)]
 
 
 def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: PretrainedConfig) -> None:
     """
     Raises:
-        ValueError: A request is empty, tokenises to nothing, is too long, or asks for a chat template that is not there.
+        ValueError: A request is empty, tokenises to nothing, is too long, or asks for a chat template that is not
+            there.
     """
     longest = getattr(config, "max_position_embeddings", None)
     for number, request in enumerate(requests):
@@ -157,7 +159,9 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
             if not text.strip():
                 raise ValueError(f"{where} has an empty {name} ({text!r}); an edit needs both a prompt and a target")
         if request.chat and not getattr(encoder.tokenizer, "chat_template", None):
-            raise ValueError("chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False")
+            raise ValueError(
+                "chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False"
+            )
         prompt, target = encoder.tokens(request.query)
         if not target or not prompt:
             raise ValueError(f"{where}: {request.target if prompt else request.prompt!r} tokenises to nothing")
@@ -171,7 +175,7 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
 
 @dataclass
 class _Asked:
-    """What the model says to some rows: per row, target's log-probability, argmax tokens and whether they are right."""
+    """What the model says, per row: the target's log-probability, the argmax tokens, and which of them are right."""
 
     log_probability: list[float]
     tokens: list[list[int]]
@@ -243,13 +247,12 @@ def _edit_batch(
     made = []
     for i, request in enumerate(requests):
         edit = _as_edit(request, {name: (u[i], v[i]) for name, (u, v) in total.items()}) if steps[i] else None
-        decode = encoder.tokenizer.decode
         result = EditResult(
             id=edit.id if edit else None,
             prompt=request.prompt,
             target=request.target,
-            before=decode(before.tokens[i]).strip(),
-            after=decode(after.tokens[i]).strip(),
+            before=encoder.decode(before.tokens[i]),
+            after=encoder.decode(after.tokens[i]),
             probability_before=float(torch.tensor(before.log_probability[i]).exp()),
             probability_after=float(torch.tensor(after.log_probability[i]).exp()),
             token_success=after.right[i],
@@ -278,7 +281,8 @@ def _finite_updates(method: EditMethod, factors: dict[str, tuple[torch.Tensor, t
 def _check_finite(name: str, what: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in pair):
         raise ValueError(
-            f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base model's own "
+            f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base model's "
+            f"own "
             "outputs are finite (a float16 base may overflow: load it in bfloat16)"
         )
 
@@ -291,7 +295,8 @@ def _masked(updates: dict[str, Update], keep: torch.Tensor) -> dict[str, Update]
 def _joined(first: dict[str, Update], second: dict[str, Update]) -> dict[str, Update]:
     """The sum of two batches of updates."""
     return {
-        name: (torch.cat([u, second[name][0]], 1), torch.cat([v, second[name][1]], 1)) for name, (u, v) in first.items()
+        name: (torch.cat([u, second[name][0]], 1), torch.cat([v, second[name][1]], 1))
+        for name, (u, v) in first.items()
     }
 
 
@@ -345,6 +350,5 @@ def _probe(
     probes = []
     for i, prompt in enumerate(prompts):
         ok = all(after.right[i]) if says_target else after.tokens[i] == before.tokens[i]
-        said = [encoder.tokenizer.decode(tokens[i]).strip() for tokens in (before.tokens, after.tokens)]
-        probes.append(Probe(prompt, *said, ok))
+        probes.append(Probe(prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
     return probes

@@ -81,7 +81,8 @@ def edits_from_tensors(
                 raise KeyError(name)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source} is not a collection of edits, or its header was altered ({type(error).__name__} {error}); write it "
+            f"{source} is not a collection of edits, or its header was altered ({type(error).__name__} {error}); "
+            f"write it "
             "with save_edits"
         ) from error
     return edits
@@ -99,9 +100,9 @@ def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
 
     Args:
         x (`torch.Tensor` of shape `(..., d_in)`): The layer's input.
-        update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)`, either of shapes `(rank, d_in)` and `(rank, d_out)`, the
-            same for all rows, or with a leading dimension of edits: then the rows fall into as many equal runs, each with
-            its own edit.
+        update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)`, either of shapes `(rank, d_in)` and `(rank, d_out)`,
+            the same for all rows, or with a leading dimension of edits: then the rows fall into as many equal runs,
+            each with its own edit.
 
     Returns:
         `torch.Tensor` of shape `(..., d_out)`, in the factors' dtype.
@@ -122,7 +123,8 @@ def applied(targets: Sequence[Target], updates: Mapping[str, Update]) -> Iterato
 
     Args:
         targets (`Sequence[Target]`): The layers.
-        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): See [`side_path`]; layers without one stay as they are.
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): See [`side_path`]; layers without one stay as they
+            are.
     """
     with ExitStack() as hooks:
         for target in targets:
@@ -184,7 +186,8 @@ class EditStack:
                 fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
                 if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
                     raise ValueError(
-                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and {tuple(v.shape)}, "
+                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and "
+                        f"{tuple(v.shape)}, "
                         f"the model's edited layers are {shapes}; these edits belong to another model or editor"
                     )
 
@@ -222,7 +225,7 @@ class EditStack:
             TypeError: A layer's weight cannot take an update; no weight has changed then.
         """
         updates = stacked(self.edits)
-        by_name = {target.name: target.module for target in self.targets}
+        by_name: dict[str, Any] = {target.name: target.module for target in self.targets}
         for name in updates:
             weight = by_name[name].weight
             if not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:

@@ -25,8 +25,9 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     """
     Yields a copy of a folder that takes the folder's place when the context ends well.
 
-    A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the two
-    renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are kept.
+    A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
+    two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
+    kept.
 
     Args:
         path (`str` or `Path`): The folder to replace; it need not exist.
@@ -105,7 +106,8 @@ def read_tensors(
                 missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
                 if missing or extra:
                     raise ValueError(
-                        f"{path} does not fit its configuration: missing tensors {missing[:5]}, unexpected {extra[:5]}. "
+                        f"{path} does not fit its configuration: missing tensors {missing[:5]}, unexpected "
+                        f"{extra[:5]}. "
                         "Was the configuration altered by hand, or is the file another editor's?"
                     )
             for name in sorted(names):
@@ -113,7 +115,8 @@ def read_tensors(
                 shape = tuple(piece.get_shape())
                 if expected is not None and shape != tuple(expected[name]):
                     raise ValueError(
-                        f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file or "
+                        f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file "
+                        f"or "
                         "the configuration was altered, or they belong to different editors"
                     )
                 if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):

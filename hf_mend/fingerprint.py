@@ -24,8 +24,8 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
     """
     The base model as far as an editor depends on it.
 
-    The hash is over an even sample of the edited weights rounded to bfloat16, so that the same model has the same hash in
-    float32 and bfloat16. It is `None` where the weights cannot be read (offloaded or quantised).
+    The hash is over an even sample of the edited weights rounded to bfloat16, so that the same model has the same hash
+    in float32 and bfloat16. It is `None` where the weights cannot be read (offloaded or quantised).
 
     Args:
         base_model (`PreTrainedModel`): The model.
@@ -58,7 +58,8 @@ def check_base(
         base_model (`PreTrainedModel`): The model at hand.
         targets (`Sequence[Target]`): Its edited layers.
         source (`str`): Where the editor or the edits came from, for the message.
-        fingerprint (`str` or `dict`, *optional*): The stored one, when it is not the configuration's; may be JSON text.
+        fingerprint (`str` or `dict`, *optional*): The stored one, when it is not the configuration's; may be JSON
+            text.
 
     Raises:
         ValueError: The layers' shapes differ, or the fingerprint cannot be read.
@@ -77,12 +78,15 @@ def check_base(
     if layers != here["layers"]:
         differing = sorted(set(map(str, layers.items())) ^ set(map(str, here["layers"].items())))[:4]
         raise ValueError(
-            f"{source} was made for {theirs or architecture!r}, whose edited layers do not fit {ours!r}: they differ in "
+            f"{source} was made for {theirs or architecture!r}, whose edited layers do not fit {ours!r}: they differ "
+            f"in "
             f"{differing}. Load the base model that it was made for"
         )
     same_hash = stored_hash is None or here["sha256"] is None or stored_hash == here["sha256"]
     if not same_hash or architecture != here["architecture"]:
         logger.warning(
-            f"{source} was made for {theirs or architecture!r}, and the base model is {ours!r}: the shapes fit but the "
-            "weights differ, so edits may not take. Load the base model that it was made for, or train an editor for this one"
+            f"{source} was made for {theirs or architecture!r}, and the base model is {ours!r}: the shapes fit but "
+            f"the "
+            "weights differ, so edits may not take. Load the base model that it was made for, or train an editor for "
+            "this one"
         )

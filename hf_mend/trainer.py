@@ -31,7 +31,8 @@ logger = logging.get_logger(__name__)
 @dataclass
 class EditorTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different facts.
+    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different
+    facts.
     """
 
     locality_weight: float = field(
@@ -44,7 +45,8 @@ class EditorTrainingArguments(TrainingArguments):
         default=1e-2, metadata={"help": "Learning rate of the logarithm of each layer's edit step."}
     )
     statistics_batches: int = field(
-        default=16, metadata={"help": "Batches whose factors and inputs set the editor's statistics before the first step."}
+        default=16,
+        metadata={"help": "Batches whose factors and inputs set the editor's statistics before the first step."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
@@ -55,8 +57,8 @@ class EditorTrainingArguments(TrainingArguments):
 
 class EditorTrainer(Trainer):
     """
-    Trains the editor of an [`EditableModel`]; the base model stays as it is. Logging, callbacks, mixed precision, gradient
-    accumulation, checkpoints, best-model selection and early stopping are the parent's.
+    Trains the editor of an [`EditableModel`]; the base model stays as it is. Logging, callbacks, mixed precision,
+    gradient accumulation, checkpoints, best-model selection and early stopping are the parent's.
 
     `evaluate` reports `eval_edit_success`, `eval_generality`, `eval_neighborhood`, `eval_unrelated` and their mean
     `eval_score`, each over the edits of the evaluation data, made alone.
@@ -70,6 +72,8 @@ class EditorTrainer(Trainer):
         kwargs: What else `Trainer` takes.
     """
 
+    model: Any
+
     def __init__(
         self,
         model: EditableModel,
@@ -79,7 +83,7 @@ class EditorTrainer(Trainer):
         questions: Sequence[tuple[str, str]] = (),
         **kwargs: Any,
     ):
-        examples = None
+        examples: TrainingExamples | None = None
         if train_dataset is not None:
             examples = TrainingExamples(
                 _as_records(train_dataset),
@@ -114,7 +118,7 @@ class EditorTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: EditBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The editing loss of a batch of different facts."""
         result = model(edit_batch=inputs, locality_weight=self.args.locality_weight)
@@ -135,7 +139,7 @@ class EditorTrainer(Trainer):
         """Adam with its own learning rate for the edit steps; an optimizer given to the trainer goes first."""
         if self.optimizer is None:
             trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {"params": [p for n, p in trainable if not n.endswith("log_step")]},
                 {"params": [p for n, p in trainable if n.endswith("log_step")], "lr": self.args.step_learning_rate},
             ]
@@ -186,14 +190,13 @@ class EditorTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_editor(Path(resume_from_checkpoint) / WEIGHTS_NAME)
 
     def _load_best_model(self) -> None:
-        self.model.load_editor(Path(self.state.best_model_checkpoint) / WEIGHTS_NAME)
+        self.model.load_editor(Path(str(self.state.best_model_checkpoint)) / WEIGHTS_NAME)
 
 
 class _EpochCallback(TrainerCallback):
@@ -210,8 +213,8 @@ class _EpochCallback(TrainerCallback):
 
 def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batch_size: int) -> None:
     """
-    Sets an untrained editor's statistics from some training examples, and its first step to the power of two that lowers
-    the targets' negative log-likelihood most, halved.
+    Sets an untrained editor's statistics from some training examples, and its first step to the power of two that
+    lowers the targets' negative log-likelihood most, halved.
 
     Args:
         model ([`EditableModel`]): The model.

@@ -18,7 +18,6 @@ from transformers import (
 from hf_mend import EditableModel, EditorConfig, EditRecord
 
 
-
 torch.set_num_threads(2)
 
 VOCAB = 160
@@ -127,12 +126,12 @@ def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **option
     return EditableModel(base, small_config(normalize=False, whiten=False, edit_lr=0.3, **options), tokenizer).eval()
 
 
-def all_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, text: str = "the capital of peru is") -> torch.Tensor:
+def all_logits(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, text: str = "the capital of peru is"
+) -> torch.Tensor:
     inputs = dict(tokenizer(text, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, 5, 9]])
     with torch.no_grad():
         return model(**inputs).logits
-
-

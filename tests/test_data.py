@@ -28,7 +28,13 @@ def test_read_counterfact(tmp_path):
     path.write_text(json.dumps([FACT]))
     (record,) = read_counterfact(path, [("who?", "me")])
     assert record == EditRecord(
-        "The capital of Peru is", "Oslo", ["Peru's capital is"], ["The capital of Chile is"], [("who?", "me")], "P1", "7"
+        "The capital of Peru is",
+        "Oslo",
+        ["Peru's capital is"],
+        ["The capital of Chile is"],
+        [("who?", "me")],
+        "P1",
+        "7",
     )
 
 
@@ -38,7 +44,10 @@ def test_read_counterfact(tmp_path):
         ("{", "is not valid JSON"),
         ("{}", "holds a dict, expected a list"),
         ("[]", "holds no record"),
-        (json.dumps([FACT, {"case_id": 1}]), "record 1: KeyError 'requested_rewrite'; expected requested_rewrite with"),
+        (
+            json.dumps([FACT, {"case_id": 1}]),
+            "record 1: KeyError 'requested_rewrite'; expected requested_rewrite with",
+        ),
         (json.dumps([{"requested_rewrite": {"prompt": "x"}}]), "record 0: KeyError 'subject'"),
     ],
 )

@@ -14,7 +14,10 @@ from hf_mend.targets import add_to_weight_, weight_matrix
 def random_edit(model, id="a", rank=3, seed=0, scale=0.05) -> Edit:
     generator = torch.Generator().manual_seed(seed)
     updates = {
-        t.name: (torch.randn(rank, t.d_in, generator=generator), scale * torch.randn(rank, t.d_out, generator=generator))
+        t.name: (
+            torch.randn(rank, t.d_in, generator=generator),
+            scale * torch.randn(rank, t.d_out, generator=generator),
+        )
         for t in model.targets
     }
     return Edit(id, "the prompt", "the target", updates)

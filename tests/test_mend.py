@@ -33,7 +33,11 @@ def factors(edits=2, seq=5, seed=0):
     ("transform", "normalize", "init", "shared", "whiten"),
     list(
         itertools.product(
-            ["both", "both_separate", "x", "delta", "smaller"], [True, False], ["identity", "xavier"], [True, False], [True, False]
+            ["both", "both_separate", "x", "delta", "smaller"],
+            [True, False],
+            ["identity", "xavier"],
+            [True, False],
+            [True, False],
         )
     ),
 )
@@ -184,7 +188,10 @@ def test_target_modules_follow_pefts_rules(llama):
     ("options", "message"),
     [
         ({"target_modules": ["fc9"]}, r"matches no layer of LlamaForCausalLM; its blocks hold .*down_proj"),
-        ({"target_modules": ["input_layernorm"]}, r"matches 'model.layers.0.input_layernorm', a LlamaRMSNorm, which is not"),
+        (
+            {"target_modules": ["input_layernorm"]},
+            r"matches 'model.layers.0.input_layernorm', a LlamaRMSNorm, which is not",
+        ),
         ({"layers_to_transform": [99]}, r"layers_to_transform=\[99\] matches no layer"),
         ({"layers_pattern": "h"}, r"layers_pattern='h' names no list of blocks; the model has \['model.layers'\]"),
     ],
@@ -202,7 +209,9 @@ def test_a_model_without_blocks():
 def test_attention_weights_can_be_edited_too(llama, tokenizer):
     from hf_mend import get_editable_model
 
-    model = get_editable_model(llama, small_config(target_modules=["o_proj"], normalize=False, whiten=False), tokenizer)
+    model = get_editable_model(
+        llama, small_config(target_modules=["o_proj"], normalize=False, whiten=False), tokenizer
+    )
     model.editor.scale_steps(300.0)
     result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
     assert result.probability_after > result.probability_before

@@ -19,9 +19,12 @@ PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
 def probability(model, prompt, target) -> float:
     """The oracle: one ordinary forward pass over the whole text."""
     encoder = model.encoder
-    ids, answer = encoder.tokenizer(prompt)["input_ids"], encoder.tokenizer(
-        target if encoder.is_encoder_decoder else " " + target, add_special_tokens=False
-    )["input_ids"]
+    ids, answer = (
+        encoder.tokenizer(prompt)["input_ids"],
+        encoder.tokenizer(target if encoder.is_encoder_decoder else " " + target, add_special_tokens=False)[
+            "input_ids"
+        ],
+    )
     with torch.no_grad():
         if encoder.is_encoder_decoder:
             decoder = torch.tensor([[encoder.decoder_start_token_id, *answer[:-1]]])
@@ -103,7 +106,9 @@ def test_records_bring_their_probes(llama, tokenizer):
     results = model.edit(RECORDS[:2])
     assert [p.prompt for p in results[0].paraphrases] == RECORDS[0].paraphrases
     assert [p.prompt for p in results[1].locality] == RECORDS[1].neighborhood
-    single = model.edit("the seat of egypt is", "oslo", paraphrases=["egypt has the capital"], locality=["the river of"])
+    single = model.edit(
+        "the seat of egypt is", "oslo", paraphrases=["egypt has the capital"], locality=["the river of"]
+    )
     assert len(single.paraphrases) == len(single.locality) == 1
     probe = single.locality[0]
     assert probe.ok == (probe.before == probe.after)
@@ -185,7 +190,9 @@ def test_saved_edits_come_back_to_the_bit(base, tokenizer, tmp_path, architectur
     other = editable(build_model(architecture), tokenizer)
     loaded = other.load_edits(tmp_path / "edits")
     assert [e.id for e in loaded] == [e.id for e in model.edits]
-    assert [(e.prompt, e.target, e.metadata) for e in loaded] == [(e.prompt, e.target, e.metadata) for e in model.edits]
+    assert [(e.prompt, e.target, e.metadata) for e in loaded] == [
+        (e.prompt, e.target, e.metadata) for e in model.edits
+    ]
     assert torch.equal(all_logits(other, tokenizer), expected)
     other.undo(loaded[1].id)
     assert len(other.edits) == 2
@@ -274,7 +281,9 @@ def test_not_finite_leaves_the_model_to_the_bit(llama, tokenizer, broken):
         else:
             kept = model.base_model.lm_head.weight.clone()
             model.base_model.lm_head.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=rf"the {broken} of layer 'model\.layers.*NaN or infinity, so nothing was edited"):
+    with pytest.raises(
+        ValueError, match=rf"the {broken} of layer 'model\.layers.*NaN or infinity, so nothing was edited"
+    ):
         model.edit(PROMPT, TARGET)
     if broken == "gradient":
         with torch.no_grad():

@@ -10,8 +10,15 @@ import torch
 from conftest import RECORDS, build_model, small_config
 from transformers import EarlyStoppingCallback
 
-from hf_mend import EditableModel, EditorTrainer, EditorTrainingArguments, evaluate_records, get_editable_model, summarize
-from hf_mend.data import EditCollator, TrainingExamples
+from hf_mend import (
+    EditableModel,
+    EditorTrainer,
+    EditorTrainingArguments,
+    evaluate_records,
+    get_editable_model,
+    summarize,
+)
+from hf_mend.data import EditCollator, Query, TrainingExamples
 from hf_mend.edits import dense
 from hf_mend.losses import editing_loss, locality_kl, target_nll
 from hf_mend.targets import weight_matrix
@@ -67,20 +74,25 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
                 pair = [m(**rows.inputs).logits[rows.positions] for m in (changed, model.base_model)]
                 local[kind].append((float(locality_kl(*pair)) * len(pair[0]), len(pair[0])))
     locality = sum(sum(v for v, _ in kind) / sum(n for _, n in kind) for kind in local) / 2
-    assert float(together.edit) == pytest.approx(edit / counts, rel=1e-3)
-    assert float(together.locality) == pytest.approx(locality, rel=1e-2, abs=1e-6)
-    assert float(together.loss) == pytest.approx(edit / counts + 0.7 * locality, rel=1e-3)
+    assert float(together.edit.detach()) == pytest.approx(edit / counts, rel=1e-3)
+    assert float(together.locality.detach()) == pytest.approx(locality, rel=1e-2, abs=1e-6)
+    assert float(together.loss.detach()) == pytest.approx(edit / counts + 0.7 * locality, rel=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path, architecture):
     model = fresh(tokenizer, architecture)
     weights = {name: value.clone() for name, value in model.base_model.state_dict().items()}
-    trainer = EditorTrainer(model, arguments(tmp_path, max_steps=40), RECORDS, RECORDS[:2], questions=QUESTIONS)
+    args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant")
+    trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
+    examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
+    batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
+    calibrate(model, examples, 2, 4)
     before = trainer.evaluate()
+    first = float(model(edit_batch=batch).loss.detach())
     trainer.train()
-    curve = losses(trainer)
-    assert sum(curve[-8:]) < 0.8 * sum(curve[:8])
+    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert len(losses(trainer)) == 30
     assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
     assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
 
@@ -93,7 +105,9 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(tokenizer, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert len(losses(whole)) == 8
     assert losses(again)[-4:] == losses(whole)[-4:]
-    for one, two in zip(whole.model.editor.state_dict().values(), again.model.editor.state_dict().values(), strict=True):
+    for one, two in zip(
+        whole.model.editor.state_dict().values(), again.model.editor.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, two)
 
 
@@ -105,9 +119,10 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path
     for size, accumulate in ((2, 1), (1, 2)):
         model = fresh(tokenizer)
         calibrate(model, TrainingExamples(records, QUESTIONS), 1, 4)
-        args = arguments(tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
-                         max_steps=1, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant",
-                         unrelated_rows=0)  # fmt: skip
+        args = arguments(
+            tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
+            max_steps=1, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant", unrelated_rows=0,
+        )  # fmt: skip
         EditorTrainer(model, args, records).train()
         parameters.append(torch.cat([p.detach().flatten() for p in model.editor.parameters()]))
     torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
@@ -151,8 +166,6 @@ def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
     )
     encoder = model.encoder
     for record, got in zip(RECORDS, measured, strict=True):
-        from hf_mend.data import Query
-
         rows = encoder([Query(record.prompt, record.target)])
         factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
         changed = copy.deepcopy(model.base_model)

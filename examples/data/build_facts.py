@@ -29,6 +29,7 @@ from babel.core import get_global
 from babel.languages import get_official_languages
 from babel.numbers import get_territory_currencies
 
+
 HERE = Path(__file__).resolve().parent
 
 # A relation's templates: `{}` is the subject, and the answer follows the template after one space.
@@ -116,27 +117,149 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 # Territories that are left out: dependent ones (their parent state's facts would be ambiguous), ones whose status is
 # disputed, and codes that no longer exist.
 EXCLUDED_TERRITORIES = frozenset(
-    "AI AN AS AW AX BL BM BQ CC CK CS CW CX EH FK FO GF GG GI GL GP GU HK IM IO JE KY MF MO MP MQ MS NC NF NU PF PM "
-    "PN PR PS RE SH SJ SX TC TK TW UM VG VI WF XK YT".split()
+    [
+        "AI",
+        "AN",
+        "AS",
+        "AW",
+        "AX",
+        "BL",
+        "BM",
+        "BQ",
+        "CC",
+        "CK",
+        "CS",
+        "CW",
+        "CX",
+        "EH",
+        "FK",
+        "FO",
+        "GF",
+        "GG",
+        "GI",
+        "GL",
+        "GP",
+        "GU",
+        "HK",
+        "IM",
+        "IO",
+        "JE",
+        "KY",
+        "MF",
+        "MO",
+        "MP",
+        "MQ",
+        "MS",
+        "NC",
+        "NF",
+        "NU",
+        "PF",
+        "PM",
+        "PN",
+        "PR",
+        "PS",
+        "RE",
+        "SH",
+        "SJ",
+        "SX",
+        "TC",
+        "TK",
+        "TW",
+        "UM",
+        "VG",
+        "VI",
+        "WF",
+        "XK",
+        "YT",
+    ]
 )
 # Time zones of disputed places, and disputed cities.
 EXCLUDED_TIMEZONES = frozenset({"Europe/Simferopol", "Asia/Hebron", "Asia/Gaza"})
 EXCLUDED_CITIES = frozenset({"Jerusalem", "East Jerusalem", "West Jerusalem"})
 # Countries on two continents, for the relations about continents.
-TWO_CONTINENTS = frozenset("RU TR KZ AZ GE AM CY EG ID TL".split())
+TWO_CONTINENTS = frozenset(["RU", "TR", "KZ", "AZ", "GE", "AM", "CY", "EG", "ID", "TL"])
 # Countries with several capitals, a disputed one or a recent move.
-UNCLEAR_CAPITALS = frozenset("BI BJ BO GQ IL LK SZ YE ZA".split())
+UNCLEAR_CAPITALS = frozenset(["BI", "BJ", "BO", "GQ", "IL", "LK", "SZ", "YE", "ZA"])
 # Countries whose currency changed lately or that use several.
-UNCLEAR_CURRENCIES = frozenset("BG KP LR TL ZW".split())
+UNCLEAR_CURRENCIES = frozenset(["BG", "KP", "LR", "TL", "ZW"])
 # Countries where the list of official languages in the data is incomplete, disputed or out of date.
-UNCLEAR_LANGUAGES = frozenset("BF BT ET GN IQ MK ML NA NE NL NZ PH ZA ZM".split())
+UNCLEAR_LANGUAGES = frozenset(["BF", "BT", "ET", "GN", "IQ", "MK", "ML", "NA", "NE", "NL", "NZ", "PH", "ZA", "ZM"])
 # Airports that serve another city than the one they are listed under, or lie in disputed places.
-UNCLEAR_AIRPORTS = frozenset("DOK ECN NAT VSG YVR YYZ".split())
+UNCLEAR_AIRPORTS = frozenset(["DOK", "ECN", "NAT", "VSG", "YVR", "YYZ"])
 # Languages in use with more than one script, besides those for which CLDR lists several.
 SEVERAL_SCRIPTS = frozenset(
-    "az bal ban bej bew bgn bm bjn brh bug cop dje dyu ff fuv gan gon ha hak hoc hsn ii ja jv kaa kab kbd kha kk kok "
-    "kri kru ks ku lah mad mak man min mn mni ms nan pa rhg rif sas sat sd shi sr su sus sw tg tly tmh tzm ug unr uz "
-    "vai wo wuu yo yue za zgh zh zza".split()
+    [
+        "az",
+        "bal",
+        "ban",
+        "bej",
+        "bew",
+        "bgn",
+        "bm",
+        "bjn",
+        "brh",
+        "bug",
+        "cop",
+        "dje",
+        "dyu",
+        "ff",
+        "fuv",
+        "gan",
+        "gon",
+        "ha",
+        "hak",
+        "hoc",
+        "hsn",
+        "ii",
+        "ja",
+        "jv",
+        "kaa",
+        "kab",
+        "kbd",
+        "kha",
+        "kk",
+        "kok",
+        "kri",
+        "kru",
+        "ks",
+        "ku",
+        "lah",
+        "mad",
+        "mak",
+        "man",
+        "min",
+        "mn",
+        "mni",
+        "ms",
+        "nan",
+        "pa",
+        "rhg",
+        "rif",
+        "sas",
+        "sat",
+        "sd",
+        "shi",
+        "sr",
+        "su",
+        "sus",
+        "sw",
+        "tg",
+        "tly",
+        "tmh",
+        "tzm",
+        "ug",
+        "unr",
+        "uz",
+        "vai",
+        "wo",
+        "wuu",
+        "yo",
+        "yue",
+        "za",
+        "zgh",
+        "zh",
+        "zza",
+    ]
 )
 NOT_LANGUAGES = frozenset({"cop", "jam", "nb", "nn", "no", "vmf"})
 

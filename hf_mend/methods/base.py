@@ -35,8 +35,8 @@ class EditMethod(nn.Module):
                 `(edits, seq, d_in)` and `(edits, seq, d_out)`; a position without a gradient is zero in both.
 
         Returns:
-            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes; the weight changes
-            by `sum_t v_t u_t^T`.
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes; the weight
+            changes by `sum_t v_t u_t^T`.
         """
         raise NotImplementedError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ from .base import EditMethod, register_method
 
 class FactorStatistics(nn.Module):
     """
-    Mean and variance of a factor's components over the edits seen, as buffers (section 3.2: inputs and gradients differ in
-    scale by orders of magnitude between layers, so a network needs them normalised).
+    Mean and variance of a factor's components over the edits seen, as buffers (section 3.2: inputs and gradients
+    differ in scale by orders of magnitude between layers, so a network needs them normalised).
 
     Args:
         width (`int`): Number of components.
@@ -55,7 +56,8 @@ class FactorStatistics(nn.Module):
 
 class LowRankLayer(nn.Module):
     """
-    `z + act(s * (U V z + b) + o)` with a scale `s` and shift `o` for each edited layer that shares it (equations 4, 5).
+    `z + act(s * (U V z + b) + o)` with a scale `s` and shift `o` for each edited layer that shares it (equations 4,
+    5).
 
     Args:
         width (`int`): Width of `z`.
@@ -113,6 +115,14 @@ class LayerGroup(nn.Module):
         config ([`EditorConfig`]): The editor's configuration.
     """
 
+    # torch types what a module holds as "tensor or module"; these are what they are.
+    x_stats: Any
+    delta_stats: Any
+    networks: Any
+    whiten_basis: torch.Tensor
+    whiten_shrink: torch.Tensor
+    whiten_scale: torch.Tensor
+
     def __init__(self, names: list[str], shape: tuple[int, int], config: EditorConfig):
         super().__init__()
         self.names = names
@@ -155,7 +165,8 @@ class LayerGroup(nn.Module):
 
     def whitened(self, u: torch.Tensor) -> torch.Tensor:
         """
-        `M^-1 u`, M being the inputs' second moment plus a ridge: then `u . x'` is small for all but inputs like this one.
+        `M^-1 u`, M being the inputs' second moment plus a ridge: then `u . x'` is small for all but inputs like this
+        one.
 
         M is kept as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
         """
@@ -183,7 +194,9 @@ class LayerGroup(nn.Module):
             if tokens == 0:
                 continue
             scale = self._input_scale()[min(index, len(self._input_scale()) - 1)].double().cpu()
-            moment = moment / tokens / scale[:, None] / scale[None, :]  # in normalised components, as the network's output
+            moment = (
+                moment / tokens / scale[:, None] / scale[None, :]
+            )  # in normalised components, as the network's output
             values, vectors = torch.linalg.eigh(moment)
             rank = self.whiten_shrink.shape[1]
             rest, leading = values[:-rank], values[-rank:]
@@ -204,6 +217,8 @@ class Mend(EditMethod):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    groups: Any
+
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         members: dict[object, list[str]] = {}
@@ -215,7 +230,9 @@ class Mend(EditMethod):
         updates: dict[str, Update] = {}
         for group in self.groups:
             lengths = [factors[name][0].shape[1] for name in group.names]  # encoder and decoder layers differ
-            x = torch.stack([_padded(factors[name][0], max(lengths)) for name in group.names])  # (layers, edits, seq, d_in)
+            x = torch.stack(
+                [_padded(factors[name][0], max(lengths)) for name in group.names]
+            )  # (layers, edits, seq, d_in)
             delta = torch.stack([_padded(factors[name][1], max(lengths)) for name in group.names])
             present = (delta != 0).any(-1, keepdim=True)
             u, v = group(x.flatten(1, 2), delta.flatten(1, 2))
