@@ -62,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
     parser.add_argument("--layers", help="blocks to edit, separated by commas")
+    parser.add_argument("--max-steps-of-an-edit", type=int, default=3, help="as EditableModel.edit's max_steps")
+    parser.add_argument(
+        "--facts", default="facts_test.json", help="what to measure on; settings: facts_validation.json"
+    )
+    parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -128,6 +133,7 @@ def main() -> None:
         config = EditorConfig(
             target_modules=modules.split(",") if "," in modules or arguments.layers else modules,
             layers_to_transform=[int(i) for i in arguments.layers.split(",")] if arguments.layers else None,
+            **{name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)},
         )
         torch.manual_seed(arguments.seed)
         model = get_editable_model(base, config, tokenizer)
@@ -138,9 +144,11 @@ def main() -> None:
         model.save_pretrained(arguments.output, dtype=torch.bfloat16)
         model.load_editor(arguments.output / "editor.safetensors")
     test_questions = read_questions(arguments.data / "nq_open_test.jsonl")
-    test = list(read_counterfact(arguments.data / "facts_test.json", test_questions))[: arguments.limit]
+    test = list(read_counterfact(arguments.data / arguments.facts, test_questions))[: arguments.limit]
     started = time.perf_counter()
-    measured = evaluate_records(model.eval().split, model.targets, model.editor, model.encoder, test, generate=True)
+    measured = evaluate_records(model.eval().split, model.targets, model.editor, model.encoder, test,
+        max_steps=arguments.max_steps_of_an_edit, generate=True,
+    )  # fmt: skip
     groups = {"all": measured}
     if held_out:
         pairs = list(zip(test, measured, strict=True))

@@ -182,6 +182,69 @@ class _Asked:
     right: list[list[bool]]
 
 
+@dataclass
+class FoundUpdates:
+    """
+    What a batch of requests comes to.
+
+    Args:
+        updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rows, rank, d_in)`
+            and `(rows, rank, d_out)`.
+        before, after: What the model says to the rows without and with them.
+        steps (`list[int]`): Gradient steps a row took.
+    """
+
+    updates: dict[str, Update]
+    before: _Asked
+    after: _Asked
+    steps: list[int]
+
+
+@torch.no_grad()
+def find_updates(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    rows: Rows,
+    max_steps: int = 1,
+    force: bool = True,
+) -> FoundUpdates:
+    """
+    The updates that make a batch of rows say their targets, each row's on its own.
+
+    A row that does not say its target after a step gets another, computed on the model as its first steps left it.
+
+    Args:
+        split ([`SplitModel`]): The model, with whatever edits it carries.
+        targets (`Sequence[Target]`): The edited layers.
+        method ([`EditMethod`]): Factors to updates.
+        rows ([`Rows`]): Prompts and targets, a row a request.
+        max_steps (`int`, defaults to 1): The most steps a row may take.
+        force (`bool`, defaults to `True`): Take a step also where the model says the target already.
+
+    Raises:
+        ValueError: A gradient or an update is not finite.
+    """
+    state = split.run_below(rows.inputs)
+    factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
+    before = after = _ask(rows, logits)
+    wanted = torch.tensor([force or not all(right) for right in before.right])
+    steps = [0] * len(rows)
+    total: dict[str, Update] = {}
+    for step in range(max_steps):
+        again = wanted if step == 0 else wanted & torch.tensor([not all(right) for right in after.right])
+        if not again.any():
+            break
+        if step > 0:
+            with applied(targets, total):
+                factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
+        more = _masked(_finite_updates(method, factors), again)
+        total = _joined(total, more) if total else more
+        steps = [count + int(one) for count, one in zip(steps, again.tolist(), strict=True)]
+        after = _ask_under(split, targets, total, rows, state)
+    return FoundUpdates(total, before, after, steps)
+
+
 def make_edits(
     split: SplitModel,
     targets: Sequence[Target],
@@ -191,21 +254,20 @@ def make_edits(
     requests: Sequence[EditRequest],
     max_steps: int = 3,
     batch_size: int = 16,
+    force: bool = False,
 ) -> list[EditResult]:
     """
     Makes the edits of one call and adds them to the stack. All see what the model carried before the call.
 
-    An edit that does not take gets another step, computed on the model as the first steps left it.
-
     Raises:
-        ValueError: A gradient or an update is not finite. The caller puts the stack back.
+        ValueError: A gradient or an update is not finite; the stack is as it was.
     """
     order = sorted(range(len(requests)), key=lambda i: len(encoder.tokens(requests[i].query)[0]))
     results: dict[int, EditResult] = {}
     edits: dict[int, Edit] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps)
+        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force)
         for i, (result, edit) in zip(chosen, made, strict=True):
             results[i] = result
             if edit is not None:
@@ -221,28 +283,12 @@ def _edit_batch(
     encoder: Encoder,
     requests: Sequence[EditRequest],
     max_steps: int,
+    force: bool,
 ) -> list[tuple[EditResult, Edit | None]]:
     started = time.perf_counter()
     rows = encoder([request.query for request in requests]).to(split.device)
-    state = split.run_below(rows.inputs)
-    factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
-    before = _ask(rows, logits)
-    steps = [0 if all(right) else 1 for right in before.right]
-    wanted = torch.tensor([step > 0 for step in steps])
-    after = before
-    total: dict[str, Update] = {}
-    if wanted.any():
-        total = _masked(_finite_updates(method, factors), wanted)
-        after = _ask_under(split, targets, total, rows, state)
-        for _ in range(max_steps - 1):
-            again = torch.tensor([not all(right) for right in after.right]) & wanted
-            if not again.any():
-                break
-            with applied(targets, total):
-                factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
-            total = _joined(total, _masked(_finite_updates(method, factors), again))
-            steps = [count + int(more) for count, more in zip(steps, again.tolist(), strict=True)]
-            after = _ask_under(split, targets, total, rows, state)
+    found = find_updates(split, targets, method, rows, max_steps, force)
+    before, after, total, steps = found.before, found.after, found.updates, found.steps
     seconds = (time.perf_counter() - started) / len(requests)
     made = []
     for i, request in enumerate(requests):

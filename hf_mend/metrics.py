@@ -9,10 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import EditRecord, Encoder, Query, Rows, batches
+from .editing import find_updates
 from .edits import Update, applied
 from .methods import EditMethod
 from .targets import Target
-from .tracing import SplitModel, logits_of, trace
+from .tracing import SplitModel, logits_of
 
 
 @dataclass
@@ -47,6 +48,7 @@ def evaluate_records(
     encoder: Encoder,
     records: Sequence[EditRecord],
     batch_size: int = 10,
+    max_steps: int = 1,
     generate: bool = False,
     progress: bool = True,
 ) -> list[Measured]:
@@ -60,6 +62,7 @@ def evaluate_records(
         encoder ([`Encoder`]): Tokenises and pads.
         records (`Sequence[EditRecord]`): The facts.
         batch_size (`int`, defaults to 10): Edits at once.
+        max_steps (`int`, defaults to 1): As for [`~hf_mend.EditableModel.edit`]: steps of an edit that does not take.
         generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
     """
@@ -67,8 +70,7 @@ def evaluate_records(
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, batch_size):
             edits = encoder([Query(record.prompt, record.target) for record in chunk]).to(split.device)
-            factors, _ = trace(split, targets, edits.inputs, edits.next_tokens)
-            updates = method(factors)
+            updates = find_updates(split, targets, method, edits, max_steps).updates
             measured += _measure(split, targets, updates, encoder, chunk)
             if generate:
                 for result, said in zip(

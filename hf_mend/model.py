@@ -206,6 +206,7 @@ class EditableModel(nn.Module):
         paraphrases: Sequence[str] = (),
         locality: Sequence[str] = (),
         max_steps: int = 3,
+        force: bool = False,
         batch_size: int = 16,
     ) -> EditResult | list[EditResult]:
         """
@@ -219,6 +220,8 @@ class EditableModel(nn.Module):
             paraphrases (`Sequence[str]`): Prompts on which to check that the target is said too (a single edit only).
             locality (`Sequence[str]`): Prompts on which to check that the answer stays (a single edit only).
             max_steps (`int`, defaults to 3): A step that does not take is followed by another, up to this many.
+            force (`bool`, defaults to `False`): Edit also where the model says the target already; its paraphrases may
+                not.
             batch_size (`int`, defaults to 16): Edits in one pass.
 
         Returns:
@@ -234,14 +237,9 @@ class EditableModel(nn.Module):
         requests = as_requests(prompt, target, chat, paraphrases, locality)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
-        before = self.edits
-        try:
-            results = make_edits(
-                self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size
-            )
-        except BaseException:
-            self._stack.replace(before)
-            raise
+        results = make_edits(
+            self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size, force
+        )
         for result in results:
             if not result.success:
                 logger.warning(

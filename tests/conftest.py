@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 from hf_mend import EditableModel, EditorConfig, EditRecord
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 VOCAB = 160
 CAUSAL = {
