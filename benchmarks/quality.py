@@ -33,6 +33,7 @@ from hf_mend import (
     read_questions,
     summarize,
 )
+from hf_mend.cards import update_card
 from hf_mend.metrics import Measured
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
@@ -72,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.data is None:
         parser.error("give the folder of facts with --data or HF_MEND_DATA")
     arguments.data = Path(arguments.data)
+    arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
     return arguments
 
 
@@ -171,6 +173,8 @@ def main() -> None:
     arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
     print(markdown)
+    if not arguments.limit and arguments.facts == "facts_test.json":
+        update_card(arguments.output, {"metrics": markdown})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The model card that `save_pretrained` writes."""
+"""The model card: written from a template, and never over what somebody wrote into it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -10,32 +11,51 @@ from string import Template
 from .config import EditorConfig
 
 
-def write_card(folder: Path, config: EditorConfig, layers: Sequence[str]) -> None:
+def write_card(folder: str | Path, config: EditorConfig, layers: Sequence[str]) -> None:
     """
-    Writes `README.md` from the template, unless there is one: a card that somebody wrote is never overwritten.
+    Writes `README.md` from the template; of a card that is there already, only the sections `layers` and `settings`.
 
     Args:
-        folder (`Path`): The editor's folder.
+        folder (`str` or `Path`): The editor's folder.
         config ([`EditorConfig`]): The editor's configuration.
         layers (`Sequence[str]`): The edited layers.
     """
-    path = folder / "README.md"
-    if path.exists():
-        return
-    template = Template(resources.files("hf_mend").joinpath("templates/editor_card.md").read_text(encoding="utf-8"))
-    base = config.base_model_name_or_path or "the base model"
-    auto_class = "AutoModelForSeq2SeqLM" if config.task_type == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
-    path.write_text(
-        template.substitute(
-            base_model=base,
-            auto_class=auto_class,
+    rows = [
+        f"| `{name}` | `{value}` |"
+        for name, value in sorted(config.to_dict().items())
+        if name not in ("base_fingerprint", "base_model_name_or_path")
+    ]
+    sections = {
+        "layers": "\n".join(f"- `{name}`" for name in layers),
+        "settings": "\n".join(["| option | value |", "|---|---|", *rows]),
+    }
+    path = Path(folder) / "README.md"
+    if not path.exists():
+        template = resources.files("hf_mend").joinpath("templates/editor_card.md").read_text(encoding="utf-8")
+        seq2seq = config.task_type == "SEQ_2_SEQ_LM"
+        text = Template(template).substitute(
+            base_model=config.base_model_name_or_path or "the base model",
+            auto_class="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
             method=config.method,
-            layers="\n".join(f"- `{name}`" for name in layers),
-            settings="\n".join(
-                f"| `{name}` | `{value}` |"
-                for name, value in sorted(config.to_dict().items())
-                if name not in ("base_fingerprint", "base_model_name_or_path")
-            ),
-        ),
-        encoding="utf-8",
-    )
+        )
+        path.write_text(text, encoding="utf-8")
+    update_card(folder, sections)
+
+
+def update_card(folder: str | Path, sections: Mapping[str, str]) -> None:
+    """
+    Replaces marked sections of a card; a section that the card does not mark is left out.
+
+    Args:
+        folder (`str` or `Path`): The editor's folder.
+        sections (`Mapping[str, str]`): Name -> Markdown. A section stands between `<!-- hf_mend:name -->` and
+            `<!-- /hf_mend:name -->`.
+    """
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        mark = re.compile(
+            rf"(<!-- hf_mend:{re.escape(name)} -->\n).*?(<!-- /hf_mend:{re.escape(name)} -->)", re.DOTALL
+        )
+        text = mark.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
+    path.write_text(text, encoding="utf-8")

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .data import Rows
 from .targets import Target, block_stacks, lowest_block
 
+
+logger = logging.get_logger(__name__)
+
+# How far logits of two equal passes may lie apart, as a share of the largest: rounding only.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Inputs = Mapping[str, torch.Tensor]
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -46,6 +52,9 @@ class SplitModel:
     """
     Runs a model up to a block, and from that block on, through the model's own `forward`.
 
+    The first use checks that both halves together give the whole pass's logits; where they do not, one warning says so
+    and every pass runs the whole model.
+
     The model's own code computes embeddings, masks, position ids and rotary tables in both halves. In the second half
     the blocks below the cut return what they are given, and the cut block gets the kept hidden state. Where blocks
     return tuples (T5 hands its position bias from block to block), the first block does run, and the ones between
@@ -63,6 +72,7 @@ class SplitModel:
         self.blocks = stacks[kind].blocks
         self.cuts_decoder_of_two = kind == "decoder" and "encoder" in stacks
         self._returns_tuple: bool | None = None
+        self._resumes: bool | None = None  # not checked yet
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +108,30 @@ class SplitModel:
                 hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
             with suppress(_StopForwardError):
                 self.model(**inputs, use_cache=False)
-        return HiddenState(found["hidden"], found.get("encoder"))
+        state = HiddenState(found["hidden"], found.get("encoder"))
+        if self._resumes is None:
+            self._resumes = True
+            self._resumes = self._check(inputs, state)
+        return state
+
+    def _check(self, inputs: Inputs, state: HiddenState) -> bool:
+        """Whether a pass from the kept state gives the whole pass's logits in this architecture."""
+        whole = self.model(**inputs, use_cache=False).logits
+        try:
+            resumed = self.run_above(inputs, state).logits
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            difference = (whole.float() - resumed.float()).abs().max()
+            if difference <= _TOLERANCE[whole.dtype] * whole.float().abs().max():
+                return True
+            reason = f"logits differ by {float(difference):.3g}"
+        logger.warning(
+            f"{type(self.model).__name__} cannot be run from block {self.block} on ({reason}); every pass runs the "
+            f"whole "
+            "model instead, which is slower and as exact"
+        )
+        return False
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
         """
@@ -108,6 +141,8 @@ class SplitModel:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments, of the same rows as `state`.
             state ([`HiddenState`]): What `run_below` returned for them.
         """
+        if not self._resumes:
+            return self.model(**inputs, use_cache=False)
         beside: list[Any] = []
 
         def use_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,9 +261,9 @@ def trace(
         where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
     """
     mask = next_tokens != -100
+    if state is None:
+        state = split.run_below(inputs)
     with torch.enable_grad(), record_factors(targets) as record, logits_at(split.model, mask):
-        if state is None:
-            state = split.run_below(inputs)
         logits = split.run_above(inputs, state).logits[0]  # (chosen, vocab)
         labels = next_tokens[mask].to(logits.device)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

@@ -210,7 +210,6 @@ def test_saved_edits_give_the_same_logits_in_a_new_process(llama, tokenizer, tmp
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_mend import EditableModel
-torch.set_num_threads(2)
 folder = sys.argv[1]
 base = AutoModelForCausalLM.from_pretrained(folder + "/base")
 tokenizer = AutoTokenizer.from_pretrained(folder + "/base")

@@ -139,5 +139,27 @@ def test_a_failed_pass_leaves_the_blocks_as_they_were(llama, tokenizer):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
 
 
+def test_a_model_that_cannot_be_split_falls_back_to_whole_passes_with_one_warning(llama, tokenizer, caplog):
+    """Here block 3 reads what block 0 left behind, beside the hidden state: a cut at block 2 would lose it."""
+    llama.requires_grad_(False)
+    kept = {}
+    blocks = llama.model.layers
+    blocks[0].register_forward_hook(lambda module, args, output: kept.update(value=output.clone()))
+    blocks[3].register_forward_hook(lambda module, args, output: output + kept.pop("value", 0.0))
+    targets = find_targets(llama, small_config(layers_to_transform=[2, 3]))
+    rows = encoder_for(llama, tokenizer)(queries())
+    expected = autograd_gradients(llama, targets, rows)
+    split = SplitModel(llama, targets)
+    for _ in range(2):
+        factors, logits = trace(split, targets, rows.inputs, rows.next_tokens)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot be run from block 2 on (logits differ by" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(logits, llama(**rows.inputs).logits[rows.positions])
+    for target in targets:
+        x, delta = factors[target.name]
+        torch.testing.assert_close(torch.einsum("bto,bti->oi", delta, x), expected[target.name], rtol=1e-4, atol=1e-5)
+
+
 def test_every_family_is_covered():
     assert {"gpt2", "llama", "gpt_neox", "gptj", "opt", "t5", "bart"} == set(ARCHITECTURES)
