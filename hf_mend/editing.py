@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -55,10 +56,10 @@ class EditResult:
         prompt (`str`): What was asked.
         target (`str`): What the model should answer.
         before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
-        after (`str`): The same after.
+        after (`str`, *optional*): The same after; this and the next two are `None` after `check=False`.
         probability_before (`float`): Probability of the whole target before.
-        probability_after (`float`): The same after.
-        token_success (`list[bool]`): For each target token, whether it is the argmax now.
+        probability_after (`float`, *optional*): The same after.
+        token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
         steps (`int`): Gradient steps that were made; 0 when the model said the target already.
         seconds (`float`): What it took, in seconds; in a batch, an equal share.
         rank (`int`): Rank of the update.
@@ -71,10 +72,10 @@ class EditResult:
     prompt: str
     target: str
     before: str
-    after: str
+    after: str | None
     probability_before: float
-    probability_after: float
-    token_success: list[bool]
+    probability_after: float | None
+    token_success: list[bool] | None
     steps: int
     seconds: float
     rank: int = 0
@@ -83,9 +84,9 @@ class EditResult:
     locality: list[Probe] = field(default_factory=list)
 
     @property
-    def success(self) -> bool:
-        """Whether every target token is the argmax now."""
-        return all(self.token_success)
+    def success(self) -> bool | None:
+        """Whether every target token is the argmax now; `None` if nobody looked."""
+        return None if self.token_success is None else all(self.token_success)
 
     @property
     def already_known(self) -> bool:
@@ -96,15 +97,17 @@ class EditResult:
         if self.already_known:
             state = "already the model's answer, nothing changed"
         else:
-            state = "took" if self.success else "DID NOT TAKE"
+            state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
         lines = [
             f"Edit {self.id or '(none)'}: {state}",
             f"  {self.prompt!r} -> {self.target!r}",
             f"  before: {self.before!r} (probability of the target {self.probability_before:.3g})",
-            f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})",
-            f"  tokens that are now the argmax: {sum(self.token_success)} of {len(self.token_success)}",
             f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
         ]
+        if self.token_success is not None:
+            lines.insert(3, f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})")
+            right = sum(self.token_success)
+            lines.insert(4, f"  tokens that are now the argmax: {right} of {len(self.token_success)}")
         if self.update_norms:
             norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
             lines.append(f"  update norms: {norms}")
@@ -190,13 +193,13 @@ class FoundUpdates:
     Args:
         updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rows, rank, d_in)`
             and `(rows, rank, d_out)`.
-        before, after: What the model says to the rows without and with them.
+        before, after: What the model says to the rows without and with them; `after` is `None` without the check.
         steps (`list[int]`): Gradient steps a row took.
     """
 
     updates: dict[str, Update]
     before: _Asked
-    after: _Asked
+    after: _Asked | None
     steps: list[int]
 
 
@@ -208,6 +211,7 @@ def find_updates(
     rows: Rows,
     max_steps: int = 1,
     force: bool = True,
+    check: bool = True,
 ) -> FoundUpdates:
     """
     The updates that make a batch of rows say their targets, each row's on its own.
@@ -221,6 +225,7 @@ def find_updates(
         rows ([`Rows`]): Prompts and targets, a row a request.
         max_steps (`int`, defaults to 1): The most steps a row may take.
         force (`bool`, defaults to `True`): Take a step also where the model says the target already.
+        check (`bool`, defaults to `True`): Ask the edited model; without it there is one step.
 
     Raises:
         ValueError: A gradient or an update is not finite.
@@ -228,11 +233,15 @@ def find_updates(
     state = split.run_below(rows.inputs)
     factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
     before = after = _ask(rows, logits)
+    if not check:
+        max_steps, after = 1, None
     wanted = torch.tensor([force or not all(right) for right in before.right])
     steps = [0] * len(rows)
     total: dict[str, Update] = {}
     for step in range(max_steps):
-        again = wanted if step == 0 else wanted & torch.tensor([not all(right) for right in after.right])
+        again = wanted
+        if step > 0 and after is not None:
+            again = wanted & torch.tensor([not all(right) for right in after.right])
         if not again.any():
             break
         if step > 0:
@@ -241,7 +250,8 @@ def find_updates(
         more = _masked(_finite_updates(method, factors), again)
         total = _joined(total, more) if total else more
         steps = [count + int(one) for count, one in zip(steps, again.tolist(), strict=True)]
-        after = _ask_under(split, targets, total, rows, state)
+        if check:
+            after = _ask_under(split, targets, total, rows, state)
     return FoundUpdates(total, before, after, steps)
 
 
@@ -255,6 +265,7 @@ def make_edits(
     max_steps: int = 3,
     batch_size: int = 16,
     force: bool = False,
+    check: bool = True,
 ) -> list[EditResult]:
     """
     Makes the edits of one call and adds them to the stack. All see what the model carried before the call.
@@ -267,7 +278,7 @@ def make_edits(
     edits: dict[int, Edit] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force)
+        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force, check)
         for i, (result, edit) in zip(chosen, made, strict=True):
             results[i] = result
             if edit is not None:
@@ -284,10 +295,11 @@ def _edit_batch(
     requests: Sequence[EditRequest],
     max_steps: int,
     force: bool,
+    check: bool,
 ) -> list[tuple[EditResult, Edit | None]]:
     started = time.perf_counter()
     rows = encoder([request.query for request in requests]).to(split.device)
-    found = find_updates(split, targets, method, rows, max_steps, force)
+    found = find_updates(split, targets, method, rows, max_steps, force, check)
     before, after, total, steps = found.before, found.after, found.updates, found.steps
     seconds = (time.perf_counter() - started) / len(requests)
     made = []
@@ -298,10 +310,10 @@ def _edit_batch(
             prompt=request.prompt,
             target=request.target,
             before=encoder.decode(before.tokens[i]),
-            after=encoder.decode(after.tokens[i]),
-            probability_before=float(torch.tensor(before.log_probability[i]).exp()),
-            probability_after=float(torch.tensor(after.log_probability[i]).exp()),
-            token_success=after.right[i],
+            after=encoder.decode(after.tokens[i]) if after else None,
+            probability_before=math.exp(before.log_probability[i]),
+            probability_after=math.exp(after.log_probability[i]) if after else None,
+            token_success=after.right[i] if after else None,
             steps=steps[i],
             seconds=seconds,
             rank=edit.rank if edit else 0,

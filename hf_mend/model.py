@@ -207,6 +207,7 @@ class EditableModel(nn.Module):
         locality: Sequence[str] = (),
         max_steps: int = 3,
         force: bool = False,
+        check: bool = True,
         batch_size: int = 16,
     ) -> EditResult | list[EditResult]:
         """
@@ -222,6 +223,8 @@ class EditableModel(nn.Module):
             max_steps (`int`, defaults to 3): A step that does not take is followed by another, up to this many.
             force (`bool`, defaults to `False`): Edit also where the model says the target already; its paraphrases may
                 not.
+            check (`bool`, defaults to `True`): Ask the edited model whether the edit took; without it there is one
+                step, and the result knows nothing of after.
             batch_size (`int`, defaults to 16): Edits in one pass.
 
         Returns:
@@ -237,11 +240,11 @@ class EditableModel(nn.Module):
         requests = as_requests(prompt, target, chat, paraphrases, locality)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
-        results = make_edits(
-            self.split, self.targets, self.editor, encoder, self._stack, requests, max_steps, batch_size, force
-        )
+        options = {"max_steps": max_steps, "batch_size": batch_size, "force": force, "check": check}
+        with torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
+            results = make_edits(self.split, self.targets, self.editor, encoder, self._stack, requests, **options)
         for result in results:
-            if not result.success:
+            if result.success is False:
                 logger.warning(
                     f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result"
                 )

@@ -74,6 +74,34 @@ def test_a_target_that_is_the_answer_already_changes_nothing(llama, tokenizer):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
+def test_force_edits_what_is_known_already(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    assert model.edit(PROMPT, TARGET, max_steps=40).success
+    result = model.edit(PROMPT, TARGET, force=True)
+    assert result.steps == 1
+    assert len(model.edits) == 2
+
+
+def test_without_the_check_the_edit_is_the_same_and_the_result_knows_less(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    checked = all_logits(model, tokenizer)
+    model.undo()
+    result = model.edit(PROMPT, TARGET, check=False)
+    assert torch.equal(all_logits(model, tokenizer), checked)
+    assert result.success is None
+    assert result.after is None
+    assert "not checked" in str(result)
+
+
+def test_edits_under_inference_mode(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    with torch.inference_mode():
+        inside = model.edit(PROMPT, TARGET, max_steps=1)
+    model.undo()
+    assert model.edit(PROMPT, TARGET, max_steps=1).probability_after == inside.probability_after
+
+
 def test_lists_give_the_edits_that_each_request_gives_alone(base, tokenizer):
     model = editable(base, tokenizer)
     results = model.edit([r.prompt for r in RECORDS[:5]], [r.target for r in RECORDS[:5]], max_steps=1, batch_size=2)

@@ -128,6 +128,16 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path
     torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
 
 
+def test_mixed_precision(tokenizer, tmp_path):
+    trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=True), RECORDS, questions=QUESTIONS)
+    plain = EditorTrainer(fresh(tokenizer), arguments(tmp_path), RECORDS, questions=QUESTIONS)
+    trainer.train()
+    plain.train()
+    assert losses(trainer) != losses(plain)
+    assert losses(trainer) == pytest.approx(losses(plain), rel=0.1)
+    assert all(p.dtype == torch.float32 for p in trainer.model.editor.parameters())
+
+
 def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer, tmp_path):
     args = arguments(
         tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, max_steps=4,
