@@ -232,9 +232,9 @@ def find_updates(
     """
     state = split.run_below(rows.inputs)
     factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
-    before = after = _ask(rows, logits)
-    if not check:
-        max_steps, after = 1, None
+    before = _ask(rows, logits)
+    after = before if check else None
+    max_steps = max_steps if check else 1
     wanted = torch.tensor([force or not all(right) for right in before.right])
     steps = [0] * len(rows)
     total: dict[str, Update] = {}

@@ -17,10 +17,11 @@ from .cards import write_card
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import EditResult, as_requests, check_requests, make_edits
-from .edits import Edit, EditStack, edits_from_tensors
+from .edits import Edit, EditStack, edits_from_tensors, stacked
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, replaced_folder, write_tensors
 from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
+from .lora import write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
 from .targets import find_targets
@@ -240,9 +241,19 @@ class EditableModel(nn.Module):
         requests = as_requests(prompt, target, chat, paraphrases, locality)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
-        options = {"max_steps": max_steps, "batch_size": batch_size, "force": force, "check": check}
         with torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
-            results = make_edits(self.split, self.targets, self.editor, encoder, self._stack, requests, **options)
+            results = make_edits(
+                self.split,
+                self.targets,
+                self.editor,
+                encoder,
+                self._stack,
+                requests,
+                max_steps=max_steps,
+                batch_size=batch_size,
+                force=force,
+                check=check,
+            )
         for result in results:
             if result.success is False:
                 logger.warning(
@@ -326,6 +337,29 @@ class EditableModel(nn.Module):
         self._stack.check_fit(edits, path)
         self._stack.replace([*self._stack.edits, *(edit.to(self._edit_device) for edit in edits)])
         return edits
+
+    def save_lora(
+        self, save_directory: str | Path, edits: Sequence[Edit] | None = None, uniform_rank: bool = False
+    ) -> None:
+        """
+        Writes edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            edits (`Sequence[Edit]`, *optional*): Which edits; all that the model carries by default.
+            uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers want it.
+
+        Raises:
+            ValueError: There is no edit.
+        """
+        write_lora(
+            save_directory,
+            self.targets,
+            stacked(self._stack.edits if edits is None else edits),
+            self.editor_config.task_type,
+            self.editor_config.base_model_name_or_path,
+            uniform_rank,
+        )
 
     def merge_and_unload(self) -> PreTrainedModel:
         """
