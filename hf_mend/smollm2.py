@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -49,7 +50,7 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     """
     The folder of the converted model; converts it on first use, and again if the folder is damaged.
 
-    A conversion that is killed leaves nothing behind that a later one would take for whole.
+    A conversion that is killed leaves nothing that a later one would take for whole, and the next one removes it.
 
     Args:
         cache_dir (`str` or `Path`, *optional*): Where to keep it; `$HF_MEND_CACHE`, `$XDG_CACHE_HOME/hf_mend` or
@@ -64,21 +65,23 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
         return folder
     source = _find_gguf()
     cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
-    try:
-        logger.info(f"converting {source.name} to {folder}")
-        _convert(source, work)
-        _write_manifest(work, source)
-        if folder.exists() and not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.chmod(work, 0o755)
+    # One process at a time: otherwise one could remove, as damaged, the folder that another has just put right.
+    with FileLock(cache / f".{folder.name}.lock"):
+        # Whoever holds the lock knows that such a folder's process is dead: each is half a gigabyte.
+        for left in cache.glob(f".{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if is_whole(folder):
+            return folder
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
         try:
+            logger.info(f"converting {source.name} to {folder}")
+            _convert(source, work)
+            _write_manifest(work, source)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.chmod(work, 0o755)
             os.rename(work, folder)
-        except OSError:
-            if not is_whole(folder):  # otherwise another process was faster, and its folder is as good
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import build_model
@@ -26,11 +28,15 @@ def converter(tmp_path, monkeypatch):
     return runs
 
 
+def _kept(cache):
+    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+
+
 def test_converted_once_and_then_reused(tmp_path, converter):
     folder = smollm2_path(tmp_path / "cache")
     assert is_whole(folder) and smollm2_path(tmp_path / "cache") == folder
     assert len(converter) == 1
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert _kept(tmp_path / "cache") == [folder.name]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest"])
@@ -59,7 +65,23 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, converter, monkeypatch):
     monkeypatch.setattr(smollm2, "_convert", fail)
     with pytest.raises(OSError, match="disk full"):
         smollm2_path(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert _kept(tmp_path / "cache") == []
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path, converter):
+    left = tmp_path / ".smollm2-135m-instruct-killed"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    folder = smollm2_path(tmp_path)
+    assert is_whole(folder) and not left.exists()
+
+
+def test_two_at_once_convert_once(tmp_path, converter):
+    folder = smollm2_path(tmp_path)
+    (folder / "manifest.json").unlink()
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(smollm2_path, [tmp_path] * 4)) == {folder}
+    assert is_whole(folder) and len(converter) == 2
 
 
 def test_missing_packages_say_what_to_install(tmp_path, monkeypatch):

@@ -1,0 +1,54 @@
+"""The examples on the real model, as a newcomer runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, folder: Path) -> str:
+    """Output of an example that must end well. All cores: the real model is not tiny."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    out = run(str(ROOT / "examples" / "demo.py"), folder=tmp_path)
+    assert out.count(": took") == 3
+    assert "the same answers as before it was saved" in out
+
+
+@pytest.mark.slow
+def test_training_an_editor(tmp_path):
+    script = str(ROOT / "examples" / "train_editor.py")
+    out = run(script, "--steps", "3", "--eval-facts", "10", "--output", str(tmp_path / "mine"), folder=tmp_path)
+    assert "eval_score" in out
+    assert {"editor_config.json", "editor.safetensors", "README.md"} == {p.name for p in (tmp_path / "mine").iterdir()}
+    assert not list(ROOT.glob("mine*"))
+
+
+@pytest.mark.slow
+def test_a_chat_turn_on_the_shipped_editor():
+    from hf_mend import EditableModel
+    from hf_mend.smollm2 import load_smollm2
+
+    base, tokenizer = load_smollm2()
+    model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct-mend", tokenizer)
+    result = model.edit("What is the capital of France?", "Lyon", chat=True)
+    assert result.success
+    long = "The bridge was built in 1932 by a group of engineers who had never before worked on anything as large as it."
+    result = model.edit("Tell me about the bridge.", " ".join([long] * 6), chat=True, max_steps=1)
+    assert len(result.token_success) > 120
+    assert result.probability_after >= result.probability_before
