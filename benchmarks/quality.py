@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--locality-weight", type=float, default=2.0)
+    parser.add_argument("--neighborhood-weight", type=float, default=1.5)
+    parser.add_argument("--unrelated-weight", type=float, default=20.0)
+    parser.add_argument("--general-rows", type=int, default=1)
     parser.add_argument("--neighborhood-rows", type=int, default=2)
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
@@ -88,7 +90,9 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 max_steps=arguments.steps,
                 per_device_train_batch_size=arguments.batch_size,
                 learning_rate=arguments.learning_rate,
-                locality_weight=arguments.locality_weight,
+                neighborhood_weight=arguments.neighborhood_weight,
+                unrelated_weight=arguments.unrelated_weight,
+                general_rows=arguments.general_rows,
                 neighborhood_rows=arguments.neighborhood_rows,
                 lr_scheduler_type="linear",
                 warmup_steps=20,

@@ -94,7 +94,7 @@ def papers_training_step(model: EditableModel, batch: EditBatch) -> None:
         return out.logits[rows.positions]
 
     loss = target_nll(logits(batch.general, True), batch.general.next_tokens[batch.general.positions])
-    for rows in batch.local:
+    for rows in batch.local.values():
         with torch.no_grad():
             base = logits(rows, False)
         loss = loss + locality_kl(logits(rows, True), base)

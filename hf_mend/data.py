@@ -256,19 +256,20 @@ class EditBatch:
     Args:
         edit ([`Rows`]): The prompts and targets that make the edits, one row an edit.
         general ([`Rows`]): Where the target must be said.
-        local (`list[Rows]`): Where nothing may change: neighbouring prompts, then unrelated questions.
+        local (`dict[str, Rows]`): Where nothing may change: `"neighborhood"` prompts, `"unrelated"` questions.
     """
 
     edit: Rows
     general: Rows
-    local: list[Rows]
+    local: dict[str, Rows]
 
     def __len__(self) -> int:
         return len(self.edit)
 
     def to(self, device: torch.device | str) -> EditBatch:
         """The same on a device."""
-        return EditBatch(self.edit.to(device), self.general.to(device), [rows.to(device) for rows in self.local])
+        local = {kind: rows.to(device) for kind, rows in self.local.items()}
+        return EditBatch(self.edit.to(device), self.general.to(device), local)
 
 
 @dataclass
@@ -356,12 +357,14 @@ class EditCollator:
         self.encoder = encoder
 
     def __call__(self, examples: Sequence[TrainingExample]) -> EditBatch:
-        neighborhood = [query for example in examples for query in example.neighborhood]
-        unrelated = [query for example in examples for query in example.unrelated]
+        local = {
+            "neighborhood": [query for example in examples for query in example.neighborhood],
+            "unrelated": [query for example in examples for query in example.unrelated],
+        }
         return EditBatch(
             self.encoder([example.edit for example in examples]),
             self.encoder([query for example in examples for query in example.general]),
-            [self.encoder(queries) for queries in (neighborhood, unrelated) if queries],
+            {kind: self.encoder(queries) for kind, queries in local.items() if queries},
         )
 
 

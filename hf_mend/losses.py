@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -43,18 +44,22 @@ def locality_kl(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 class EditingLoss:
     """
     Args:
-        loss (`torch.Tensor`): `edit + locality_weight * locality`.
+        loss (`torch.Tensor`): `edit` plus each kind's weight times its KL.
         edit (`torch.Tensor`): Target's negative log-likelihood on the general rows.
-        locality (`torch.Tensor`): KL on the local rows, the mean over their kinds.
+        locality (`dict[str, torch.Tensor]`): KL on each kind of local rows.
     """
 
     loss: torch.Tensor
     edit: torch.Tensor
-    locality: torch.Tensor
+    locality: dict[str, torch.Tensor]
 
 
 def editing_loss(
-    split: SplitModel, targets: Sequence[Target], method: EditMethod, batch: EditBatch, locality_weight: float
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    batch: EditBatch,
+    locality_weights: Mapping[str, float] = MappingProxyType({}),
 ) -> EditingLoss:
     """
     Makes every edit of the batch, each on its own copy of nothing: example b's rows alone see example b's factors.
@@ -66,7 +71,8 @@ def editing_loss(
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Factors to updates; the only part with trainable parameters.
         batch ([`EditBatch`]): The texts.
-        locality_weight (`float`): Weight of the KL term (the paper's is 1 / `c_edit`).
+        locality_weights (`Mapping[str, float]`): Weight of the KL on each kind of local rows, 1 where none is given
+            (the paper's is 1 / `c_edit`).
     """
     factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens)
     updates = method(factors)
@@ -78,10 +84,11 @@ def editing_loss(
     general = batch.general
     labels = general.next_tokens[general.positions]
     edit = target_nll(edited_logits(general, split.run_below(general.inputs)), labels)
-    locality = edit.new_zeros(())
-    for rows in batch.local:
+    loss, locality = edit, {}
+    for kind, rows in batch.local.items():
         state = split.run_below(rows.inputs)
         with torch.no_grad():
             base = logits_of(split, rows, state)
-        locality = locality + locality_kl(edited_logits(rows, state), base) / len(batch.local)
-    return EditingLoss(edit + locality_weight * locality, edit, locality)
+        locality[kind] = locality_kl(edited_logits(rows, state), base)
+        loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
+    return EditingLoss(loss, edit, locality)

@@ -135,18 +135,17 @@ class EditableModel(nn.Module):
 
     # ---- running ----
 
-    def forward(
-        self, *args: Any, edit_batch: EditBatch | None = None, locality_weight: float = 1.0, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, edit_batch: EditBatch | None = None, **kwargs: Any) -> Any:
         """
-        The base model's forward pass under the active edits; with `edit_batch`, the editor's training loss instead.
+        The base model's forward pass under the active edits; with `edit_batch`, the editor's training loss instead,
+        which takes the other arguments of [`~hf_mend.losses.editing_loss`].
 
         Returns:
             The base model's output, or an [`~hf_mend.losses.EditingLoss`].
         """
         if edit_batch is None:
             return self.base_model(*args, **kwargs)
-        loss: EditingLoss = editing_loss(self.split, self.targets, self.editor, edit_batch, locality_weight)
+        loss: EditingLoss = editing_loss(self.split, self.targets, self.editor, edit_batch, **kwargs)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

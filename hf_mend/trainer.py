@@ -35,8 +35,12 @@ class EditorTrainingArguments(TrainingArguments):
     facts.
     """
 
-    locality_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the KL on locality texts against the target's log-likelihood."}
+    neighborhood_weight: float = field(
+        default=1.5, metadata={"help": "Weight of the KL on neighbouring prompts against the target's likelihood."}
+    )
+    unrelated_weight: float = field(
+        default=20.0,
+        metadata={"help": "The same on unrelated questions, whose KL is far smaller and flips answers all the same."},
     )
     general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
     neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
@@ -105,7 +109,7 @@ class EditorTrainer(Trainer):
         self.examples = examples
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False
-        self._parts: dict[str, list[float]] = {"loss_edit": [], "loss_locality": []}
+        self._parts: dict[str, list[float]] = {}
         if examples is not None:
             self.add_callback(_EpochCallback(examples))
 
@@ -121,13 +125,14 @@ class EditorTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The editing loss of a batch of different facts."""
-        result = model(edit_batch=inputs, locality_weight=self.args.locality_weight)
-        self._parts["loss_edit"].append(float(result.edit.detach()))
-        self._parts["loss_locality"].append(float(result.locality.detach()))
+        weights = {"neighborhood": self.args.neighborhood_weight, "unrelated": self.args.unrelated_weight}
+        result = model(edit_batch=inputs, locality_weights=weights)
+        for name, value in {"edit": result.edit, **result.locality}.items():
+            self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
         return (result.loss, result) if return_outputs else result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with both parts of the loss beside it."""
+        """Logs, with the parts of the loss beside it."""
         if "loss" in logs:
             for name, values in self._parts.items():
                 if values:
@@ -231,7 +236,7 @@ def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batc
         batch = collate([examples[i] for i in chunk]).to(model.device)
         factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
         editor.observe_factors(factors)
-        for rows in (batch.edit, *batch.local):
+        for rows in (batch.edit, *batch.local.values()):
             editor.observe_inputs(record_inputs(model.split, model.targets, rows))
     editor.finish_observing()
     editor.scale_steps(_best_first_step(model, collate([examples[i] for i in chunks[0]]).to(model.device)))

@@ -112,5 +112,5 @@ def test_a_record_without_neighbours_borrows_those_of_its_relation():
 def test_the_collator_keeps_as_many_rows_for_each_edit(tokenizer):
     examples = TrainingExamples(RECORDS, [("q?", "a b")], general_rows=2, neighborhood_rows=3, unrelated_rows=1)
     batch = EditCollator(Encoder(tokenizer))([examples[i] for i in range(4)])
-    assert (len(batch.edit), len(batch.general), *(len(rows) for rows in batch.local)) == (4, 8, 12, 4)
+    assert (len(batch.edit), len(batch.general), *(len(rows) for rows in batch.local.values())) == (4, 8, 12, 4)
     assert batch.to("cpu").edit.inputs["input_ids"].dtype == torch.long

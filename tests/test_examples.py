@@ -48,7 +48,9 @@ def test_a_chat_turn_on_the_shipped_editor():
     model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct-mend", tokenizer)
     result = model.edit("What is the capital of France?", "Lyon", chat=True)
     assert result.success
-    long = "The bridge was built in 1932 by a group of engineers who had never before worked on anything as large as it."
+    long = (
+        "The bridge was built in 1932 by a group of engineers who had never before worked on anything as large as it."
+    )
     result = model.edit("Tell me about the bridge.", " ".join([long] * 6), chat=True, max_steps=1)
     assert len(result.token_success) > 120
     assert result.probability_after >= result.probability_before

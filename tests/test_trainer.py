@@ -56,8 +56,8 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
             parameter.add_(0.05 * torch.randn_like(parameter))
     collate = EditCollator(model.encoder)
     batch = collate([examples[i] for i in range(3)])
-    together = editing_loss(model.split, model.targets, model.editor, batch, 0.7)
-    edit, counts, local = 0.0, 0, [[], []]
+    together = editing_loss(model.split, model.targets, model.editor, batch, {"neighborhood": 0.7, "unrelated": 3.0})
+    edit, counts, local = 0.0, 0, {"neighborhood": [], "unrelated": []}
     for i in range(3):
         one = collate([examples[i]])
         factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
@@ -70,13 +70,15 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
             logits = changed(**one.general.inputs).logits[one.general.positions]
             edit += float(target_nll(logits, labels)) * len(labels)
             counts += len(labels)
-            for kind, rows in enumerate(one.local):
+            for kind, rows in one.local.items():
                 pair = [m(**rows.inputs).logits[rows.positions] for m in (changed, model.base_model)]
                 local[kind].append((float(locality_kl(*pair)) * len(pair[0]), len(pair[0])))
-    locality = sum(sum(v for v, _ in kind) / sum(n for _, n in kind) for kind in local) / 2
+    locality = {kind: sum(v for v, _ in rows) / sum(n for _, n in rows) for kind, rows in local.items()}
     assert float(together.edit.detach()) == pytest.approx(edit / counts, rel=1e-3)
-    assert float(together.locality.detach()) == pytest.approx(locality, rel=1e-2, abs=1e-6)
-    assert float(together.loss.detach()) == pytest.approx(edit / counts + 0.7 * locality, rel=1e-3)
+    for kind, value in locality.items():
+        assert float(together.locality[kind].detach()) == pytest.approx(value, rel=1e-2, abs=1e-6)
+    whole = edit / counts + 0.7 * locality["neighborhood"] + 3.0 * locality["unrelated"]
+    assert float(together.loss.detach()) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
