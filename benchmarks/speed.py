@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, get_editable_model, read_counterfact, read_questions
 from hf_mend.data import EditBatch, EditCollator, Query, TrainingExamples
-from hf_mend.losses import locality_kl, target_nll
+from hf_mend.losses import kl_divergence, row_means, target_nll
 from hf_mend.smollm2 import load_smollm2
 from hf_mend.targets import block_stacks, lowest_block
 from hf_mend.trainer import calibrate
@@ -72,7 +72,7 @@ def papers_update(model: EditableModel, batch: EditBatch) -> dict[str, torch.Ten
     rows = batch.edit
     base.requires_grad_(True)
     logits = base(**rows.inputs, use_cache=False).logits
-    target_nll(logits[rows.positions], rows.next_tokens[rows.positions]).backward()
+    target_nll(logits[rows.positions], rows).backward()
     base.requires_grad_(False)
     base.zero_grad(set_to_none=True)
     for handle in handles:
@@ -93,11 +93,11 @@ def papers_training_step(model: EditableModel, batch: EditBatch) -> None:
         out = functional_call(model.base_model, weights, kwargs=arguments) if new else model.base_model(**arguments)
         return out.logits[rows.positions]
 
-    loss = target_nll(logits(batch.general, True), batch.general.next_tokens[batch.general.positions])
+    loss = target_nll(logits(batch.general, True), batch.general)
     for rows in batch.local.values():
         with torch.no_grad():
             base = logits(rows, False)
-        loss = loss + locality_kl(logits(rows, True), base)
+        loss = loss + row_means(kl_divergence(logits(rows, True), base), rows).mean()
     loss.backward()
     model.editor.zero_grad(set_to_none=True)
 

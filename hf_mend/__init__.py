@@ -1,5 +1,6 @@
 """Edit language models: train small editor networks that turn one correction's gradient into a low-rank edit."""
 
+from .cache import HiddenStateCache
 from .config import EditorConfig
 from .data import EditDataset, EditRecord, read_counterfact, read_questions
 from .editing import EditResult
@@ -20,6 +21,7 @@ __all__ = [
     "EditorConfig",
     "EditorTrainer",
     "EditorTrainingArguments",
+    "HiddenStateCache",
     "evaluate_records",
     "get_editable_model",
     "read_counterfact",

@@ -320,6 +320,17 @@ class TrainingExamples(Dataset[TrainingExample]):
             self.prompts.setdefault(record.relation, []).append(record.prompt)
         self.all_prompts = [record.prompt for record in records]
 
+    def queries(self) -> Iterator[Query]:
+        """Every text that a draw can give, in all epochs; some more than once."""
+        for record in self.records:
+            for prompt in (record.prompt, *record.paraphrases):
+                yield Query(prompt, record.target)
+            for prompt in (record.prompt, *record.neighborhood):
+                yield Query(prompt)
+            if not self.questions:
+                yield from (Query(prompt, answer) for prompt, answer in record.unrelated)
+        yield from (Query(prompt, answer) for prompt, answer in self.questions)
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose draws `__getitem__` makes."""
         self.epoch = epoch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,28 +16,49 @@ from .targets import Target
 from .tracing import HiddenState, SplitModel, logits_of, trace
 
 
-def target_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def row_means(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     """
-    Mean negative log-likelihood of the target's tokens, in nats.
+    Means of each row's positions, so that a row weighs the same however long its answer is, and a batch split over
+    devices or accumulation steps has the whole batch's mean.
 
     Args:
-        logits (`torch.Tensor` of shape `(tokens, vocab)`): The edited model's.
-        labels (`torch.Tensor` of shape `(tokens,)`): The target's tokens.
+        values (`torch.Tensor` of shape `(positions,)`): One at each of the rows' positions.
+        rows ([`Rows`]): The texts.
+
+    Returns:
+        `torch.Tensor` of shape `(rows,)`.
     """
-    return nn.functional.cross_entropy(logits.float(), labels.to(logits.device))
+    row = rows.positions.nonzero()[:, 0].to(values.device)
+    zeros = torch.zeros(len(rows), device=values.device, dtype=values.dtype)
+    return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values))
 
 
-def locality_kl(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def target_nll(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     """
-    Mean `KL(base || edited)` over positions, in nats.
+    Mean negative log-likelihood of a target's tokens, in nats; the mean of the rows' means.
+
+    Args:
+        logits (`torch.Tensor` of shape `(tokens, vocab)`): The edited model's, at the rows' positions.
+        rows ([`Rows`]): The texts; at all their positions there is a token to say.
+    """
+    labels = rows.next_tokens[rows.positions].to(logits.device)
+    return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows).mean()
+
+
+def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """
+    `KL(base || edited)` at each position, in nats.
 
     Args:
         edited (`torch.Tensor` of shape `(positions, vocab)`): Logits of the edited model.
         base (`torch.Tensor` of shape `(positions, vocab)`): Logits of the un-edited model.
+
+    Returns:
+        `torch.Tensor` of shape `(positions,)`.
     """
     edited_log = nn.functional.log_softmax(edited.float(), -1)
     base_log = nn.functional.log_softmax(base.float(), -1)
-    return nn.functional.kl_div(edited_log, base_log, reduction="batchmean", log_target=True)
+    return nn.functional.kl_div(edited_log, base_log, reduction="none", log_target=True).sum(-1)
 
 
 @dataclass
@@ -60,6 +81,7 @@ def editing_loss(
     method: EditMethod,
     batch: EditBatch,
     locality_weights: Mapping[str, float] = MappingProxyType({}),
+    run_below: Callable[[Rows], HiddenState] | None = None,
 ) -> EditingLoss:
     """
     Makes every edit of the batch, each on its own copy of nothing: example b's rows alone see example b's factors.
@@ -73,8 +95,11 @@ def editing_loss(
         batch ([`EditBatch`]): The texts.
         locality_weights (`Mapping[str, float]`): Weight of the KL on each kind of local rows, 1 where none is given
             (the paper's is 1 / `c_edit`).
+        run_below (`Callable`, *optional*): Gives the rows' hidden states at the lowest edited block, as a
+            [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
     """
-    factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens)
+    below = run_below or (lambda rows: split.run_below(rows.inputs))
+    factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))
     updates = method(factors)
 
     def edited_logits(rows: Rows, state: HiddenState) -> torch.Tensor:
@@ -82,13 +107,12 @@ def editing_loss(
             return logits_of(split, rows, state)
 
     general = batch.general
-    labels = general.next_tokens[general.positions]
-    edit = target_nll(edited_logits(general, split.run_below(general.inputs)), labels)
+    edit = target_nll(edited_logits(general, below(general)), general)
     loss, locality = edit, {}
     for kind, rows in batch.local.items():
-        state = split.run_below(rows.inputs)
+        state = below(rows)
         with torch.no_grad():
             base = logits_of(split, rows, state)
-        locality[kind] = locality_kl(edited_logits(rows, state), base)
+        locality[kind] = row_means(kl_divergence(edited_logits(rows, state), base), rows).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)

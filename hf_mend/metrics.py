@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .data import EditRecord, Encoder, Query, Rows, batches
 from .editing import find_updates
 from .edits import Update, applied
+from .losses import kl_divergence, row_means
 from .methods import EditMethod
 from .targets import Target
 from .tracing import SplitModel, logits_of
@@ -131,13 +132,9 @@ def _measure(
         base = logits_of(split, rows, state) if local else None
         expected = rows.next_tokens[rows.positions] if base is None else base.argmax(-1)
         right = (edited.argmax(-1) == expected).float()
-        row = rows.positions.nonzero()[:, 0]
-        per_row = _row_means(right, row, len(rows))
+        per_row = row_means(right, rows)
         if base is not None:
-            kl = torch.nn.functional.kl_div(
-                edited.float().log_softmax(-1), base.float().log_softmax(-1), reduction="none", log_target=True
-            ).sum(-1)
-            per_row_kl = _row_means(kl, row, len(rows))
+            per_row_kl = row_means(kl_divergence(edited, base), rows)
         for i, result in enumerate(results):
             mine = (owner == i).to(per_row.device)
             if not mine.any():
@@ -151,12 +148,6 @@ def _measure(
                 setattr(result, kind, float(per_row[mine].mean()))
                 setattr(result, kind + "_kl", float(per_row_kl[mine].mean()))
     return results
-
-
-def _row_means(values: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:
-    zeros = torch.zeros(rows, device=values.device, dtype=values.dtype)
-    row = row.to(values.device)
-    return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values))
 
 
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .cache import HiddenStateCache
 from .data import EditBatch, EditCollator, EditDataset, EditRecord, TrainingExamples, batches
 from .edits import applied
 from .files import WEIGHTS_NAME
@@ -52,6 +53,14 @@ class EditorTrainingArguments(TrainingArguments):
         default=16,
         metadata={"help": "Batches whose factors and inputs set the editor's statistics before the first step."},
     )
+    hidden_states_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the hidden states below the edited blocks are kept, so that training runs the "
+            "blocks above alone. They are computed before the first step, or were by an earlier run."
+        },
+    )
+    hidden_states_limit: float = field(default=20.0, metadata={"help": "Gigabytes that they may take."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
@@ -109,6 +118,7 @@ class EditorTrainer(Trainer):
         self.examples = examples
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False
+        self.hidden_states: HiddenStateCache | None = None
         self._parts: dict[str, list[float]] = {}
         if examples is not None:
             self.add_callback(_EpochCallback(examples))
@@ -119,6 +129,12 @@ class EditorTrainer(Trainer):
         """Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's."""
         if self.examples is not None and not self.model.editor.is_calibrated:
             calibrate(self.model, self.examples, self.args.statistics_batches, self.args.per_device_train_batch_size)
+        if self.examples is not None and self.args.hidden_states_dir:
+            with self.args.main_process_first(local=False):
+                cache = HiddenStateCache(self.model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
+                if self.args.process_index == 0:
+                    cache.fill(self.model.encoder, self.examples.queries(), progress=not self.args.disable_tqdm)
+            self.hidden_states = cache
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -126,7 +142,7 @@ class EditorTrainer(Trainer):
     ) -> Any:
         """The editing loss of a batch of different facts."""
         weights = {"neighborhood": self.args.neighborhood_weight, "unrelated": self.args.unrelated_weight}
-        result = model(edit_batch=inputs, locality_weights=weights)
+        result = model(edit_batch=inputs, locality_weights=weights, run_below=self.hidden_states)
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
         return (result.loss, result) if return_outputs else result.loss
@@ -244,7 +260,6 @@ def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batc
 
 def _best_first_step(model: EditableModel, batch: EditBatch) -> float:
     rows = batch.edit
-    labels = rows.next_tokens[rows.positions]
     losses: dict[float, float] = {}
     with torch.no_grad():
         state = model.split.run_below(rows.inputs)
@@ -253,7 +268,7 @@ def _best_first_step(model: EditableModel, batch: EditBatch) -> float:
         for power in range(-14, 9):
             factor = 2.0**power
             with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
-                losses[factor] = float(target_nll(logits_of(model.split, rows, state), labels))
+                losses[factor] = float(target_nll(logits_of(model.split, rows, state), rows))
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import RECORDS, build_model, small_config
+from torch import nn
 from transformers import EarlyStoppingCallback
 
 from hf_mend import (
@@ -20,7 +21,7 @@ from hf_mend import (
 )
 from hf_mend.data import EditCollator, Query, TrainingExamples
 from hf_mend.edits import dense
-from hf_mend.losses import editing_loss, locality_kl, target_nll
+from hf_mend.losses import editing_loss, kl_divergence
 from hf_mend.targets import weight_matrix
 from hf_mend.tracing import trace
 from hf_mend.trainer import calibrate
@@ -57,7 +58,8 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
     collate = EditCollator(model.encoder)
     batch = collate([examples[i] for i in range(3)])
     together = editing_loss(model.split, model.targets, model.editor, batch, {"neighborhood": 0.7, "unrelated": 3.0})
-    edit, counts, local = 0.0, 0, {"neighborhood": [], "unrelated": []}
+    edit: list[float] = []
+    local: dict[str, list[float]] = {"neighborhood": [], "unrelated": []}
     for i in range(3):
         one = collate([examples[i]])
         factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
@@ -66,18 +68,21 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
         with torch.no_grad():
             for target in model.targets:
                 weight_matrix(changed.get_submodule(target.name)).add_(dense(updates[target.name]))
-            labels = one.general.next_tokens[one.general.positions]
-            logits = changed(**one.general.inputs).logits[one.general.positions]
-            edit += float(target_nll(logits, labels)) * len(labels)
-            counts += len(labels)
+            logits = changed(**one.general.inputs).logits
+            for row, (labels, chosen) in enumerate(zip(one.general.next_tokens, one.general.positions, strict=True)):
+                edit.append(float(nn.functional.cross_entropy(logits[row][chosen], labels[chosen])))
             for kind, rows in one.local.items():
-                pair = [m(**rows.inputs).logits[rows.positions] for m in (changed, model.base_model)]
-                local[kind].append((float(locality_kl(*pair)) * len(pair[0]), len(pair[0])))
-    locality = {kind: sum(v for v, _ in rows) / sum(n for _, n in rows) for kind, rows in local.items()}
-    assert float(together.edit.detach()) == pytest.approx(edit / counts, rel=1e-3)
+                new, old = (m(**rows.inputs).logits.log_softmax(-1) for m in (changed, model.base_model))
+                divergence = (old.exp() * (old - new)).sum(-1)
+                local[kind] += [
+                    float(values[chosen].mean()) for values, chosen in zip(divergence, rows.positions, strict=True)
+                ]
+    nll = sum(edit) / len(edit)
+    locality = {kind: sum(values) / len(values) for kind, values in local.items()}
+    assert float(together.edit.detach()) == pytest.approx(nll, rel=1e-3)
     for kind, value in locality.items():
         assert float(together.locality[kind].detach()) == pytest.approx(value, rel=1e-2, abs=1e-6)
-    whole = edit / counts + 0.7 * locality["neighborhood"] + 3.0 * locality["unrelated"]
+    whole = nll + 0.7 * locality["neighborhood"] + 3.0 * locality["unrelated"]
     assert float(together.loss.detach()) == pytest.approx(whole, rel=1e-3)
 
 
@@ -202,7 +207,7 @@ def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
             for prompt in record.neighborhood:
                 pair = [said(network, Query(prompt))[0] for network in (changed, model.base_model)]
                 same.append(float((pair[0].argmax(-1) == pair[1].argmax(-1)).float().mean()))
-                kls.append(float(locality_kl(*pair)))
+                kls.append(float(kl_divergence(*pair).mean()))
             assert got.neighborhood == pytest.approx(sum(same) / len(same))
             assert got.neighborhood_kl == pytest.approx(sum(kls) / len(kls), rel=1e-2, abs=1e-6)
     summary = summarize(measured)
