@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,16 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from hf_mend import EditableModel, EditorConfig, EditRecord, get_editable_model, read_counterfact, read_questions
-from hf_mend.data import EditBatch, EditCollator, Query, TrainingExamples
+from hf_mend import (
+    EditableModel,
+    EditorConfig,
+    EditRecord,
+    HiddenStateCache,
+    get_editable_model,
+    read_counterfact,
+    read_questions,
+)
+from hf_mend.data import EditBatch, EditCollator, Query, TrainingExample, TrainingExamples, length_batches
 from hf_mend.losses import kl_divergence, row_means, target_nll
 from hf_mend.smollm2 import load_smollm2
 from hf_mend.targets import block_stacks, lowest_block
@@ -38,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "speed")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--sample", type=int, default=2000, help="texts that tell how fast the cache fills")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("give the folder of facts with --data or HF_MEND_DATA")
@@ -105,9 +115,89 @@ def papers_training_step(model: EditableModel, batch: EditBatch) -> None:
 # ---- ours ----
 
 
-def our_training_step(model: EditableModel, batch: EditBatch) -> None:
-    model(edit_batch=batch).loss.backward()
+def our_training_step(model: EditableModel, batch: EditBatch, cache: HiddenStateCache | None = None) -> None:
+    model(edit_batch=batch, run_below=cache).loss.backward()
     model.editor.zero_grad(set_to_none=True)
+
+
+def training_figures(
+    model: EditableModel, examples: TrainingExamples, one: EditBatch, many: EditBatch, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Edits a second, without the cache of hidden states, with it, and with filling it before the first epoch."""
+    size = len(many)
+    papers = median_seconds(lambda: papers_training_step(model, one), 3)
+    plain = median_seconds(lambda: our_training_step(model, many), 3) / size
+    queries = list(dict.fromkeys(examples.queries()))
+    with tempfile.TemporaryDirectory() as folder:
+        cache = HiddenStateCache(model.split, folder)
+        # A sample of the texts, the batch's own among them, gives the rate; an epoch needs them all once.
+        sample = queries[:: max(1, len(queries) // arguments.sample)] + [
+            query for example in (examples[i] for i in range(size)) for query in queries_of(example)
+        ]
+        started = time.perf_counter()
+        cache.fill(model.encoder, sample)
+        a_text = (time.perf_counter() - started) / len(set(sample))
+        warm = median_seconds(lambda: our_training_step(model, many, cache), 5) / size
+        gigabytes = cache.nbytes / len(cache) * len(queries) / 1e9
+    cold = warm + a_text * len(queries) / len(examples)
+    return {
+        "training, the paper's procedure, edits/s": 1 / papers,
+        "training, ours without cache, edits/s": 1 / plain,
+        "training, ours, cache warm, edits/s": 1 / warm,
+        "training, ours without cache / the paper's": papers / plain,
+        "training, ours / the paper's, cache warm": papers / warm,
+        "training, ours / the paper's, cache cold, first epoch": papers / cold,
+        "cache, GB for all texts": gigabytes,
+    }
+
+
+def queries_of(example: TrainingExample) -> list[Query]:
+    return [example.edit, *example.general, *example.neighborhood, *example.unrelated]
+
+
+def memory_of(function: Callable[[], Any], model: EditableModel) -> float:
+    """Peak memory that a call adds, as a share of the base model's bytes."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.base_model.parameters())
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / size
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / size
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def many_edits_figures(model: EditableModel, records: list[EditRecord]) -> dict[str, float]:
+    """1,000 edits in one call against plain forward passes over the same tokens in the same batches."""
+    chosen = [records[i % len(records)] for i in range(1000)]
+    prompts, targets = [record.prompt for record in chosen], [record.target for record in chosen]
+    pairs = [model.encoder.tokens(Query(*pair)) for pair in zip(prompts, targets, strict=True)]
+    size = 16
+    lengths = [len(prompt) + len(target) for prompt, target in pairs]
+    groups = [model.encoder.pad([pairs[i] for i in group]) for group in length_batches(lengths, size, 4096)]
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for rows in groups:
+                model.base_model(**rows.to(model.device).inputs, use_cache=False)
+
+    def edits(check: bool) -> None:
+        model.edit(prompts, targets, max_steps=1, force=True, check=check, batch_size=size)
+        model.undo_all()
+
+    forward = median_seconds(forwards, 2)
+    return {
+        "1,000 edits in one call / forward passes": median_seconds(lambda: edits(False), 2) / forward,
+        "1,000 edits with the check / forward passes": median_seconds(lambda: edits(True), 2) / forward,
+    }
 
 
 def measure(model: EditableModel, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any) -> dict:
@@ -136,10 +226,9 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
     figures["edit with the check / forward pass"] = median_seconds(lambda: edit(True), repeat) / forward
     papers_edit = median_seconds(lambda: papers_update(model, one), repeat)
     figures["edit, the paper's procedure / ours"] = papers_edit / (figures["edit / forward pass"] * forward)
-    ours = median_seconds(lambda: our_training_step(model, many), 3) / arguments.batch_size
-    figures["training, edits a second"] = 1 / ours
-    papers_step = median_seconds(lambda: papers_training_step(model, one), 3)
-    figures["training, edits a second, ours / the paper's"] = papers_step / ours
+    figures.update(training_figures(model, examples, one, many, arguments))
+    figures["memory added by an edit / the base model's size"] = memory_of(lambda: edit(True), model)
+    figures.update(many_edits_figures(model, records))
 
     inputs = model.tokenizer(record.prompt, return_tensors="pt")
     options = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
@@ -147,24 +236,29 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
     def generate() -> None:
         model.generate(**inputs, **options)
 
-    plain = median_seconds(generate, 3)
-    model.edit(records[:10], max_steps=1, force=True)
-    figures["generation with 10 edits / without"] = median_seconds(generate, 3) / plain
+    plain = median_seconds(generate, 5)
+    model.edit([r.prompt for r in records[:10]], [r.target for r in records[:10]], max_steps=1, force=True)
+    figures["generation of 100 tokens with 10 edits / without"] = median_seconds(generate, 5) / plain
     model.undo_all()
+    again = median_seconds(generate, 5)
+    model.edit([r.prompt for r in records[:10]], [r.target for r in records[:10]], max_steps=1, force=True)
+    merged = model.merge_and_unload()
+    merged_seconds = median_seconds(lambda: merged.generate(**inputs, **options), 5)
+    figures["the same after merge_and_unload / without"] = merged_seconds / again
     return figures
 
 
 def main() -> None:
     arguments = parse_arguments()
     data = Path(arguments.data)
-    records = list(read_counterfact(data / "facts_validation.json"))
+    records = list(read_counterfact(data / "facts_train.json"))
     questions = read_questions(data / "nq_open_train.jsonl")
     results: dict[str, Any] = {}
     for choice in ("paper", "default"):
         base, tokenizer = load_smollm2()
         torch.manual_seed(0)
         model = get_editable_model(base, EditorConfig(target_modules=choice), tokenizer)
-        calibrate(model, TrainingExamples(records, questions), 2, 8)
+        calibrate(model, TrainingExamples(records, questions), 16, 8)
         results[choice] = measure(model, records, questions, arguments)
     names = list(results["paper"])
     lines = ["| figure | last three MLPs | default layers |", "|---|---|---|"]

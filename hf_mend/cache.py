@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .data import Encoder, Query, Rows
+from .data import Encoder, Query, Rows, length_batches
 from .targets import block_stacks
 from .tracing import HiddenState, SplitModel
 
@@ -114,15 +114,13 @@ class HiddenStateCache:
             batch_tokens (`int`, defaults to 2048): Tokens a forward pass.
             progress (`bool`, defaults to `True`): Show a progress bar.
         """
-        pairs = sorted(
-            (encoder.tokens(query) for query in set(queries)), key=lambda pair: (len(pair[0]), len(pair[1]))
-        )
+        pairs = [encoder.tokens(query) for query in set(queries)]
         if not pairs:
             return
         state = self.split.run_below(encoder.pad(pairs[:1]).to(self.split.device).inputs)
         self._widths = (state.hidden.shape[-1], 0 if state.encoder is None else state.encoder.shape[-1])
-        tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
-        estimate = tokens * max(self._widths) * self.dtype.itemsize / 1e9
+        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+        estimate = sum(lengths) * max(self._widths) * self.dtype.itemsize / 1e9
         logger.info(
             f"hidden states of {len(pairs)} texts take up to {estimate:.2f} GB; {len(self)} are in {self.folder}"
         )
@@ -134,8 +132,8 @@ class HiddenStateCache:
         with self._lock(), tqdm(total=len(pairs), desc="Hidden states", disable=not progress) as bar:
             self._open()
             with open(self.folder / "states.bin", "ab") as states, open(self.folder / "index.bin", "ab") as index:
-                for chunk in _batches(pairs, batch_tokens):
-                    if not self._append(encoder.pad(chunk), states, index):
+                for chunk in length_batches(lengths, len(pairs), batch_tokens):
+                    if not self._append(encoder.pad([pairs[i] for i in chunk]), states, index):
                         break
                     bar.update(len(chunk))
             self._open()
@@ -250,20 +248,6 @@ def _digest(ids: tuple[Sequence[int], Sequence[int]]) -> bytes:
 
 def _to_bytes(values: torch.Tensor) -> bytes:
     return values.contiguous().view(torch.int16).numpy().tobytes()
-
-
-def _batches(pairs: Sequence[Any], batch_tokens: int) -> Iterator[list[Any]]:
-    """Pairs sorted by length, as many at once as give about `batch_tokens` tokens."""
-    chunk: list[Any] = []
-    longest = 0
-    for pair in pairs:
-        longest = max(longest, len(pair[0]) + len(pair[1]))
-        if chunk and longest * (len(chunk) + 1) > batch_tokens:
-            yield chunk
-            chunk, longest = [], len(pair[0]) + len(pair[1])
-        chunk.append(pair)
-    if chunk:
-        yield chunk
 
 
 def _key(split: SplitModel, dtype: torch.dtype) -> str:

@@ -393,6 +393,26 @@ def _read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
+def length_batches(lengths: Sequence[int], size: int, tokens: int) -> Iterator[list[int]]:
+    """
+    Indices in order of length, in batches of at most `size` rows and about `tokens` tokens with padding: little is
+    padding, and a batch of long texts takes no more memory than one of short ones.
+
+    Args:
+        lengths (`Sequence[int]`): Number of tokens of each row.
+        size (`int`): Most rows a batch.
+        tokens (`int`): Most tokens a batch; a single row may have more.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == size or lengths[index] * (len(batch) + 1) > tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """`items` in runs of `size`, the last maybe shorter."""
     for start in range(0, len(items), size):

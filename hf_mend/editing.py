@@ -11,13 +11,18 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from .data import EditRecord, Encoder, Query, Rows
+from .data import EditRecord, Encoder, Query, Rows, length_batches
 from .edits import Edit, EditStack, Update, applied
 from .methods import EditMethod
 from .targets import Target
 from .tracing import HiddenState, SplitModel, logits_of, trace
+
+
+# Most tokens in one pass of edits, padding included: what bounds the memory of long requests.
+_BATCH_TOKENS = 4096
 
 
 @dataclass
@@ -273,16 +278,17 @@ def make_edits(
     Raises:
         ValueError: A gradient or an update is not finite; the stack is as it was.
     """
-    order = sorted(range(len(requests)), key=lambda i: len(encoder.tokens(requests[i].query)[0]))
     results: dict[int, EditResult] = {}
     edits: dict[int, Edit] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force, check)
-        for i, (result, edit) in zip(chosen, made, strict=True):
-            results[i] = result
-            if edit is not None:
-                edits[i] = edit
+    lengths = [sum(map(len, encoder.tokens(request.query))) for request in requests]
+    with tqdm(total=len(requests), desc="Editing", disable=len(requests) <= batch_size) as bar:
+        for chosen in length_batches(lengths, batch_size, _BATCH_TOKENS):
+            made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force, check)
+            for i, (result, edit) in zip(chosen, made, strict=True):
+                results[i] = result
+                if edit is not None:
+                    edits[i] = edit
+            bar.update(len(chosen))
     stack.replace([*stack.edits, *(edits[i] for i in sorted(edits))])
     return [results[i] for i in range(len(requests))]
 

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .edits import Update
 from .files import replaced_folder, write_tensors
 from .targets import Target
 
 
+logger = logging.get_logger(__name__)
+
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def warn_of_fused_experts(base_model: nn.Module, names: Iterable[str]) -> None:
+    """
+    PEFT takes every layer of a mixture of experts that is named like an expert's for the fused experts' parameter.
+
+    Args:
+        base_model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The exported layers.
+    """
+    taken = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
+    if taken and any(parameter.dim() == 3 for parameter in base_model.parameters()):
+        logger.warning(
+            f"{type(base_model).__name__} fuses its experts' weights, and PEFT maps adapters of layers named like "
+            f"{taken[0]!r} onto those, so it cannot load this one as it is meant. Keep it with save_edits, or merge it"
+        )
 
 
 def write_lora(

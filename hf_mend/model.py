@@ -21,7 +21,7 @@ from .edits import Edit, EditStack, edits_from_tensors, stacked
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, replaced_folder, write_tensors
 from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
-from .lora import write_lora
+from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
 from .targets import find_targets
@@ -225,7 +225,7 @@ class EditableModel(nn.Module):
                 not.
             check (`bool`, defaults to `True`): Ask the edited model whether the edit took; without it there is one
                 step, and the result knows nothing of after.
-            batch_size (`int`, defaults to 16): Edits in one pass.
+            batch_size (`int`, defaults to 16): Most edits in one pass; long requests go in smaller batches.
 
         Returns:
             [`EditResult`], or a list of them for lists. An edit that did not take says so there.
@@ -351,10 +351,12 @@ class EditableModel(nn.Module):
         Raises:
             ValueError: There is no edit.
         """
+        updates = stacked(self._stack.edits if edits is None else edits)
+        warn_of_fused_experts(self.base_model, updates)
         write_lora(
             save_directory,
             self.targets,
-            stacked(self._stack.edits if edits is None else edits),
+            updates,
             self.editor_config.task_type,
             self.editor_config.base_model_name_or_path,
             uniform_rank,

@@ -135,13 +135,15 @@ def block_stacks(model: nn.Module) -> list[Stack]:
 
 
 def mlp_layers(block: nn.Module) -> list[str]:
-    """Names, relative to the block, of its MLP's linear layers in the order in which they are defined."""
-    names = []
-    for name, module in block.named_modules():
-        parts = name.split(".")
-        if is_editable(module) and not _ATTENTION_NAME.search(name) and parts[-1] not in _ROUTER_NAMES:
-            names.append(name)
-    return names
+    """
+    Names, relative to the block, of its MLP's linear layers in the order in which they are defined.
+
+    A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, its shared
+    expert's layers, or else its attention's output projection, are what can be edited.
+    """
+    linear = [name for name, module in block.named_modules() if is_editable(module)]
+    mlp = [n for n in linear if not _ATTENTION_NAME.search(n) and n.split(".")[-1] not in _ROUTER_NAMES]
+    return mlp or linear[-1:]
 
 
 def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:

@@ -220,12 +220,11 @@ def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.T
     record: dict[str, list[torch.Tensor]] = {}
 
     def make(name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-            started = not output.requires_grad
-            if started:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
                 output = output.detach().requires_grad_()
             record[name] = [args[0].detach(), output]
-            return output if started else None
+            return output.clone()  # Falcon adds to a layer's output in place
 
         return keep
 

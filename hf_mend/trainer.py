@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from .cache import HiddenStateCache
-from .data import EditBatch, EditCollator, EditDataset, EditRecord, TrainingExamples, batches
+from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
 from .edits import applied
 from .files import WEIGHTS_NAME
 from .losses import target_nll
@@ -49,9 +49,9 @@ class EditorTrainingArguments(TrainingArguments):
     step_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithm of each layer's edit step."}
     )
-    statistics_batches: int = field(
-        default=16,
-        metadata={"help": "Batches whose factors and inputs set the editor's statistics before the first step."},
+    statistics_edits: int = field(
+        default=128,
+        metadata={"help": "Facts whose factors and inputs set the editor's statistics before the first step."},
     )
     hidden_states_dir: str | None = field(
         default=None,
@@ -128,7 +128,7 @@ class EditorTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's."""
         if self.examples is not None and not self.model.editor.is_calibrated:
-            calibrate(self.model, self.examples, self.args.statistics_batches, self.args.per_device_train_batch_size)
+            calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(self.model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
@@ -232,7 +232,7 @@ class _EpochCallback(TrainerCallback):
         self.examples.set_epoch(int(state.epoch or 0))
 
 
-def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batch_size: int) -> None:
+def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128, batch_size: int = 8) -> None:
     """
     Sets an untrained editor's statistics from some training examples, and its first step to the power of two that
     lowers the targets' negative log-likelihood most, halved.
@@ -240,35 +240,35 @@ def calibrate(model: EditableModel, examples: TrainingExamples, count: int, batc
     Args:
         model ([`EditableModel`]): The model.
         examples ([`TrainingExamples`]): Where texts are taken, spread evenly.
-        count (`int`): Number of batches.
-        batch_size (`int`): Facts a batch.
+        edits (`int`, defaults to 128): Number of examples.
+        batch_size (`int`, defaults to 8): Examples at once; changes nothing but rounding.
     """
     collate = EditCollator(model.encoder)
-    wanted = min(len(examples), count * batch_size)
+    wanted = min(len(examples), edits)
     order = [i * len(examples) // wanted for i in range(wanted)]
     editor = model.editor
-    chunks = list(batches(order, batch_size))
-    for chunk in tqdm(chunks, desc="Statistics of the factors"):
+    for chunk in tqdm(list(batches(order, batch_size)), desc="Statistics of the factors"):
         batch = collate([examples[i] for i in chunk]).to(model.device)
         factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
         editor.observe_factors(factors)
         for rows in (batch.edit, *batch.local.values()):
             editor.observe_inputs(record_inputs(model.split, model.targets, rows))
     editor.finish_observing()
-    editor.scale_steps(_best_first_step(model, collate([examples[i] for i in chunks[0]]).to(model.device)))
+    first = [collate([examples[i] for i in chunk]).edit for chunk in batches(order[:16], batch_size)]
+    editor.scale_steps(_best_first_step(model, first))
 
 
-def _best_first_step(model: EditableModel, batch: EditBatch) -> float:
-    rows = batch.edit
-    losses: dict[float, float] = {}
-    with torch.no_grad():
+def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
+    losses = dict.fromkeys((2.0**power for power in range(-14, 9)), 0.0)
+    for rows in edits:
+        rows = rows.to(model.device)
         state = model.split.run_below(rows.inputs)
         factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
-        updates = model.editor(factors)
-        for power in range(-14, 9):
-            factor = 2.0**power
-            with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
-                losses[factor] = float(target_nll(logits_of(model.split, rows, state), rows))
+        with torch.no_grad():
+            updates = model.editor(factors)
+            for factor in losses:
+                with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
+                    losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0
 

@@ -73,7 +73,11 @@ def build_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     settings = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(architecture, **settings, **{**CAUSAL, **SEQ2SEQ}[architecture])
     auto = AutoModelForCausalLM if architecture in CAUSAL else AutoModelForSeq2SeqLM
-    model = auto.from_config(config).eval()
+    return initialize(auto.from_config(config).eval())
+
+
+def initialize(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that are large enough that positions and tokens matter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -83,8 +87,7 @@ def build_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     texts = [text for r in RECORDS for text in (r.prompt, r.target, *r.paraphrases, *r.neighborhood)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,6 +96,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +56,7 @@ def losses(trainer) -> list[float]:
 def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand(tokenizer, architecture):
     model = fresh(tokenizer, architecture)
     examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
-    calibrate(model, examples, 2, 4)
+    calibrate(model, examples, 8, 4)
     with torch.no_grad():
         for parameter in model.editor.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -94,7 +99,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path,
     trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
-    calibrate(model, examples, 2, 4)
+    calibrate(model, examples, 8, 4)
     before = trainer.evaluate()
     first = float(model(edit_batch=batch).loss.detach())
     trainer.train()
@@ -163,6 +168,31 @@ def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer
         assert torch.equal(one, two)
 
 
+def run_training(folder: Path, launcher: list[str], batch_size: int, accumulation: int = 1) -> dict:
+    folder.mkdir()
+    script = Path(__file__).parent / "train_on_two_processes.py"
+    root = str(script.parent.parent)
+    subprocess.run(
+        [sys.executable, *launcher, str(script), str(folder), str(batch_size), str(accumulation)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    return json.loads((folder / "losses.json").read_text())
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    # `--cpu` would want mpirun; with the variable set below, two plain CPU processes talk over gloo.
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    one = run_training(tmp_path / "one", [], 4)
+    two = run_training(tmp_path / "two", launch, 2)
+    accumulated = run_training(tmp_path / "accumulated", [], 2, accumulation=2)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["losses"][0] != pytest.approx(one["losses"][-1], rel=1e-2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
 def test_bad_training_data(tokenizer, tmp_path):
     with pytest.raises(TypeError, match="item 1 of the data is a dict, expected an EditRecord"):
         EditorTrainer(fresh(tokenizer), arguments(tmp_path), [RECORDS[0], {"prompt": "x"}])
@@ -176,7 +206,7 @@ def test_bad_training_data(tokenizer, tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
     model = fresh(tokenizer, architecture)
-    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 2, 4)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
     model.editor.scale_steps(4.0)
     measured = evaluate_records(
         model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=3, generate=True, progress=False
@@ -217,7 +247,7 @@ def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
 
 def test_exact_match_is_free_greedy_generation(tokenizer):
     model = fresh(tokenizer)
-    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 2, 4)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
     record = RECORDS[0]
     got = evaluate_records(
         model.split, model.targets, model.editor, model.encoder, [record], generate=True, progress=False
