@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoints")
     parser.add_argument("--start-from", type=Path, help="a saved editor whose weights training starts from")
     parser.add_argument("--checkpoints", type=Path, help="where training keeps its checkpoints (a temporary folder)")
+    parser.add_argument("--hidden-states", type=Path, help="where the hidden states below the edited blocks are kept")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -99,6 +100,7 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 logging_steps=25,
                 save_steps=100,
                 save_strategy="steps" if arguments.checkpoints else "no",
+                hidden_states_dir=arguments.hidden_states and str(arguments.hidden_states),
                 seed=arguments.seed,
                 report_to=[],
             ),
@@ -165,7 +167,9 @@ def main() -> None:
         "base_model": SMOLLM2_ID,
         "hold_out": held_out,
         "settings": {
-            name: str(value) for name, value in vars(arguments).items() if name not in ("data", "checkpoints")
+            name: str(value)
+            for name, value in vars(arguments).items()
+            if name not in ("data", "checkpoints", "hidden_states", "output", "results")
         },
         "targets": [target.name for target in model.targets],
         "training_seconds": seconds,

@@ -80,3 +80,9 @@ def test_edit_undo_save_load_and_lora(base, name, tokenizer, tmp_path, choice, c
     with again.disable_edits():
         assert torch.equal(all_logits(again, tokenizer), plain)
     torch.testing.assert_close(all_logits(again.merge_and_unload(), tokenizer), edited, rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_lists_what_is_tested():
+    from write_architectures_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/write_architectures_page.py"
