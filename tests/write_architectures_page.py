@@ -18,10 +18,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEADER = """\
 # Architectures
 
-Each of these is tested end to end on a tiny random model (`tests/test_architectures.py`): the factors are autograd's weight
-gradient, a pass from the kept hidden state is the whole pass, an edit changes the target's probability, undo is exact to the
-bit, and saved edits, LoRA adapters in plain PEFT and merged weights give the same logits. Any other model with recognisable
-blocks works by the same rules, or by your `target_modules`.
+Each of these is tested end to end on a tiny random model (`tests/test_architectures.py`): the factors are
+autograd's weight gradient, a pass from the kept hidden state is the whole pass, an edit changes the target's
+probability, undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights give the
+same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
 
 This page is written by `python tests/write_architectures_page.py`.
 
@@ -30,9 +30,9 @@ This page is written by `python tests/write_architectures_page.py`.
 """
 
 FOOTER = """
-mixtral, qwen3_moe and gpt_oss hold their experts as 3-D parameters, which are not linear layers: attention's output
-projection is edited instead. Of deepseek_v3, the dense blocks and the shared experts are; PEFT takes the names of those for
-the fused experts', so a LoRA adapter of them cannot be loaded there, and `save_lora` warns.
+mixtral, qwen3_moe and gpt_oss hold their experts as 3-D parameters, which are not linear layers: attention's
+output projection is edited instead. Of deepseek_v3, the dense blocks and the shared experts are; PEFT takes the
+names of those for the fused experts', so a LoRA adapter of them cannot be loaded there, and `save_lora` warns.
 """
 
 
