@@ -37,13 +37,15 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The shipped editor, as it was trained: 1,400 steps, then 1,600 that weigh unrelated text more. DATA holds the facts.
+# The shipped editor, as it was trained: 1,400 steps, then 1,600 that weigh unrelated text more, then edits 15 % larger (chosen
+# on the validation facts; see benchmarks/results/settings.md). DATA holds the facts.
 EDITOR := smollm2-135m-instruct-mend
 TRAIN := $(BIN)/python benchmarks/quality.py --data $(DATA) --hold-out P27,P106,P178
 editor: $(STAMP)
 	$(TRAIN) --steps 1400 --learning-rate 1e-3 --neighborhood-weight 1 --unrelated-weight 1 --limit 20 \
 		--output build/first-stage --results build/first-stage
 	$(TRAIN) --steps 1600 --learning-rate 7e-4 --neighborhood-weight 1.5 --unrelated-weight 25 --general-rows 2 --seed 1 \
+		--scale-steps 1.15 \
 		--start-from build/first-stage --output model_cards/$(EDITOR) --results benchmarks/results/$(EDITOR)
 
 style: $(STAMP)

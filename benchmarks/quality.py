@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--scale-steps", type=float, default=1.0, help="makes the trained edits larger or smaller")
     parser.add_argument("--neighborhood-weight", type=float, default=1.5)
     parser.add_argument("--unrelated-weight", type=float, default=20.0)
     parser.add_argument("--general-rows", type=int, default=1)
@@ -112,6 +113,14 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
         return time.perf_counter() - started
 
 
+def settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the figures depend on: no folders, and nothing of the training where there was none."""
+    measuring = ("hold_out", "limit", "max_steps_of_an_edit", "facts")
+    folders = ("data", "checkpoints", "hidden_states", "output", "results")
+    names = measuring if arguments.evaluate else [name for name in vars(arguments) if name not in folders]
+    return {name: str(getattr(arguments, name)) for name in names}
+
+
 def table(groups: dict[str, list[Measured]]) -> tuple[str, dict[str, dict[str, float]]]:
     """The Markdown table and the same as plain values."""
     names = [name for name in METRICS if any(name in summarize(group) for group in groups.values())]
@@ -148,6 +157,7 @@ def main() -> None:
         if arguments.start_from:
             model.load_editor(arguments.start_from / "editor.safetensors")
         seconds = train(model, records, arguments)
+        model.editor.scale_steps(arguments.scale_steps)
         # Measured as it is shared: in bfloat16, read from its file.
         model.save_pretrained(arguments.output, dtype=torch.bfloat16)
         model.load_editor(arguments.output / "editor.safetensors")
@@ -166,11 +176,7 @@ def main() -> None:
     result = {
         "base_model": SMOLLM2_ID,
         "hold_out": held_out,
-        "settings": {
-            name: str(value)
-            for name, value in vars(arguments).items()
-            if name not in ("data", "checkpoints", "hidden_states", "output", "results")
-        },
+        "settings": settings(arguments),
         "targets": [target.name for target in model.targets],
         "training_seconds": seconds,
         "evaluation_seconds": time.perf_counter() - started,

@@ -140,7 +140,7 @@ def _attach(module: nn.Module, update: Update) -> Any:
         nonlocal u, v
         if u.device != output.device:
             u, v = u.to(output.device), v.to(output.device)  # an offloaded layer runs elsewhere
-        return output + side_path(args[0], (u, v)).to(output.dtype)
+        return output + side_path(args[0].to(output.device), (u, v)).to(output.dtype)
 
     return module.register_forward_hook(add)
 

@@ -24,7 +24,7 @@ from .hub import find_files
 from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
-from .targets import find_targets
+from .targets import device_of, find_targets, is_placed
 from .tracing import SplitModel
 
 
@@ -163,12 +163,16 @@ class EditableModel(nn.Module):
         """Where the inputs go."""
         return self.split.device
 
+    def to(self, *args: Any, **kwargs: Any) -> EditableModel:
+        """
+        Moves base model and editor. A base placed by a device map or offloading stays, the editor with it.
+        """
+        return self if is_placed(self.base_model) else super().to(*args, **kwargs)
+
     @property
     def _edit_device(self) -> torch.device:
-        """Where factors are made: where the first edited layer is."""
-        weight: Any = self.targets[0].module.weight
-        device: torch.device = weight.device
-        return device
+        """Where factors are made: where the first edited layer runs."""
+        return device_of(self.targets[0].module)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -87,6 +87,11 @@ def add_to_weight_(module: Any, update: torch.Tensor) -> None:
         TypeError: The weight is not a plain floating-point tensor (a quantised base).
     """
     weight = module.weight
+    if weight.is_meta:
+        raise TypeError(
+            f"the weight of a {type(module).__name__} is offloaded, so an edit cannot be merged into it; keep the "
+            "edits beside the weight, or load the base model in memory first"
+        )
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise TypeError(
             f"the weight of {type(module).__name__} is {getattr(weight, 'dtype', type(weight))}, not a plain matrix, "
@@ -96,6 +101,22 @@ def add_to_weight_(module: Any, update: torch.Tensor) -> None:
     update = update.T if isinstance(module, Conv1D) else update
     with torch.no_grad():
         weight.copy_(weight.float() + update.to(weight.device, torch.float32))
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a layer runs: where its weight is, or, offloaded, where Accelerate brings it."""
+    weight: torch.Tensor = module.weight
+    if weight.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return weight.device
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether a device map or offloading decides where the model's weights are."""
+    return bool(getattr(model, "hf_device_map", None)) or any(p.is_meta for p in model.parameters())
 
 
 def weight_matrix(module: Any) -> torch.Tensor:

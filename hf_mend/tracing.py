@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from .data import Rows
-from .targets import Target, block_stacks, lowest_block
+from .targets import Target, block_stacks, device_of, lowest_block
 
 
 logger = logging.get_logger(__name__)
@@ -77,8 +77,7 @@ class SplitModel:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return device_of(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
@@ -223,7 +222,7 @@ def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.T
         def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            record[name] = [args[0].detach(), output]
+            record[name] = [args[0].detach().to(output.device), output]
             return output.clone()  # Falcon adds to a layer's output in place
 
         return keep

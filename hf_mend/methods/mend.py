@@ -230,10 +230,11 @@ class Mend(EditMethod):
         updates: dict[str, Update] = {}
         for group in self.groups:
             lengths = [factors[name][0].shape[1] for name in group.names]  # encoder and decoder layers differ
-            x = torch.stack(
-                [_padded(factors[name][0], max(lengths)) for name in group.names]
-            )  # (layers, edits, seq, d_in)
-            delta = torch.stack([_padded(factors[name][1], max(lengths)) for name in group.names])
+            device = group.log_step.device  # the layers may be on several
+            x, delta = (
+                torch.stack([_padded(factors[name][side].to(device), max(lengths)) for name in group.names])
+                for side in (0, 1)
+            )  # (layers, edits, seq, d_in), (layers, edits, seq, d_out)
             present = (delta != 0).any(-1, keepdim=True)
             u, v = group(x.flatten(1, 2), delta.flatten(1, 2))
             u, v = u.view(x.shape) * present, v.view(delta.shape) * present
@@ -246,8 +247,8 @@ class Mend(EditMethod):
             for index, name in enumerate(group.names):
                 x, delta = factors[name]
                 present = (delta != 0).any(-1)
-                group.x_stats[index].observe(x[present])
-                group.delta_stats[index].observe(delta[present])
+                group.x_stats[index].observe(x[present].to(group.log_step.device))
+                group.delta_stats[index].observe(delta[present].to(group.log_step.device))
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         for group in self.groups:
