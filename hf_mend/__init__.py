@@ -3,10 +3,10 @@
 from .cache import HiddenStateCache
 from .config import EditorConfig
 from .data import EditDataset, EditRecord, read_counterfact, read_questions
-from .editing import EditResult
 from .edits import Edit
 from .metrics import evaluate_records, summarize
 from .model import EditableModel, get_editable_model
+from .requests import EditResult
 from .trainer import EditorTrainer, EditorTrainingArguments
 
 

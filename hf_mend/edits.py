@@ -116,6 +116,29 @@ def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
     return out.reshape(*x.shape[:-1], v.shape[-1])
 
 
+def together(updates: Mapping[str, Update], size: int) -> dict[str, Update]:
+    """
+    Neighbouring edits summed in groups, as thin matrices side by side.
+
+    Args:
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes
+            `(edits, rank, d_in)` and `(edits, rank, d_out)`.
+        size (`int`): Edits a group; the last group may have fewer.
+
+    Returns:
+        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Shapes `(groups, size * rank, d_in)` and
+        `(groups, size * rank, d_out)`.
+    """
+    return {name: (_in_groups(u, size), _in_groups(v, size)) for name, (u, v) in updates.items()}
+
+
+def _in_groups(factors: torch.Tensor, size: int) -> torch.Tensor:
+    missing = -factors.shape[0] % size
+    if missing:
+        factors = torch.cat([factors, factors.new_zeros(missing, *factors.shape[1:])])
+    return factors.reshape(-1, size * factors.shape[1], factors.shape[2])
+
+
 @contextmanager
 def applied(targets: Sequence[Target], updates: Mapping[str, Update]) -> Iterator[None]:
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .data import EditBatch, Rows
-from .edits import applied
+from .edits import applied, together
 from .methods import EditMethod
 from .targets import Target
 from .tracing import HiddenState, SplitModel, logits_of, trace
@@ -82,9 +83,10 @@ def editing_loss(
     batch: EditBatch,
     locality_weights: Mapping[str, float] = MappingProxyType({}),
     run_below: Callable[[Rows], HiddenState] | None = None,
+    edits_together: int = 1,
 ) -> EditingLoss:
     """
-    Makes every edit of the batch, each on its own copy of nothing: example b's rows alone see example b's factors.
+    Makes every edit of the batch: example b's rows see example b's factors alone, or those of its group's edits.
 
     What lies below the lowest edited block runs once for each text and serves the un-edited and the edited pass.
 
@@ -97,10 +99,12 @@ def editing_loss(
             (the paper's is 1 / `c_edit`).
         run_below (`Callable`, *optional*): Gives the rows' hidden states at the lowest edited block, as a
             [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
+        edits_together (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
+            that leave one another alone. Where it does not divide the batch, their greatest common divisor is taken.
     """
     below = run_below or (lambda rows: split.run_below(rows.inputs))
     factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))
-    updates = method(factors)
+    updates = together(method(factors), math.gcd(edits_together, len(batch)))
 
     def edited_logits(rows: Rows, state: HiddenState) -> torch.Tensor:
         with applied(targets, updates):

@@ -1,4 +1,4 @@
-"""How good an editor is: edit success, generality and locality, each edit made alone on the un-edited model."""
+"""How good an editor is: edit success, generality and locality, of edits made alone or several together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .data import EditRecord, Encoder, Query, Rows, batches
 from .editing import find_updates
-from .edits import Update, applied
+from .edits import Update, applied, together
 from .losses import kl_divergence, row_means
 from .methods import EditMethod
 from .targets import Target
@@ -50,11 +50,12 @@ def evaluate_records(
     records: Sequence[EditRecord],
     batch_size: int = 10,
     max_steps: int = 1,
+    edits_together: int = 1,
     generate: bool = False,
     progress: bool = True,
 ) -> list[Measured]:
     """
-    Edits each record alone and measures it. A batch's edits run side by side, each row under its own edit.
+    Edits each record and measures it. A batch's edits run side by side, each row under its own edit, or its group's.
 
     Args:
         split ([`SplitModel`]): The base model.
@@ -64,19 +65,21 @@ def evaluate_records(
         records (`Sequence[EditRecord]`): The facts.
         batch_size (`int`, defaults to 10): Edits at once.
         max_steps (`int`, defaults to 1): As for [`~hf_mend.EditableModel.edit`]: steps of an edit that does not take.
+        edits_together (`int`, defaults to 1): How many neighbouring records' edits, each found on the un-edited model,
+            are applied at once while their rows are measured.
         generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
     """
     measured: list[Measured] = []
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
-        for chunk in batches(records, batch_size):
+        for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             edits = encoder([Query(record.prompt, record.target) for record in chunk]).to(split.device)
-            updates = find_updates(split, targets, method, edits, max_steps).updates
-            measured += _measure(split, targets, updates, encoder, chunk)
+            updates = together(find_updates(split, targets, method, edits, max_steps).updates, edits_together)
+            groups = torch.arange(len(chunk)) // edits_together
+            measured += _measure(split, targets, updates, groups, encoder, chunk)
             if generate:
-                for result, said in zip(
-                    measured[-len(chunk) :], _says_freely(split, targets, updates, encoder, chunk), strict=True
-                ):
+                said_freely = _says_freely(split, targets, _for_rows(updates, groups), encoder, chunk)
+                for result, said in zip(measured[-len(chunk) :], said_freely, strict=True):
                     result.exact_match = said
             bar.update(len(chunk))
     return measured
@@ -110,6 +113,7 @@ def _measure(
     split: SplitModel,
     targets: Sequence[Target],
     updates: dict[str, Update],
+    groups: torch.Tensor,
     encoder: Encoder,
     records: Sequence[EditRecord],
 ) -> list[Measured]:
@@ -126,7 +130,7 @@ def _measure(
             continue
         rows = encoder([query for group in queries for query in group]).to(split.device)
         state = split.run_below(rows.inputs)
-        with applied(targets, _for_rows(updates, owner)):
+        with applied(targets, _for_rows(updates, groups[owner])):
             edited = logits_of(split, rows, state)
         local = kind in ("neighborhood", "unrelated")
         base = logits_of(split, rows, state) if local else None

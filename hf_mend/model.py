@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .cards import write_card
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
-from .editing import EditResult, as_requests, check_requests, make_edits
+from .editing import make_edits
 from .edits import Edit, EditStack, edits_from_tensors, stacked
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, replaced_folder, write_tensors
 from .fingerprint import check_base, fingerprint_of
@@ -24,6 +24,7 @@ from .hub import find_files
 from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
+from .requests import EditResult, as_requests, check_requests
 from .targets import device_of, find_targets, is_placed
 from .tracing import SplitModel
 
@@ -224,7 +225,8 @@ class EditableModel(nn.Module):
             chat (`bool`, defaults to `False`): The prompt is a user's turn in the tokenizer's chat template.
             paraphrases (`Sequence[str]`): Prompts on which to check that the target is said too (a single edit only).
             locality (`Sequence[str]`): Prompts on which to check that the answer stays (a single edit only).
-            max_steps (`int`, defaults to 3): A step that does not take is followed by another, up to this many.
+            max_steps (`int`, defaults to 3): A step that does not take is made smaller and followed by another, up to
+                this many; 1 is one whole step, come what may.
             force (`bool`, defaults to `False`): Edit also where the model says the target already; its paraphrases may
                 not.
             check (`bool`, defaults to `True`): Ask the edited model whether the edit took; without it there is one

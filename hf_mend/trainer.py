@@ -46,6 +46,13 @@ class EditorTrainingArguments(TrainingArguments):
     general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
     neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
     unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    edits_together: int = field(
+        default=1,
+        metadata={
+            "help": "Up to how many edits are applied at once: steps go in turn through 1, 2, 4 and so on up to it, "
+            "so that edits learn to leave one another alone. Powers of two that divide the batch."
+        },
+    )
     step_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithm of each layer's edit step."}
     )
@@ -142,7 +149,13 @@ class EditorTrainer(Trainer):
     ) -> Any:
         """The editing loss of a batch of different facts."""
         weights = {"neighborhood": self.args.neighborhood_weight, "unrelated": self.args.unrelated_weight}
-        result = model(edit_batch=inputs, locality_weights=weights, run_below=self.hidden_states)
+        doublings = max(1, self.args.edits_together).bit_length()
+        result = model(
+            edit_batch=inputs,
+            locality_weights=weights,
+            run_below=self.hidden_states,
+            edits_together=2 ** (self.state.global_step % doublings),
+        )
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
         return (result.loss, result) if return_outputs else result.loss

@@ -11,6 +11,7 @@ import torch
 from conftest import RECORDS, all_logits, build_model, editable, small_config
 
 from hf_mend import EditableModel, EditRecord, get_editable_model
+from hf_mend.edits import dense
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -62,6 +63,42 @@ def test_an_edit_that_did_not_take_says_so(llama, tokenizer):
     model.editor.scale_steps(1e-9)
     result = model.edit(PROMPT, TARGET, max_steps=1)
     assert not result.success and "DID NOT TAKE" in str(result)
+
+
+def test_a_step_that_overshoots_is_made_smaller(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.editor.scale_steps(20.0)
+    whole = model.edit(PROMPT, "rome paris lima", max_steps=1)
+    norm = model.undo().norms()[model.targets[0].name]
+    smaller = model.edit(PROMPT, "rome paris lima", max_steps=2)
+    assert not whole.success
+    assert smaller.probability_after > whole.probability_after
+    first = model.edits[0].updates[model.targets[0].name]
+    share = float(torch.linalg.matrix_norm(dense(tuple(side[: whole.rank] for side in first)))) / norm
+    assert share == pytest.approx(round(share * 8) / 8, rel=1e-3) and share < 1
+
+
+def test_steps_that_lead_away_from_the_target_are_not_taken(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    before = all_logits(model, tokenizer)
+    with torch.no_grad():
+        model.editor.config.edit_lr = -0.3  # up the gradient
+    result = model.edit(PROMPT, TARGET)
+    assert result.success is False and result.id is None and result.steps == 0 and model.edits == []
+    assert not result.already_known and "DID NOT TAKE" in str(result)
+    assert result.probability_after == result.probability_before
+    assert torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_results_of_one_call_tell_of_all_its_edits(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    results = model.edit(RECORDS[:3], max_steps=2, batch_size=2)
+    for record, result in zip(RECORDS, results, strict=False):
+        assert result.probability_after == pytest.approx(probability(model, record.prompt, record.target), rel=1e-3)
+        assert [probe.after for probe in result.locality] == [
+            tokenizer.decode(all_logits(model, tokenizer, text)[0, -1].argmax()).strip()
+            for text in record.neighborhood
+        ]
 
 
 def test_a_target_that_is_the_answer_already_changes_nothing(llama, tokenizer):

@@ -52,8 +52,9 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.parametrize("edits_together", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "t5", "opt", "gpt2"])
-def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand(tokenizer, architecture):
+def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
     model = fresh(tokenizer, architecture)
     examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
     calibrate(model, examples, 8, 4)
@@ -61,18 +62,24 @@ def test_the_training_loss_is_that_of_each_edit_alone_by_weights_changed_by_hand
         for parameter in model.editor.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     collate = EditCollator(model.encoder)
-    batch = collate([examples[i] for i in range(3)])
-    together = editing_loss(model.split, model.targets, model.editor, batch, {"neighborhood": 0.7, "unrelated": 3.0})
-    edit: list[float] = []
-    local: dict[str, list[float]] = {"neighborhood": [], "unrelated": []}
-    for i in range(3):
+    count = 4 if edits_together > 1 else 3
+    batch = collate([examples[i] for i in range(count)])
+    weights = {"neighborhood": 0.7, "unrelated": 3.0}
+    together = editing_loss(model.split, model.targets, model.editor, batch, weights, edits_together=edits_together)
+    updates = []
+    for i in range(count):
         one = collate([examples[i]])
         factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
-        updates = {n: (u[0].detach(), v[0].detach()) for n, (u, v) in model.editor(factors).items()}
+        updates.append({n: dense((u[0].detach(), v[0].detach())) for n, (u, v) in model.editor(factors).items()})
+    edit: list[float] = []
+    local: dict[str, list[float]] = {"neighborhood": [], "unrelated": []}
+    for i in range(count):
+        one = collate([examples[i]])
         changed = copy.deepcopy(model.base_model)
         with torch.no_grad():
             for target in model.targets:
-                weight_matrix(changed.get_submodule(target.name)).add_(dense(updates[target.name]))
+                for j in range(i - i % edits_together, i - i % edits_together + edits_together):
+                    weight_matrix(changed.get_submodule(target.name)).add_(updates[j][target.name])
             logits = changed(**one.general.inputs).logits
             for row, (labels, chosen) in enumerate(zip(one.general.next_tokens, one.general.positions, strict=True)):
                 edit.append(float(nn.functional.cross_entropy(logits[row][chosen], labels[chosen])))
@@ -203,23 +210,27 @@ def test_bad_training_data(tokenizer, tmp_path):
 # ---- metrics ----
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture):
+@pytest.mark.parametrize(("architecture", "edits_together"), [("llama", 1), ("t5", 1), ("llama", 3)])
+def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
     model = fresh(tokenizer, architecture)
     calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
     model.editor.scale_steps(4.0)
-    measured = evaluate_records(
-        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=3, generate=True, progress=False
-    )
     encoder = model.encoder
-    for record, got in zip(RECORDS, measured, strict=True):
-        rows = encoder([Query(record.prompt, record.target)])
-        factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
+    measured = evaluate_records(
+        model.split, model.targets, model.editor, encoder, RECORDS, batch_size=3, edits_together=edits_together,
+        generate=True, progress=False,
+    )  # fmt: skip
+    for i, (record, got) in enumerate(zip(RECORDS, measured, strict=True)):
         changed = copy.deepcopy(model.base_model)
+        start = i - i % edits_together
+        for other in RECORDS[start : start + edits_together]:
+            rows = encoder([Query(other.prompt, other.target)])
+            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
+            with torch.no_grad():
+                for target in model.targets:
+                    u, v = model.editor(factors)[target.name]
+                    weight_matrix(changed.get_submodule(target.name)).add_(dense((u[0], v[0])))
         with torch.no_grad():
-            for target in model.targets:
-                u, v = model.editor(factors)[target.name]
-                weight_matrix(changed.get_submodule(target.name)).add_(dense((u[0], v[0])))
 
             def said(network, query, encoder=encoder):
                 rows = encoder([query])
