@@ -64,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unrelated-weight", type=float, default=20.0)
     parser.add_argument("--general-rows", type=int, default=1)
     parser.add_argument("--neighborhood-rows", type=int, default=2)
+    parser.add_argument("--edits-together", type=int, default=1, help="train on up to this many edits at once")
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
     parser.add_argument("--layers", help="blocks to edit, separated by commas")
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--facts", default="facts_test.json", help="what to measure on; settings: facts_validation.json"
     )
+    parser.add_argument("--together", default="", help="also apply so many edits at once (3,10)")
     parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -96,6 +98,7 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 unrelated_weight=arguments.unrelated_weight,
                 general_rows=arguments.general_rows,
                 neighborhood_rows=arguments.neighborhood_rows,
+                edits_together=arguments.edits_together,
                 lr_scheduler_type="linear",
                 warmup_steps=20,
                 logging_steps=25,
@@ -115,7 +118,7 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
 
 def settings(arguments: argparse.Namespace) -> dict[str, str]:
     """What the figures depend on: no folders, and nothing of the training where there was none."""
-    measuring = ("hold_out", "limit", "max_steps_of_an_edit", "facts")
+    measuring = ("hold_out", "limit", "max_steps_of_an_edit", "facts", "together")
     folders = ("data", "checkpoints", "hidden_states", "output", "results")
     names = measuring if arguments.evaluate else [name for name in vars(arguments) if name not in folders]
     return {name: str(getattr(arguments, name)) for name in names}
@@ -172,6 +175,11 @@ def main() -> None:
         pairs = list(zip(test, measured, strict=True))
         groups["relations seen in training"] = [m for r, m in pairs if r.relation not in held_out]
         groups[f"unseen relations ({', '.join(held_out)})"] = [m for r, m in pairs if r.relation in held_out]
+    for count in [int(number) for number in arguments.together.split(",") if number]:
+        groups[f"all, {count} edits applied together"] = evaluate_records(
+            model.split, model.targets, model.editor, model.encoder, test,
+            max_steps=arguments.max_steps_of_an_edit, edits_together=count,
+        )  # fmt: skip
     markdown, values = table(groups)
     result = {
         "base_model": SMOLLM2_ID,

@@ -1,5 +1,6 @@
 """Edit language models: train small editor networks that turn one correction's gradient into a low-rank edit."""
 
+from .auto import AutoEditableModel
 from .cache import HiddenStateCache
 from .config import EditorConfig
 from .data import EditDataset, EditRecord, read_counterfact, read_questions
@@ -13,6 +14,7 @@ from .trainer import EditorTrainer, EditorTrainingArguments
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoEditableModel",
     "Edit",
     "EditDataset",
     "EditRecord",

@@ -25,7 +25,8 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
     The base model as far as an editor depends on it.
 
     The hash is over an even sample of the edited weights rounded to bfloat16, so that the same model has the same hash
-    in float32 and bfloat16. It is `None` where the weights cannot be read (offloaded or quantised).
+    in float32 and bfloat16. It is `None` where the weights cannot be read so (offloaded, quantised or
+    float16).
 
     Args:
         base_model (`PreTrainedModel`): The model.
@@ -34,7 +35,8 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
     digest: Any = hashlib.sha256()
     for target in targets:
         weight = weight_matrix(target.module).detach()
-        if weight.is_meta or not weight.is_floating_point():
+        # float16 rounds twice on its way to bfloat16, which changes some.
+        if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             digest = None
             break
         flat = weight.reshape(-1)
