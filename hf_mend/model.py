@@ -25,7 +25,7 @@ from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
 from .requests import EditResult, as_requests, check_requests
-from .targets import device_of, find_targets, is_placed
+from .targets import device_of, find_targets, is_placed, plain_base
 from .tracing import SplitModel
 
 
@@ -38,12 +38,14 @@ class EditableModel(nn.Module):
     [`~EditableModel.merge_and_unload`].
 
     Args:
-        base_model (`PreTrainedModel`): Any causal or seq2seq model. It is set to eval mode and frozen.
+        base_model (`PreTrainedModel`): Any causal or seq2seq model, or a `PeftModel` of one, whose adapters stay
+            active. It is set to eval mode and frozen.
         editor_config ([`EditorConfig`]): What the editor edits and how.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer; `edit` needs it.
 
     Raises:
-        ValueError: The configuration's target modules match nothing that can be edited.
+        ValueError: The configuration's target modules match nothing that can be edited, or the model was compiled in
+            place.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class EditableModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        base_model = plain_base(base_model)
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
         self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)
@@ -95,6 +98,7 @@ class EditableModel(nn.Module):
         """
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
+        base_model = plain_base(base_model)
         check_base(config, base_model, find_targets(base_model, config), source=str(editor_name_or_path))
         with _restored_on_error(base_model):
             model = cls(base_model, config, tokenizer)

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .config import EditorConfig
 
+
+logger = logging.get_logger(__name__)
 
 # Inside a block, every linear layer that is neither attention nor routing belongs to the MLP. That rule covers the
 # architectures we know of; names here are components of a module's name relative to its block.
@@ -61,6 +66,38 @@ class Stack:
     blocks: nn.ModuleList
 
 
+def plain_base(model: Any) -> Any:
+    """
+    The transformers model inside what a user may have wrapped it in. Adapters of a `PeftModel` stay active.
+
+    Args:
+        model (`nn.Module`): A transformers model, `torch.compile`'s wrapper of one, or a `PeftModel`.
+
+    Raises:
+        ValueError: The model was compiled in place, or has a learned prompt instead of layers; it cannot carry edits.
+    """
+    if hasattr(model, "_orig_mod"):
+        logger.warning(
+            "edits run in the model that was compiled, not in its compiled form, which would not see them; to have "
+            "both, compile what merge_and_unload() returns"
+        )
+        model = model._orig_mod
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"the base is a PeftModel with {model.active_peft_config.peft_type.value}, a learned prompt, which is "
+                "not part of the layers; edit the model without it"
+            )
+        model = model.get_base_model()
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or type(module).__name__!r} was compiled in place and would not see the edits; load the base "
+                "model without compile(), and compile what merge_and_unload() returns"
+            )
+    return model
+
+
 def is_editable(module: nn.Module) -> bool:
     """Whether `module` computes `y = W x (+ b)` and so can carry an edit beside its weight."""
     return layer_widths(module) is not None
@@ -68,11 +105,26 @@ def is_editable(module: nn.Module) -> bool:
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     """`(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    module = _inner(module)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return None
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Name within the block -> linear layer. One with an adapter around it counts once, adapter included."""
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        if is_editable(module) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def _inner(module: Any) -> Any:
+    """The layer inside PEFT's, which is the layer itself where there is no adapter."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def add_to_weight_(module: Any, update: torch.Tensor) -> None:
@@ -86,6 +138,7 @@ def add_to_weight_(module: Any, update: torch.Tensor) -> None:
     Raises:
         TypeError: The weight is not a plain floating-point tensor (a quantised base).
     """
+    module = _inner(module)
     weight = module.weight
     if weight.is_meta:
         raise TypeError(
@@ -105,6 +158,7 @@ def add_to_weight_(module: Any, update: torch.Tensor) -> None:
 
 def device_of(module: Any) -> torch.device:
     """Where a layer runs: where its weight is, or, offloaded, where Accelerate brings it."""
+    module = _inner(module)
     weight: torch.Tensor = module.weight
     if weight.is_meta:
         hook = getattr(module, "_hf_hook", None)
@@ -121,6 +175,7 @@ def is_placed(model: nn.Module) -> bool:
 
 def weight_matrix(module: Any) -> torch.Tensor:
     """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
+    module = _inner(module)
     weight: torch.Tensor = module.weight
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -162,7 +217,7 @@ def mlp_layers(block: nn.Module) -> list[str]:
     A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, its shared
     expert's layers, or else its attention's output projection, are what can be edited.
     """
-    linear = [name for name, module in block.named_modules() if is_editable(module)]
+    linear = list(linear_layers(block))
     mlp = [n for n in linear if not _ATTENTION_NAME.search(n) and n.split(".")[-1] not in _ROUTER_NAMES]
     return mlp or linear[-1:]
 

@@ -1,0 +1,85 @@
+"""Bases that a user has wrapped, or set up otherwise than plain inference wants: each works or says what to do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import RECORDS, all_logits, build_model, editable
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from hf_mend import EditableModel
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+
+
+def with_lora(architecture: str, modules: list[str]):
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+    return get_peft_model(build_model(architecture), config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [("llama", ["down_proj", "q_proj"]), ("llama", ["v_proj"]), ("gpt2", ["c_fc", "c_proj"]), ("t5", ["wo", "q"])],
+)
+def test_an_active_lora_adapter_stays_and_the_edit_goes_beside_it(tokenizer, tmp_path, architecture, modules):
+    wrapped = with_lora(architecture, modules)
+    # The oracle is a plain model with the adapter in its weights.
+    plain = editable(copy.deepcopy(wrapped).merge_and_unload(), tokenizer)
+    model = editable(wrapped, tokenizer)
+    assert [target.name for target in model.targets] == [target.name for target in plain.targets]
+    torch.testing.assert_close(all_logits(model, tokenizer), all_logits(plain, tokenizer), rtol=1e-4, atol=1e-4)
+    before = all_logits(model, tokenizer)
+    for one in (model, plain):
+        one.edit(PROMPT, TARGET, max_steps=1)
+    torch.testing.assert_close(all_logits(model, tokenizer), all_logits(plain, tokenizer), rtol=1e-3, atol=1e-3)
+    model.save_edits(tmp_path)
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), before)
+    plain.undo()
+    plain.load_edits(tmp_path)  # names are those of the model without adapters
+    edited = all_logits(plain, tokenizer)
+    model.load_edits(tmp_path)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(all_logits(merged, tokenizer), edited, rtol=1e-3, atol=1e-3)
+
+
+def test_an_editor_of_the_plain_base_fits_the_base_with_an_adapter(tokenizer, tmp_path):
+    editable(build_model("llama"), tokenizer).save_pretrained(tmp_path)
+    model = EditableModel.from_pretrained(with_lora("llama", ["down_proj"]), tmp_path, tokenizer)
+    assert model.edit(PROMPT, TARGET, max_steps=1).steps == 1
+
+
+def test_a_learned_prompt_cannot_be_edited(tokenizer):
+    wrapped = get_peft_model(build_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING, a learned prompt.*edit the model without it"):
+        editable(wrapped, tokenizer)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(tokenizer, reentrant):
+    plain, model = editable(build_model("llama"), tokenizer), build_model("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = editable(model.train(), tokenizer)
+    for one in (model, plain):
+        one.edit(PROMPT, TARGET, max_steps=2)
+    assert torch.equal(all_logits(model, tokenizer), all_logits(plain, tokenizer))
+
+
+def test_a_compiled_base_is_edited_uncompiled(tokenizer, caplog):
+    plain, model = (editable(base, tokenizer) for base in (build_model("llama"), torch.compile(build_model("llama"))))
+    assert "compile what merge_and_unload() returns" in caplog.text
+    for one in (model, plain):
+        one.edit(PROMPT, TARGET, max_steps=2)
+    assert torch.equal(all_logits(model, tokenizer), all_logits(plain, tokenizer))
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1"])
+def test_a_base_compiled_in_place_says_what_to_do(tokenizer, part):
+    base = build_model("llama")
+    base.get_submodule(part).compile()
+    with pytest.raises(ValueError, match=r"(Llama|layers\.1).* was compiled in place .* load the base model without"):
+        editable(base, tokenizer)
