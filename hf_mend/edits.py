@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .targets import Target, add_to_weight_
+from .targets import Target, add_to_weight_, writable_weight
 
 
 Update = tuple[torch.Tensor, torch.Tensor]
@@ -250,9 +250,7 @@ class EditStack:
         updates = stacked(self.edits)
         by_name: dict[str, Any] = {target.name: target.module for target in self.targets}
         for name in updates:
-            weight = by_name[name].weight
-            if not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
-                add_to_weight_(by_name[name], torch.empty(0))  # raises the error that names the reason
+            writable_weight(by_name[name])
         self.replace([])
         for name, update in updates.items():
             add_to_weight_(by_name[name], dense(update))

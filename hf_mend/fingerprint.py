@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import EditorConfig
-from .targets import Target, weight_matrix
+from .targets import Target, writable_weight
 
 
 logger = logging.get_logger(__name__)
@@ -34,9 +34,12 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
     """
     digest: Any = hashlib.sha256()
     for target in targets:
-        weight = weight_matrix(target.module).detach()
-        # float16 rounds twice on its way to bfloat16, which changes some.
-        if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        try:
+            weight = writable_weight(target.module).detach()
+        except TypeError:
+            digest = None
+            break
+        if weight.dtype == torch.float16:  # rounds a second time on its way to bfloat16, which changes some
             digest = None
             break
         flat = weight.reshape(-1)

@@ -25,7 +25,7 @@ from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
 from .requests import EditResult, as_requests, check_requests
-from .targets import device_of, find_targets, is_placed, plain_base
+from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
 
 
@@ -56,6 +56,7 @@ class EditableModel(nn.Module):
     ):
         super().__init__()
         base_model = plain_base(base_model)
+        keep_gradients(base_model)
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
         self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)

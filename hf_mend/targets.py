@@ -98,6 +98,20 @@ def plain_base(model: Any) -> Any:
     return model
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """
+    Keeps quantised layers in a form that passes a gradient on to their inputs.
+
+    bitsandbytes packs 4-bit weights anew on some CPUs, at the first pass in eval mode, for a kernel that has no
+    gradient.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks what an earlier pass has packed
+
+
 def is_editable(module: nn.Module) -> bool:
     """Whether `module` computes `y = W x (+ b)` and so can carry an edit beside its weight."""
     return layer_widths(module) is not None
@@ -127,7 +141,32 @@ def _inner(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def add_to_weight_(module: Any, update: torch.Tensor) -> None:
+def writable_weight(module: Any) -> torch.Tensor:
+    """
+    A layer's weight as `(d_out, d_in)`, a view of the stored one that may be written to.
+
+    Raises:
+        TypeError: The weight is offloaded, quantised or sharded.
+    """
+    kind = type(module).__name__
+    weight: Any = _inner(module).weight
+    if weight.is_meta:
+        raise TypeError(
+            f"the weight of a {kind} is offloaded, so an edit cannot be merged into it; keep the edits beside the "
+            "weight, or load the base model in memory first"
+        )
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
+    if not plain:
+        raise TypeError(
+            f"the weight of a {kind} is a {type(weight).__name__} of {weight.dtype}, not a plain matrix, so an edit "
+            "cannot be merged into it; keep the edits beside the weight, write them with save_lora, or load the base "
+            "model unquantised and load_edits there"
+        )
+    return weight_matrix(module)
+
+
+@torch.no_grad()
+def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
     """
     Adds an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
 
@@ -136,24 +175,10 @@ def add_to_weight_(module: Any, update: torch.Tensor) -> None:
         update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
 
     Raises:
-        TypeError: The weight is not a plain floating-point tensor (a quantised base).
+        TypeError: The weight cannot be written to.
     """
-    module = _inner(module)
-    weight = module.weight
-    if weight.is_meta:
-        raise TypeError(
-            f"the weight of a {type(module).__name__} is offloaded, so an edit cannot be merged into it; keep the "
-            "edits beside the weight, or load the base model in memory first"
-        )
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        raise TypeError(
-            f"the weight of {type(module).__name__} is {getattr(weight, 'dtype', type(weight))}, not a plain matrix, "
-            f"so "
-            "an edit cannot be merged into it; keep the edits beside the weight, or dequantise the base model first"
-        )
-    update = update.T if isinstance(module, Conv1D) else update
-    with torch.no_grad():
-        weight.copy_(weight.float() + update.to(weight.device, torch.float32))
+    weight = writable_weight(module)
+    weight.copy_(weight.float() + update.to(weight.device, torch.float32))
 
 
 def device_of(module: Any) -> torch.device:

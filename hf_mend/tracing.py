@@ -257,6 +257,9 @@ def trace(
     Returns:
         `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero
         where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
+
+    Raises:
+        ValueError: No gradient reaches a layer.
     """
     mask = next_tokens != -100
     if state is None:
@@ -266,10 +269,19 @@ def trace(
         labels = next_tokens[mask].to(logits.device)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         names = [target.name for target in targets if target.name in record]
-        gradients = torch.autograd.grad(loss, [record[name][1] for name in names])
+        outputs = [record[name][1] for name in names]
+        gradients = (
+            torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(names)
+        )
     factors: Factors = {}
     rows = next_tokens.shape[0]
     for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"no gradient reaches the layer {name!r}, so it cannot be edited: a layer above it passes none on, as "
+                "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose other "
+                "target_modules"
+            )
         x = record[name][0]
         x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
         delta = gradient.reshape(rows, -1, gradient.shape[-1])

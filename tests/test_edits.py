@@ -112,5 +112,5 @@ def test_merge_equals_the_side_path(base, tokenizer):
 def test_merging_into_a_quantised_weight_says_what_to_do(llama):
     layer = torch.nn.Linear(4, 4)
     layer.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"int8, not a plain matrix.*dequantise"):
+    with pytest.raises(TypeError, match=r"int8, not a plain matrix.*save_lora.*unquantised"):
         add_to_weight_(layer, torch.zeros(4, 4))

@@ -163,3 +163,19 @@ def test_a_model_that_cannot_be_split_falls_back_to_whole_passes_with_one_warnin
 
 def test_every_family_is_covered():
     assert {"gpt2", "llama", "gpt_neox", "gptj", "opt", "t5", "bart"} == set(ARCHITECTURES)
+
+
+def test_a_layer_that_no_gradient_reaches_is_named(llama, tokenizer):
+    class Cut(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **kwargs):
+            return self.layer(*args, **kwargs).detach()
+
+    model = editable(llama, tokenizer)
+    model.base_model.model.norm = Cut(model.base_model.model.norm)
+    with pytest.raises(ValueError, match=r"no gradient reaches the layer 'model\.layers.*another quantisation"):
+        model.edit(RECORDS[0].prompt, RECORDS[0].target)
+    assert model.edits == []
