@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -190,6 +192,26 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
+    """
+    Within the context, the blocks of an offloaded model run again in the backward pass instead of keeping their
+    weights for it: else all weights above the first target would be in memory at once.
+    """
+    with ExitStack() as undo:
+        for stack in block_stacks(model):
+            for block in stack.blocks:
+                if any(parameter.is_meta for parameter in block.parameters()):
+                    undo.enter_context(_replaced_forward(block, partial(_recomputed, block.forward)))
+        yield
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # To the end, not just as far as is needed: after it Accelerate takes the weights away again.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
 def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """
     Within the context, the vocabulary projection sees the chosen positions only: logits come as `(1, chosen, vocab)`.
@@ -222,7 +244,7 @@ def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.T
         def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            record[name] = [args[0].detach().to(output.device), output]
+            record.setdefault(name, [args[0].detach().to(output.device), output])  # a recomputed pass comes second
             return output.clone()  # Falcon adds to a layer's output in place
 
         return keep
@@ -264,7 +286,12 @@ def trace(
     mask = next_tokens != -100
     if state is None:
         state = split.run_below(inputs)
-    with torch.enable_grad(), record_factors(targets) as record, logits_at(split.model, mask):
+    with (
+        torch.enable_grad(),
+        record_factors(targets) as record,
+        logits_at(split.model, mask),
+        _recomputed_if_offloaded(split.model),
+    ):
         logits = split.run_above(inputs, state).logits[0]  # (chosen, vocab)
         labels = next_tokens[mask].to(logits.device)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -279,8 +306,8 @@ def trace(
         if gradient is None:
             raise ValueError(
                 f"no gradient reaches the layer {name!r}, so it cannot be edited: a layer above it passes none on, as "
-                "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose other "
-                "target_modules"
+                "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose "
+                "other target_modules"
             )
         x = record[name][0]
         x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)

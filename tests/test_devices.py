@@ -47,6 +47,47 @@ def test_an_offloaded_base_is_edited_as_one_in_memory(tokenizer, tmp_path, archi
     assert all(p.is_meta for p in model.targets[0].module.parameters())  # nothing stays in memory
 
 
+@pytest.mark.parametrize("architecture", OFFLOADED)
+def test_no_offloaded_weight_is_held_for_the_backward_pass(tokenizer, tmp_path, monkeypatch, architecture):
+    model = editable(offloaded(architecture, "disk", tmp_path), tokenizer)
+    shapes = {tuple(p.shape) for block in model.split.blocks for p in block.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    held: list[int] = []
+    backward = torch.autograd.grad
+
+    def count_first(loss, *args, **kwargs):
+        seen, todo = set(), [loss.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+            for name in dir(node):
+                if name.startswith("_raw_saved_"):
+                    held.extend(_weights_in(getattr(node, name), shapes))
+        return backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", count_first)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=2)
+    assert held == []
+    assert all(p.is_meta for block in model.split.blocks for p in block.parameters())
+    held.clear()
+    plain = editable(build_model(architecture), tokenizer)
+    plain.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=2)
+    assert held  # where weights are in memory anyway they are not computed twice
+
+
+def _weights_in(saved, shapes) -> list[tuple[int, ...]]:
+    """Shapes of the weights that a graph node keeps; what a checkpoint recomputes is a placeholder, not a tensor."""
+    found = []
+    for one in saved if isinstance(saved, tuple) else [saved]:
+        data = getattr(one, "data", None)
+        if isinstance(data, torch.Tensor) and tuple(data.shape) in shapes:
+            found.append(tuple(data.shape))
+    return found
+
+
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_an_editor_of_an_offloaded_base_trains_and_is_saved(tokenizer, tmp_path, architecture):
     trainers = []
