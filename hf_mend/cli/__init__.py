@@ -1,0 +1,60 @@
+"""
+`hf-mend`: the library from a shell. A thin layer: one small module a command, which imports the library only when it
+runs, so that `--help` is instant.
+
+A new command is a function in a module of its own that takes the options of `common` and returns a `Report`; it is
+registered below.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .common import Commands, ReportingCommand
+from .edit import edit
+from .info import info
+from .train import train
+
+
+app = typer.Typer(
+    name="hf-mend",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
+)
+for command in (edit, info, train):
+    app.command(cls=ReportingCommand)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-mend {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="HF_MEND_DEBUG", help="Show an error's traceback.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """
+    Edits language models: one correction at a time, in seconds, without retraining.
+
+    \b
+    Exit codes:
+      0  done
+      1  an edit did not take, or a check failed
+      2  the request cannot be met; one line on stderr says why and what to do
+    """
+
+
+def main() -> None:
+    """The entry point of `hf-mend` and of `python -m hf_mend`."""
+    app()

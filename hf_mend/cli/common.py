@@ -1,0 +1,105 @@
+"""What all commands share: reports, exit codes, errors of one line, and the options that choose a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+FAILED, USER_ERROR = 1, 2
+
+# What a wrong request raises, here or in the libraries below; anything else is a bug and shows its traceback.
+_EXPECTED = (ValueError, OSError, ImportError, LookupError, NotImplementedError)
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        "-m",
+        help="The model to edit: a Hub id or a folder. 'smollm2' is the packaged SmolLM2-135M-Instruct. "
+        "Left out: the model that the editor was made for; without an editor, smollm2.",
+    ),
+]
+Editor = Annotated[
+    str | None,
+    typer.Option(
+        "--editor", "-e", help="A trained editor: a Hub id or a folder. Left out: edits without a trained editor."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="The editor's revision on the Hub.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Where the model goes: auto, cpu, cuda:0, ...")]
+Dtype = Annotated[str | None, typer.Option(help="The model's dtype: auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[str | None, typer.Option(help="Load the model quantised: 4bit or 8bit.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code on this machine.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+
+
+@dataclass
+class Report:
+    """
+    What a command has to say.
+
+    Args:
+        document (`dict[str, Any]`): For `--json`.
+        text (`str`): For people.
+        ok (`bool`, defaults to `True`): Whether the exit code is 0, or 1.
+    """
+
+    document: dict[str, Any]
+    text: str
+    ok: bool = True
+
+
+class ReportingCommand(TyperCommand):
+    """Prints the [`Report`] that the command returns. What libraries print meanwhile goes to stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with redirect_stdout(sys.stderr):
+            report: Report = super().invoke(ctx)
+        as_json = ctx.params.get("as_json", False)
+        typer.echo(json.dumps(report.document, indent=2, ensure_ascii=False) if as_json else report.text)
+        if not report.ok:
+            raise typer.Exit(FAILED)
+        return report
+
+
+class Commands(TyperGroup):
+    """Turns the error of a wrong request into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"hf-mend: {one_line(error)}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; a `KeyError`'s without the quotes that it puts around it."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split()) or type(error).__name__
+
+
+def check_file(path: Path, content: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: There is no such file; the message says what it should hold.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a file of {content}")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 edit`, `2 edits`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

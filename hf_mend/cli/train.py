@@ -1,0 +1,110 @@
+"""`hf-mend train`: an editor for a model, from a file of facts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import AsJson, BaseModel, DeviceMap, Dtype, Quantization, Report, TrustRemoteCode, check_file
+
+
+def train(
+    facts: Annotated[Path, typer.Argument(help="Facts to train on, in CounterFact's layout.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the editor.")],
+    base_model: BaseModel = None,
+    eval_facts: Annotated[Path | None, typer.Option(help="Other facts, to measure the editor on at the end.")] = None,
+    eval_limit: Annotated[int, typer.Option(min=1, help="Measure on so many of them.")] = 200,
+    questions: Annotated[
+        Path | None, typer.Option(help="Unrelated questions and answers (JSON lines): what must not change.")
+    ] = None,
+    start_from: Annotated[str | None, typer.Option(help="A trained editor to go on from: a folder or Hub id.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1400,
+    batch_size: Annotated[int, typer.Option(min=1, help="Facts edited at once.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of the editor's networks.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the draws and the initial weights.")] = 0,
+    method: Annotated[str, typer.Option(help="As EditorConfig.method.")] = "mend",
+    target_modules: Annotated[
+        str, typer.Option(help="Layers to edit: default, paper, a regular expression, or names with commas.")
+    ] = "default",
+    layers: Annotated[str | None, typer.Option(help="Indices of the blocks to edit, with commas.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the editor networks.")] = 256,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoints (default: the output's name with -checkpoints).")
+    ] = None,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> Report:
+    """
+    Trains an editor for a model and saves it with its card.
+
+    \b
+    Example:
+      hf-mend train facts_train.json --base-model gpt2 --output my-editor \\
+          --eval-facts facts_test.json --questions questions.jsonl --steps 1400
+    """
+    for path, content in ((facts, "facts"), (eval_facts, "facts"), (questions, "questions")):
+        if path is not None:
+            check_file(path, content)
+    from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+    from ..config import EditorConfig
+    from ..data import read_counterfact, read_questions
+    from ..trainer import EditorTrainer, EditorTrainingArguments
+    from .loading import load_model
+
+    # Whatever can be wrong in the files is found before a model is loaded.
+    asked = read_questions(questions) if questions else []
+    train_data = read_counterfact(facts)
+    eval_data = list(read_counterfact(eval_facts, asked))[:eval_limit] if eval_facts else None
+    config = EditorConfig(
+        method=method,
+        rank=rank,
+        target_modules=[name.strip() for name in target_modules.split(",")]
+        if "," in target_modules
+        else target_modules,
+        layers_to_transform=_indices(layers) if layers else None,
+    )
+    folder = checkpoints or output.with_name(output.name + "-checkpoints")
+    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    if resume and last is None:
+        raise FileNotFoundError(f"--resume: {folder} holds no checkpoint; leave --resume out to begin anew")
+    set_seed(seed)
+    options: dict[str, Any] = {"device_map": device_map, "dtype": dtype, "quantization": quantization}
+    model = load_model(start_from, base_model, config=config, trust_remote_code=trust_remote_code, **options)
+    trainer = EditorTrainer(
+        model,
+        EditorTrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            logging_steps=max(1, min(25, steps // 4)),
+            save_steps=save_steps,
+            seed=seed,
+            report_to=[],
+        ),
+        train_data,
+        eval_data,
+        asked,
+    )
+    trainer.train(resume_from_checkpoint=last)
+    metrics = trainer.evaluate() if eval_data else {}
+    model.save_pretrained(output)
+    rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]
+    text = "\n".join([f"The editor is in {output}, after {trainer.state.global_step} steps.", *rows])
+    return Report({"output": str(output), "steps": trainer.state.global_step, "metrics": metrics}, text)
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers is {text!r}, expected block indices with commas, such as 17,18,19") from None
