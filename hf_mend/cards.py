@@ -54,8 +54,23 @@ def update_card(folder: str | Path, sections: Mapping[str, str]) -> None:
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8")
     for name, content in sections.items():
-        mark = re.compile(
-            rf"(<!-- hf_mend:{re.escape(name)} -->\n).*?(<!-- /hf_mend:{re.escape(name)} -->)", re.DOTALL
-        )
-        text = mark.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
+        text = _replaced(text, name, f"{content}\n")
     path.write_text(text, encoding="utf-8")
+
+
+def with_sections_of(words: str, card: str) -> str:
+    """
+    A card's text with the marked sections of another.
+
+    Args:
+        words (`str`): The card whose words stay, say the one on the Hub.
+        card (`str`): The card whose marked sections replace those of the same names.
+    """
+    for found in re.finditer(r"<!-- hf_mend:([\w-]+) -->\n(.*?)<!-- /hf_mend:\1 -->", card, re.DOTALL):
+        words = _replaced(words, found[1], found[2])
+    return words
+
+
+def _replaced(text: str, name: str, content: str) -> str:
+    mark = re.compile(rf"(<!-- hf_mend:{re.escape(name)} -->\n).*?(<!-- /hf_mend:{re.escape(name)} -->)", re.DOTALL)
+    return mark.sub(lambda found: f"{found[1]}{content}{found[2]}", text)

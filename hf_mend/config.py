@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import read_json_object
+from .files import read_json_file
 
 
 CONFIG_NAME = "editor_config.json"
@@ -159,7 +159,7 @@ class EditorConfig:
             FileNotFoundError: There is no such file.
             ValueError: The file is not a JSON object or holds a value that is not valid.
         """
-        return cls.from_dict(read_json_object(Path(path).read_bytes().decode("utf-8", "replace"), path))
+        return cls.from_dict(read_json_file(path))
 
 
 def _check(ok: Any, name: str, value: Any, expected: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
 WEIGHTS_NAME = "editor.safetensors"
 EDITS_NAME = "edits.safetensors"
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# A header of this size describes some hundred thousand tensors, and parsing it takes well below a gigabyte.
+_MAX_HEADER = 32 << 20
+_MAX_NAME = 512
 
 
 @contextmanager
@@ -79,11 +89,109 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
         Path(name).unlink(missing_ok=True)
 
 
+def write_weights(
+    folder: str | Path,
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """
+    Writes tensors as one safetensors file, or, past a size, as several with an index. What an earlier call wrote under
+    that name goes.
+
+    Args:
+        folder (`str` or `Path`): Where; one that [`replaced_folder`] gave, for all or nothing.
+        name (`str`): The file's name, `editor.safetensors`; shards are `editor-00001-of-00002.safetensors`.
+        tensors (`Mapping[str, torch.Tensor]`): What to write.
+        metadata (`Mapping[str, str]`): For each file's header.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): The largest size of a file, in bytes or with a unit.
+    """
+    folder = Path(folder)
+    pattern = name.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
+    for earlier in files_like(name):
+        for path in folder.glob(earlier):
+            path.unlink()
+    for file_name, names in split.filename_to_tensors.items():
+        write_tensors(folder / file_name, {key: tensors[key] for key in names}, metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / index_name(name)).write_text(text, encoding="utf-8")
+
+
+def read_weights(
+    path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Reads what [`write_weights`] wrote.
+
+    Args:
+        path (`str` or `Path`): The safetensors file, or the index of several.
+        expected (`Mapping[str, tuple[int, ...]]`, *optional*): Name -> shape of every tensor that must be there.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is truncated, altered, or does not hold what is expected.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        return read_tensors(path, expected)
+    shards = read_index(path)
+    listed = {name for names in shards.values() for name in names}
+    if expected is not None:
+        _check_names(path, listed, set(expected))
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard, names in shards.items():
+        wanted = None if expected is None else {name: expected[name] for name in names}
+        more, metadata = read_tensors(path.parent / shard, wanted)
+        _check_names(path.parent / shard, set(more), set(names))
+        tensors.update(more)
+    return tensors, metadata
+
+
+def read_index(path: str | Path) -> dict[str, list[str]]:
+    """
+    Which tensors each shard holds, of an index beside the shards.
+
+    Raises:
+        ValueError: It is damaged, or names files other than its own shards.
+    """
+    path = Path(path)
+    weight_map = read_json_file(path).get("weight_map")
+    stem = path.name.removesuffix(".safetensors.index.json")
+    shards: dict[str, list[str]] = {}
+    for name, file_name in weight_map.items() if isinstance(weight_map, dict) else ():
+        # Shards have fixed names, so no path in an index leads anywhere else.
+        if not isinstance(file_name, str) or not _SHARD.fullmatch(file_name.removeprefix(stem)):
+            raise ValueError(
+                f"{path} names the file {shortened(file_name)}, expected one like {stem}-00001-of-00002.safetensors; "
+                "it was altered, download or save it again"
+            )
+        shards.setdefault(file_name, []).append(name)
+    if not shards:
+        raise ValueError(f"{path} has no weight_map, expected tensor names and their files; download or save it again")
+    return shards
+
+
+def index_name(name: str) -> str:
+    """The name of the index of a sharded file."""
+    return f"{name}.index.json"
+
+
+def files_like(name: str) -> list[str]:
+    """Patterns for whatever [`write_weights`] may write under a name."""
+    return [name, name.replace(".safetensors", "-*-of-*.safetensors"), index_name(name)]
+
+
 def read_tensors(
     path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    Reads a safetensors file after checking names, shapes and dtypes against its header, then values.
+    Reads a safetensors file after checking its header against the file's size, and names, shapes and dtypes against
+    what is expected; then checks the values.
 
     Args:
         path (`str` or `Path`): The file.
@@ -97,38 +205,111 @@ def read_tensors(
         ValueError: The file is truncated, altered, or does not hold what is expected.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; is this the folder of a saved editor or of saved edits?")
+    metadata = check_header(path, expected)
     try:
         with safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
-            if expected is not None:
-                missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
-                if missing or extra:
-                    raise ValueError(
-                        f"{path} does not fit its configuration: missing tensors {missing[:5]}, unexpected "
-                        f"{extra[:5]}. "
-                        "Was the configuration altered by hand, or is the file another editor's?"
-                    )
-            for name in sorted(names):
-                piece = file.get_slice(name)
-                shape = tuple(piece.get_shape())
-                if expected is not None and shape != tuple(expected[name]):
-                    raise ValueError(
-                        f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file "
-                        f"or "
-                        "the configuration was altered, or they belong to different editors"
-                    )
-                if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{path}: {name} has dtype {piece.get_dtype()}, expected a floating-point one")
-            tensors = {name: file.get_tensor(name) for name in names}
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors, metadata
+
+
+def check_header(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, str]:
+    """
+    Checks a safetensors file by its header alone: nothing that the file claims is taken in memory before.
+
+    Arguments and errors are those of [`read_tensors`].
+
+    Returns:
+        `dict[str, str]`: The header's metadata.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; is this the folder of a saved editor or of saved edits?")
+    broken = f"{path} is not a whole safetensors file"
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header_size = int.from_bytes(start, "little")
+        body = path.stat().st_size - 8 - header_size
+        if len(start) < 8 or body < 0 or header_size > _MAX_HEADER:
+            raise ValueError(f"{broken} (a header of {header_size} bytes); download or save it again")
+        text = file.read(header_size).decode("utf-8", "replace")
+    header = read_json_object(text, f"the header of {path}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{broken} (its metadata are not strings); download or save it again")
+    if expected is not None:
+        _check_names(path, set(header), set(expected))
+    spans = []
+    for name, entry in header.items():
+        shape, span = _check_entry(path, name, entry)
+        if expected is not None and shape != tuple(expected[name]):
+            raise ValueError(
+                f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file or the "
+                "configuration was altered, or they belong to different editors"
+            )
+        spans.append(span)
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"{broken} (its tensors overlap or leave gaps); download or save it again")
+        end = last
+    if end != body:
+        raise ValueError(f"{broken} (its tensors take {end} bytes, it has {body}); download or save it again")
+    return metadata
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Shape and place of one tensor of a header."""
+    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        raise ValueError(
+            f"{path} has a tensor named {shortened(name)}; the file was altered, download or save it again"
+        )
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    shape: Any
+    span: Any
+    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not _is_counts(shape) or not _is_counts(span) or len(span) != 2 or len(shape) > 8:
+        raise ValueError(f"{path}: {name} has the header {shortened(entry)}; the file was altered, download it again")
+    if dtype not in _FLOATS:
+        raise ValueError(f"{path}: {name} has dtype {shortened(dtype)}, expected a floating-point one")
+    if span[1] - span[0] != math.prod(shape) * _FLOATS[dtype]:
+        raise ValueError(
+            f"{path}: {name} claims the shape {shortened(tuple(shape))} of {dtype} in {span[1] - span[0]} bytes; the "
+            "file was altered, download or save it again"
+        )
+    return tuple(shape), (span[0], span[1])
+
+
+def _is_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+def _check_names(path: Path, names: set[str], expected: set[str]) -> None:
+    missing, extra = sorted(expected - names), sorted(names - expected)
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not fit its configuration: missing tensors {missing[:5]}, unexpected "
+            f"{shortened(extra[:5])}. Was the configuration altered by hand, or is the file another editor's?"
+        )
+
+
+def read_json_file(path: str | Path) -> dict[str, Any]:
+    """
+    Reads a JSON object from a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a JSON object, or far too large for one of this library's.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size > _MAX_HEADER:
+        raise ValueError(f"{path} has {size} bytes, too many for a file of settings; download or save it again")
+    return read_json_object(path.read_bytes().decode("utf-8", "replace"), path)
 
 
 def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
@@ -139,12 +320,29 @@ def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
         ValueError: It is not; the message names the source.
     """
     try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:  # the first also of a number with thousands of digits
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds a {type(values).__name__}, expected a JSON object; save it again")
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return values
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def shortened(value: Any, length: int = 200) -> str:
+    """`repr(value)` for a message, cut where it is long."""
+    text = reprlib.repr(value) if isinstance(value, (int, list, tuple, dict)) else repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _previous(path: Path) -> Path:

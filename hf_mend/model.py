@@ -18,13 +18,14 @@ from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
 from .edits import Edit, EditStack, edits_from_tensors, stacked
-from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, replaced_folder, write_tensors
+from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
 from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
 from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method
 from .requests import EditResult, as_requests, check_requests
+from .sharing import PushesToHub
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
 
@@ -32,7 +33,7 @@ from .tracing import SplitModel
 logger = logging.get_logger(__name__)
 
 
-class EditableModel(nn.Module):
+class EditableModel(PushesToHub, nn.Module):
     """
     A causal or seq2seq language model that can be edited. The base model's weights are never written to, except by
     [`~EditableModel.merge_and_unload`].
@@ -106,7 +107,9 @@ class EditableModel(nn.Module):
             model.load_editor(files[WEIGHTS_NAME])
         return model
 
-    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
         """
         Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
 
@@ -116,6 +119,8 @@ class EditableModel(nn.Module):
             save_directory (`str` or `Path`): The folder.
             dtype (`torch.dtype`, *optional*): Of the stored matrices, to share a smaller file; vectors (steps,
                 statistics) stay in float32. A loaded editor computes in float32 whatever it was stored in.
+            max_shard_size (`int` or `str`, defaults to `"5GB"`): The largest size of a weight file; a larger editor is
+                written as several with an index.
         """
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
@@ -125,18 +130,18 @@ class EditableModel(nn.Module):
             self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
-            write_tensors(folder / WEIGHTS_NAME, tensors, {})
+            write_weights(folder, WEIGHTS_NAME, tensors, {}, max_shard_size)
             write_card(folder, self.editor_config, list(self.editor.shapes))
 
     def load_editor(self, path: str | Path) -> None:
         """
-        Loads the editor's weights from a file that `save_pretrained` wrote.
+        Loads the editor's weights from a file that `save_pretrained` wrote, or from the index of several.
 
         Raises:
             ValueError: The file is damaged or another editor's; the editor is as it was.
         """
         state = self.editor.state_dict()
-        tensors, _ = read_tensors(path, {name: tuple(value.shape) for name, value in state.items()})
+        tensors, _ = read_weights(path, {name: tuple(value.shape) for name, value in state.items()})
         self.editor.load_state_dict(tensors)
 
     # ---- running ----

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .cache import HiddenStateCache
 from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
 from .edits import applied
 from .files import WEIGHTS_NAME
+from .hub import find_files
 from .losses import target_nll
 from .metrics import evaluate_records, summarize
 from .model import EditableModel
@@ -227,10 +227,11 @@ class EditorTrainer(Trainer):
         self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_editor(Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        self.model.load_editor(find_files(resume_from_checkpoint, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
     def _load_best_model(self) -> None:
-        self.model.load_editor(Path(str(self.state.best_model_checkpoint)) / WEIGHTS_NAME)
+        folder = str(self.state.best_model_checkpoint)
+        self.model.load_editor(find_files(folder, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
 
 class _EpochCallback(TrainerCallback):

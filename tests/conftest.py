@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hub_server import HUB, OWNER, HubServer  # before transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -96,6 +100,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub and cache, its owner's token in the environment, and no time spent in waiting between attempts."""
+    HUB.reset()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
+    yield HUB
+    assert HUB.leaked_tokens == [], "the token went to another host"
 
 
 @pytest.fixture(scope="session")
