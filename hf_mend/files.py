@@ -48,7 +48,7 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
         if path.is_dir():
-            shutil.copytree(path, work, dirs_exist_ok=True, symlinks=True)
+            _copy_into(work, path)
         os.chmod(work, 0o755)
         yield work
         for file in work.iterdir():
@@ -61,6 +61,23 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy_into(work: Path, folder: Path) -> None:
+    """Copies a folder's own files; those further down may be large, or open, and nobody writes to them here: links."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, work / entry.name, symlinks=True, copy_function=link_or_copy)
+        else:
+            shutil.copy2(entry, work / entry.name, follow_symlinks=False)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name of a file, where the file system has such; a copy elsewhere."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def recover_folder(path: str | Path) -> None:

@@ -185,6 +185,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
+    patterns: Sequence[str] = ("*",),
     replaces: Sequence[str] = (),
     keep_card: bool = True,
 ) -> CommitInfo:
@@ -201,6 +202,7 @@ def push_folder(
         revision (`str`, *optional*): Branch, made if it does not exist; `main` by default.
         create_pr (`bool`, defaults to `False`): Open a pull request instead.
         subfolder (`str`, *optional*): Folder in the repository.
+        patterns (`Sequence[str]`): Which of the folder's files are sent.
         replaces (`Sequence[str]`): Patterns of files there that go if this folder has no file of their name, say
             shards of an earlier editor.
         keep_card (`bool`, defaults to `True`): Of a README.md that is there already, only the marked sections are
@@ -219,7 +221,7 @@ def push_folder(
         while True:
             try:
                 operations, parent = _operations(
-                    api, Path(folder), repo_id, token, revision, subfolder or "", replaces, keep_card
+                    api, Path(folder), repo_id, token, revision, subfolder or "", patterns, replaces, keep_card
                 )
                 # Not upload_folder: with hf_xet it may make several commits of one folder.
                 return api.create_commit(
@@ -255,6 +257,7 @@ def _operations(
     token: str | bool | None,
     revision: str | None,
     subfolder: str,
+    patterns: Sequence[str],
     replaces: Sequence[str],
     keep_card: bool,
 ) -> tuple[list[CommitOperationAdd | CommitOperationDelete], str | None]:
@@ -263,20 +266,28 @@ def _operations(
     there = {file.rfilename for file in info.siblings or ()}
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     added: dict[str, CommitOperationAdd] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = prefix + path.relative_to(folder).as_posix()
-            content: Any = path
-            if path == folder / CARD_NAME and keep_card and name in there:
-                words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=token)).read_text("utf-8")
-                content = with_sections_of(words, path.read_text("utf-8")).encode()
-            added[name] = CommitOperationAdd(name, content)
+    for path in matching_files(folder, patterns):
+        name = prefix + path.relative_to(folder).as_posix()
+        content: Any = path
+        if path == folder / CARD_NAME and keep_card and name in there:
+            words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=token)).read_text("utf-8")
+            content = with_sections_of(words, path.read_text("utf-8")).encode()
+        added[name] = CommitOperationAdd(name, content)
     gone = [
         CommitOperationDelete(name)
         for name in sorted(there - set(added))
         if name.startswith(prefix) and any(fnmatch(name[len(prefix) :], pattern) for pattern in replaces)
     ]
     return [*gone, *added.values()], info.sha
+
+
+def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a folder whose path below it fits one of the patterns."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and any(fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in patterns)
+    ]
 
 
 def push_written(

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from .cache import HiddenStateCache
+from .checkpoints import PushesCheckpoints
 from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
 from .edits import applied
 from .files import WEIGHTS_NAME
@@ -75,7 +76,7 @@ class EditorTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
 
 
-class EditorTrainer(Trainer):
+class EditorTrainer(PushesCheckpoints, Trainer):
     """
     Trains the editor of an [`EditableModel`]; the base model stays as it is. Logging, callbacks, mixed precision,
     gradient accumulation, checkpoints, best-model selection and early stopping are the parent's.

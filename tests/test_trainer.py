@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RECORDS, build_model, small_config
+from huggingface_hub import ModelCard
 from torch import nn
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_mend import (
     EditableModel,
@@ -269,3 +272,126 @@ def test_exact_match_is_free_greedy_generation(tokenizer):
         out = model.generate(input_ids=ids, max_new_tokens=steps, do_sample=False)[0, ids.shape[1] :]
     text = tokenizer.decode(out, skip_special_tokens=True).strip()
     assert got.exact_match == (text.startswith(record.target) and not text[len(record.target) :][:1].isalnum())
+
+
+# ---- pushing while training ----
+
+
+def pushed(hub, name="me/trained"):
+    repository = hub.repositories[name]
+    return [(repository.messages[sha], repository.files(sha)) for sha in repository.history]
+
+
+def trained_with_pushes(tokenizer, folder, strategy, before=lambda trainer: None, **options):
+    model = fresh(tokenizer)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **options}
+    args = arguments(folder, push_to_hub=True, hub_model_id="me/trained", hub_strategy=strategy, **options)
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    before(trainer)
+    trainer.train()
+    return trainer
+
+
+def wait_for_each_push(trainer):
+    """Each save finds the push before it done, however fast the steps are."""
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer._finish_current_push()
+
+    trainer.add_callback(Wait())
+
+
+def editor_in(files, tmp_path, tokenizer, below=""):
+    folder = tmp_path / "downloaded"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        if name.startswith(below) and "/" not in name[len(below) :]:
+            (folder / name[len(below) :]).write_bytes(content)
+    return EditableModel.from_pretrained(build_model("llama"), folder, tokenizer).editor.state_dict()
+
+
+def test_each_checkpoint_is_pushed_as_an_editor(hub, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    trainer = trained_with_pushes(tokenizer, out, "every_save", wait_for_each_push)
+    trainer.push_to_hub()
+    commits = pushed(hub)
+    assert [message for message, _ in commits[1:]] == [
+        "Training in progress, step 2",
+        "Training in progress, step 4",
+        "End of training",
+    ][: len(commits) - 1]
+    assert len(commits) >= 3
+    for (_, files), step in zip(commits[1:3], (2, 4), strict=True):
+        assert set(files) == {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}, "no pickle"
+        local = load_checkpoint(out / f"checkpoint-{step}", tokenizer)
+        same(editor_in(files, tmp_path, tokenizer), local)
+    same(editor_in(commits[-1][1], tmp_path, tokenizer), trainer.model.editor.state_dict())
+
+
+def load_checkpoint(folder, tokenizer):
+    return EditableModel.from_pretrained(build_model("llama"), folder, tokenizer).editor.state_dict()
+
+
+def same(one, other):
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_pushed_checkpoint_resumes(hub, tokenizer, tmp_path):
+    whole = trained_with_pushes(tokenizer, tmp_path / "whole", "all_checkpoints", wait_for_each_push)
+    whole._finish_current_push()
+    files = pushed(hub)[-1][1]
+    assert any(name.startswith("checkpoint-4/") for name in files)
+    for name, content in files.items():
+        if name.startswith("checkpoint-2/"):
+            path = tmp_path / "elsewhere" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    resumed = EditorTrainer(
+        fresh(tokenizer), arguments(tmp_path / "elsewhere", max_steps=4), RECORDS, questions=QUESTIONS
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "elsewhere" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
+
+
+def test_a_push_that_fails_in_training_is_said_and_the_next_one_works(hub, tokenizer, tmp_path, caplog):
+    hub.fail("POST .*/commit/", status=502)
+    trainer = trained_with_pushes(tokenizer, tmp_path / "out", "every_save", wait_for_each_push)
+    trainer._finish_current_push()
+    assert re.search(r"checkpoint-2 was not pushed to me/trained.*502.*training goes on", caplog.text, re.DOTALL)
+    assert [message for message, _ in pushed(hub)[1:]] == ["Training in progress, step 4"]
+    load_checkpoint(tmp_path / "out" / "checkpoint-2", tokenizer)
+    hub.fail("PUT|POST .*/commit/|POST .*/preupload", status=403, times=99)
+    with torch.no_grad():
+        next(trainer.model.editor.parameters()).add_(1)
+    with pytest.raises(OSError, match="may not write to me/trained"):
+        trainer.push_to_hub()
+    same(load_checkpoint(tmp_path / "out", tokenizer), trainer.model.editor.state_dict())
+
+
+def test_only_at_the_end_and_with_the_users_words(hub, tokenizer, tmp_path):
+    hub.add("me/trained", {"README.md": b"---\nlicense: mit\n---\nmy words\n", "notes.txt": b"mine"})
+    trainer = trained_with_pushes(tokenizer, tmp_path / "out", "end")
+    assert len(pushed(hub)) == 1
+    info = trainer.push_to_hub("done", language="en", tags=["facts"], dataset="me/facts", license="mit")
+    message, files = pushed(hub)[-1]
+    assert message == "done" and info.oid == hub.repositories["me/trained"].refs["main"]
+    assert files["README.md"] == b"---\nlicense: mit\n---\nmy words\n" and files["notes.txt"] == b"mine"
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert card.library_name == "hf-mend" and {"facts", "model-editing"} <= set(card.tags)
+    assert (card.language, card.datasets, card.license) == ("en", ["me/facts"], "mit")
+    trainer.push_to_hub(blocking=False).result()
+
+
+def test_saving_beside_large_files_copies_none_of_them(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    below = tmp_path / "out" / "states" / "rows.bin"
+    below.parent.mkdir(parents=True)
+    below.write_bytes(b"large")
+    handle = open(below, "ab")  # noqa: SIM115
+    number = below.stat().st_ino
+    model.save_pretrained(tmp_path / "out")
+    handle.write(b", and growing")
+    handle.close()
+    assert below.read_bytes() == b"large, and growing" and below.stat().st_ino == number
