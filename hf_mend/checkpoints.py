@@ -9,19 +9,21 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from .cards import get_metadata, set_metadata
 from .config import CONFIG_NAME
 from .files import WEIGHTS_NAME, files_like, link_or_copy
 from .hub import CARD_NAME, matching_files, push_folder
+from .plots import CURVE_NAME, METRICS_NAME
 
 
 logger = logging.get_logger(__name__)
 
-EDITOR_FILES = [CONFIG_NAME, CARD_NAME, *files_like(WEIGHTS_NAME)]
+EDITOR_FILES = [CONFIG_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, *files_like(WEIGHTS_NAME)]
 _API = HfApi(library_name="hf_mend")  # one, so that pushes go one after another
 
 
@@ -134,21 +136,18 @@ class PushesCheckpoints:
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Adds language, license, tags and dataset to the metadata of the editor's own card, which saving has written. The
-        other arguments of the parent's, whose card is a base model's, go unused.
+        Adds language, license, tags and dataset to the metadata of the editor's own card, which saving has written.
+        The other arguments of the parent's, whose card is a base model's, go unused.
         """
         path = Path(str(self.args.output_dir)) / CARD_NAME
         if not self.is_world_process_zero() or not path.is_file():
             return
-        card = ModelCard.load(path)
+        old_tags = get_metadata(path).get("tags") or []
         new_tags = [tags] if isinstance(tags, str) else tags or []
-        card.data.tags = [*(card.data.tags or []), *(tag for tag in new_tags if tag not in (card.data.tags or []))]
         given = {
             "language": language,
             "license": license,
             "datasets": [dataset] if isinstance(dataset, str) else dataset,
+            "tags": [*old_tags, *(tag for tag in new_tags if tag not in old_tags)],
         }
-        for name, value in given.items():
-            if value is not None:
-                setattr(card.data, name, value)
-        card.save(path)
+        set_metadata(path, {name: value for name, value in given.items() if value is not None})

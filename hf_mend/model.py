@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .cards import write_card
+from .cards import CardNotes, write_card
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
@@ -72,6 +72,7 @@ class EditableModel(PushesToHub, nn.Module):
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
         self._stack = EditStack(self.targets)
+        self.card_notes = CardNotes()
         self._merged = False
 
     # ---- loading and saving the editor ----
@@ -108,7 +109,11 @@ class EditableModel(PushesToHub, nn.Module):
         return model
 
     def save_pretrained(
-        self, save_directory: str | Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+        self,
+        save_directory: str | Path,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        card_data: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
@@ -121,6 +126,9 @@ class EditableModel(PushesToHub, nn.Module):
                 statistics) stay in float32. A loaded editor computes in float32 whatever it was stored in.
             max_shard_size (`int` or `str`, defaults to `"5GB"`): The largest size of a weight file; a larger editor is
                 written as several with an index.
+            card_data (`Mapping[str, Any]`, *optional*): Fields of the card's front matter: `license`, `language`,
+                `datasets`, `tags` and what else `huggingface_hub.ModelCardData` takes. What training and measuring
+                came to is in the card anyway.
         """
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
@@ -131,7 +139,7 @@ class EditableModel(PushesToHub, nn.Module):
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, {}, max_shard_size)
-            write_card(folder, self.editor_config, list(self.editor.shapes))
+            write_card(folder, self.editor_config, list(self.editor.shapes), self.card_notes, card_data)
 
     def load_editor(self, path: str | Path) -> None:
         """

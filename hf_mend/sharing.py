@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 
+from .cards import update_card, use_section
 from .edits import Edit
 from .files import EDITS_NAME, WEIGHTS_NAME, files_like
 from .hub import push_written
@@ -34,6 +35,7 @@ class PushesToHub:
         subfolder: str | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
+        card_data: Mapping[str, Any] | None = None,
     ) -> CommitInfo:
         """
         Uploads the editor: what `save_pretrained` writes. Of a card that is there already, only the marked sections
@@ -48,7 +50,7 @@ class PushesToHub:
             revision (`str`, *optional*): Branch to commit to, made if it does not exist.
             create_pr (`bool`, defaults to `False`): Open a pull request instead.
             subfolder (`str`, *optional*): Folder in the repository.
-            dtype, max_shard_size: As for [`~EditableModel.save_pretrained`].
+            dtype, max_shard_size, card_data: As for [`~EditableModel.save_pretrained`].
 
         Returns:
             `CommitInfo`: The commit, or the pull request, as huggingface_hub gives it.
@@ -64,8 +66,13 @@ class PushesToHub:
         model.push_to_hub("me/my-editor", private=True)
         ```
         """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, dtype=dtype, max_shard_size=max_shard_size, card_data=card_data)
+            update_card(folder, {"use": use_section(repo_id)})
+
         return push_written(
-            lambda folder: self.save_pretrained(folder, dtype=dtype, max_shard_size=max_shard_size),
+            write,
             "editor",
             repo_id,
             replaces=files_like(WEIGHTS_NAME),

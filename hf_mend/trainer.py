@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .cache import HiddenStateCache
+from .cards import CardNotes, machine
 from .checkpoints import PushesCheckpoints
 from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
 from .edits import applied
@@ -128,6 +131,10 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self.model_accepts_loss_kwargs = False
         self.hidden_states: HiddenStateCache | None = None
         self._parts: dict[str, list[float]] = {}
+        self._started = time.perf_counter()
+        self._first_step = 0
+        self._measured: dict[int, dict[str, dict[str, float]]] = {}  # by the step whose weights were measured
+        self._step_of_weights: int | None = None  # another than the last step, after the best ones were loaded
         if examples is not None:
             self.add_callback(_EpochCallback(examples))
 
@@ -143,7 +150,12 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 if self.args.process_index == 0:
                     cache.fill(self.model.encoder, self.examples.queries(), progress=not self.args.disable_tqdm)
             self.hidden_states = cache
-        return super().train(*args, **kwargs)
+        self._started = time.perf_counter()
+        self._step_of_weights, self._first_step = None, 0
+        self._measured.clear()
+        output = super().train(*args, **kwargs)
+        self._note_for_card()
+        return output
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -216,22 +228,43 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             model.split, model.targets, model.editor, model.encoder, records, progress=not self.args.disable_tqdm
         )
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize(measured).items()}
+        summary = summarize(measured)
+        title = "evaluation facts" if metric_key_prefix == "eval" else metric_key_prefix
+        self._measured.setdefault(self._card_step, {})[title] = summary
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - start, 2)
         self.log(metrics)
+        self._note_for_card()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- checkpoints ----
 
+    @property
+    def _card_step(self) -> int:
+        return self.state.global_step if self._step_of_weights is None else self._step_of_weights
+
+    def _note_for_card(self) -> None:
+        """Hands the model what its card says of this training, and what was measured with these weights."""
+        notes: CardNotes = self.model.card_notes
+        notes.measured = self._measured.get(self._card_step, {})
+        if self.state.global_step:
+            seconds = time.perf_counter() - self._started
+            notes.training = training_facts(self.args, self._card_step, self._first_step, seconds, self.examples)
+            notes.history = self.state.log_history
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._note_for_card()
         self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        self._first_step = TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
         self.model.load_editor(find_files(resume_from_checkpoint, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
     def _load_best_model(self) -> None:
         folder = str(self.state.best_model_checkpoint)
+        self._step_of_weights = self.state.best_global_step
         self.model.load_editor(find_files(folder, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
 
@@ -245,6 +278,39 @@ class _EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.examples.set_epoch(int(state.epoch or 0))
+
+
+def training_facts(
+    args: EditorTrainingArguments, step: int, first_step: int, seconds: float, examples: TrainingExamples | None
+) -> dict[str, str]:
+    """
+    What a card says of a training.
+
+    Args:
+        args ([`EditorTrainingArguments`]): Its arguments.
+        step (`int`): The step whose weights the editor has.
+        first_step (`int`): The step that this process began from.
+        seconds (`float`): What it has taken.
+        examples ([`TrainingExamples`], *optional*): Its facts.
+    """
+    began = f", from step {first_step} on" if first_step else ""
+    return {
+        "facts": f"{len(examples):,}" if examples is not None else "unknown",
+        "unrelated questions": f"{len(examples.questions):,}" if examples is not None else "unknown",
+        "steps": str(step),
+        "facts a step": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "learning rate": f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
+        "optimizer": _plain(args.optim),
+        "neighborhood and unrelated weight": f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}",
+        "edits applied at once": f"up to {args.edits_together}",
+        "seed": str(args.seed),
+        "time": f"{seconds / 60:.1f} minutes{began}",
+        "hardware": machine(args.device) + (f", {args.world_size} processes" if args.world_size > 1 else ""),
+    }
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128, batch_size: int = 8) -> None:

@@ -324,7 +324,8 @@ def test_each_checkpoint_is_pushed_as_an_editor(hub, tokenizer, tmp_path):
     ][: len(commits) - 1]
     assert len(commits) >= 3
     for (_, files), step in zip(commits[1:3], (2, 4), strict=True):
-        assert set(files) == {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}, "no pickle"
+        pictures = {"training.png"} & set(files)  # drawn where matplotlib is installed
+        assert set(files) - pictures == {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
         local = load_checkpoint(out / f"checkpoint-{step}", tokenizer)
         same(editor_in(files, tmp_path, tokenizer), local)
     same(editor_in(commits[-1][1], tmp_path, tokenizer), trainer.model.editor.state_dict())
