@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECORDS, build_model, editable, make_tokenizer, small_config
+import torch
+from conftest import RECORDS, all_logits, build_model, editable, make_tokenizer, small_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_mend
+from hf_mend import EditableModel
 from hf_mend.cli import app
+from hf_mend.cli.chat import side_by_side
 from hf_mend.cli.common import one_line
 
 
@@ -64,7 +70,7 @@ def test_help_imports_no_torch_and_every_command_shows_an_example():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert {"train", "edit", "info"} <= set(names)
+    assert {"train", "edit", "chat", "info", "export", "push", "pull"} <= set(names)
     for name in names:
         shown = invoke(name, "--help")
         assert shown.exit_code == 0
@@ -104,7 +110,7 @@ def test_an_edit_that_does_not_take_has_exit_code_1(world):
 def test_info_of_an_editor_loads_no_model(world):
     shown = invoke("info", world / "editor")
     assert shown.exit_code == 0
-    assert "an editor (mend) for" in shown.stdout and "LlamaForCausalLM" in shown.stdout
+    assert "method: mend" in shown.stdout and "LlamaForCausalLM" in shown.stdout
     document = json.loads(invoke("info", world / "editor", "--json").stdout)
     assert document["config"]["rank"] == small_config().rank
     assert document["layers"]["model.layers.1.mlp.up_proj"] == [48, 32]
@@ -134,11 +140,14 @@ WRONG = {
     "an unknown quantization": (("edit", "a", "b", "-e", "editor", "--quantization", "3bit"), "expected 4bit or 8bit"),
     "no such edits": (("edit", "a", "b", "-e", "editor", "--edits", "editor"), "edits.safetensors does not exist"),
     "no such base": (("edit", "a", "b", "-e", "editor", "-m", "./nothing"), "nothing"),
-    "neither editor nor edits": (("info", "base"), "is not what save_pretrained or save_edits writes"),
+    "neither editor nor edits": (("info", "base"), "holds no editor, no saved edits and no LoRA adapter"),
     "no facts": (("train", "none.json", "-o", "x"), "none.json does not exist; give a file of facts"),
     "facts of another layout": (("train", "base/config.json", "-o", "x"), "expected a list of records"),
     "layers that are no indices": (("train", "facts.json", "-o", "x", "--layers", "last"), "expected block indices"),
     "an unknown method": (("train", "facts.json", "-m", "base", "-o", "x", "--method", "magic"), "the methods are"),
+    "a form that is none": (("export", "editor", "x", "--to", "gguf"), "expected lora or merged"),
+    "no edits to export": (("export", "editor", "x"), "edits.safetensors does not exist"),
+    "nothing to push": (("push", "base", "me/x"), "holds no editor, no saved edits and no LoRA adapter"),
     "nothing to resume": (("train", "facts.json", "-o", "x", "--resume"), "leave --resume out to begin anew"),
 }
 
@@ -180,3 +189,102 @@ def test_messages_of_errors_are_one_line():
     assert one_line(ValueError("two\n   lines")) == "two lines"
     assert one_line(KeyError("no edit has the id 'x'")) == "no edit has the id 'x'"
     assert one_line(ValueError()) == "ValueError"
+
+
+@pytest.fixture(scope="module")
+def kept(world, tmp_path_factory) -> Path:
+    """A folder with two edits, saved."""
+    folder = tmp_path_factory.mktemp("kept") / "edits"
+    for record in RECORDS[:2]:
+        before = ("--edits", folder) if folder.exists() else ()
+        invoke("edit", record.prompt, record.target, "-e", world / "editor", *before, "--save", folder)
+    return folder
+
+
+def test_edits_are_exported_as_an_adapter_without_the_editor(world, kept, tmp_path):
+    from peft import PeftModel
+
+    done = invoke("export", kept, tmp_path / "adapter", "-m", world / "base", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"edits": 2, "to": "lora", "output": str(tmp_path / "adapter")}
+    model = EditableModel.from_pretrained(build_model("llama"), world / "editor", make_tokenizer())
+    model.load_edits(kept)
+    expected = all_logits(model, model.tokenizer)
+    plain = PeftModel.from_pretrained(build_model("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(all_logits(plain, model.tokenizer), expected, rtol=1e-4, atol=1e-4)
+    assert "rank" in invoke("info", tmp_path / "adapter").stdout
+
+
+def test_edits_are_merged_into_a_plain_model(world, kept, tmp_path):
+    done = invoke("export", kept, tmp_path / "merged", "--to", "merged", "-m", world / "base")
+    assert done.exit_code == 0, done.stderr
+    model = EditableModel.from_pretrained(build_model("llama"), world / "editor", make_tokenizer())
+    model.load_edits(kept)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = all_logits(model, model.tokenizer)
+    torch.testing.assert_close(all_logits(plain, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected,
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_a_conversation_from_a_pipe(world, tmp_path):
+    lines = [PROMPT, f"/edit {PROMPT} => {TARGET}", PROMPT, "/list", f"/save {tmp_path / 'kept'}", "/undo", PROMPT,
+             f"/load {tmp_path / 'kept'}", "/help", "/quit", "/not reached"]  # fmt: skip
+    arguments = ("chat", "-e", world / "editor", "--max-new-tokens", 6)
+    done = invoke(*arguments, "--json", input="\n".join(lines))
+    turns = json.loads(done.stdout)["turns"]
+    assert len(turns) == 9
+    first, edited, second, listed, saved, undone, third, loaded, _ = turns
+    assert first["before"] == first["after"] == second["before"] == third["after"], "undo brings the answer back"
+    assert edited["edit"]["target"] == TARGET and second["after"] != second["before"]
+    assert [edit["id"] for edit in listed["edits"]] == [undone["undone"]["id"]] == [edited["edit"]["id"]]
+    assert saved["count"] == 1 and loaded["loaded"] == listed["edits"]
+    assert done.exit_code == (0 if edited["ok"] else 1)
+    shown = invoke(*arguments, input="\n".join(lines[:3]))
+    assert re.search(r"^before +\| after$", shown.stdout, re.M)
+
+
+def test_what_is_wrong_in_a_conversation_is_said_and_it_goes_on(world):
+    lines = ["/edit no arrow", "/undo", "/undo nothing", "/dance", "/save", "/load no/such/folder/here",
+             f"/edit {PROMPT} =>", "/list"]  # fmt: skip
+    done = invoke("chat", "-e", world / "editor", input="\n".join(lines) + "\n")
+    assert done.exit_code == 1
+    said = done.stdout.splitlines()
+    expected = ["write /edit PROMPT => TARGET", "no edit to undo", "no edit to undo", "the commands are /edit",
+                "write /save FOLDER", "neither a folder", "has an empty target"]  # fmt: skip
+    for part, line in zip(expected, said, strict=False):
+        assert line.startswith("! ") and part in line
+    assert said[-1] == "no edits yet"
+
+
+def test_two_columns():
+    text = side_by_side("one two three", "", width=23)
+    assert text.splitlines() == ["before     | after", "one two    | (nothing)", "three      |"]
+
+
+def test_push_and_pull_of_an_editor_and_of_edits(world, kept, tmp_path, hub):
+    for folder, name in ((world / "editor", "me/editor"), (kept, "me/edits")):
+        pushed = invoke("push", folder, name, "--message", "First", "--json")
+        assert pushed.exit_code == 0, pushed.stderr
+        document = json.loads(pushed.stdout)
+        assert document["commit"] in json.loads(invoke("pull", name, tmp_path / "here", "--json").stdout)["commit"]
+        for file in document["files"]:
+            same = (tmp_path / "here" / file).read_bytes() == (folder / file).read_bytes()
+            assert same or file == "README.md"
+        shutil.rmtree(tmp_path / "here")
+    card = invoke("pull", "me/editor", tmp_path / "again") and (tmp_path / "again" / "README.md").read_text()
+    assert 'from_pretrained("me/editor")' in card
+    assert json.loads(invoke("info", "me/editor", "--json").stdout)["kind"] == "editor"
+    said = invoke("chat", "-e", "me/editor", "-m", world / "base", "--edits", "me/edits", "--json", input="/list\n")
+    assert [edit["target"] for edit in json.loads(said.stdout)["turns"][0]["edits"]] == [r.target for r in RECORDS[:2]]
+
+
+def test_a_failed_pull_leaves_the_folder(world, tmp_path, hub):
+    invoke("pull", "me/editor", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "words").write_text("mine")
+    for name in ("me/nothing", "not/a/repository"):
+        failed = invoke("pull", name, tmp_path / "mine")
+        assert failed.exit_code == 2 and failed.stdout == ""
+        assert failed.stderr.strip().splitlines()[-1].startswith("hf-mend: ")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["words"]

@@ -13,9 +13,12 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .chat import chat
 from .common import Commands, ReportingCommand
 from .edit import edit
+from .export import export
 from .info import info
+from .share import pull, push
 from .train import train
 
 
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
 )
-for command in (edit, info, train):
+for command in (train, edit, chat, info, export, push, pull):
     app.command(cls=ReportingCommand)(command)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -50,7 +51,7 @@ class Report:
 
     Args:
         document (`dict[str, Any]`): For `--json`.
-        text (`str`): For people.
+        text (`str`): For people; nothing is printed if it is empty.
         ok (`bool`, defaults to `True`): Whether the exit code is 0, or 1.
     """
 
@@ -59,14 +60,25 @@ class Report:
     ok: bool = True
 
 
+_STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+
+
+def real_stdout() -> TextIO:
+    """Where a command that speaks while it runs writes; `sys.stdout` is for what libraries print then."""
+    return _STDOUT.get() or sys.stdout
+
+
 class ReportingCommand(TyperCommand):
     """Prints the [`Report`] that the command returns. What libraries print meanwhile goes to stderr."""
 
     def invoke(self, ctx: Any) -> Any:
+        _STDOUT.set(sys.stdout)
         with redirect_stdout(sys.stderr):
             report: Report = super().invoke(ctx)
-        as_json = ctx.params.get("as_json", False)
-        typer.echo(json.dumps(report.document, indent=2, ensure_ascii=False) if as_json else report.text)
+        if ctx.params.get("as_json", False):
+            typer.echo(json.dumps(report.document, indent=2, ensure_ascii=False))
+        elif report.text:
+            typer.echo(report.text)
         if not report.ok:
             raise typer.Exit(FAILED)
         return report

@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from ..config import CONFIG_NAME, EditorConfig
+from ..edits import edits_from_tensors
+from ..files import EDITS_NAME, read_json_object, read_tensors
 from ..hub import find_files
 from ..model import EditableModel
 from ..smollm2 import SMOLLM2_ID, load_smollm2
@@ -52,6 +54,29 @@ def load_model(
         base_model or named.base_model_name_or_path, revision=None if base_model else named.revision, **options
     )
     return EditableModel.from_pretrained(base, editor, tokenizer, revision=revision)
+
+
+def load_edited(edits: str, base_model: str | None = None, **options: Any) -> EditableModel:
+    """
+    A model with saved edits, and no trained editor: it is good for all but further edits.
+
+    Args:
+        edits (`str`): Folder or Hub id of the edits.
+        base_model (`str`, *optional*), options: See [`load_base`].
+
+    Raises:
+        FileNotFoundError: There are no such edits.
+        ValueError: The edits are damaged or do not fit the model.
+    """
+    path = find_files(edits, [EDITS_NAME])[EDITS_NAME]
+    tensors, metadata = read_tensors(path)
+    layers = {name for edit in edits_from_tensors(tensors, metadata, path) for name in edit.updates}
+    fingerprint = read_json_object(metadata.get("base_fingerprint", "{}"), path)
+    base, tokenizer = load_base(base_model, **options)
+    config = EditorConfig(target_modules=sorted({*fingerprint.get("layers", {}), *layers}), rank=1, whiten=False)
+    model = EditableModel(base, config, tokenizer)
+    model.load_edits(path.parent)
+    return model
 
 
 def load_base(

@@ -35,6 +35,9 @@ def train(
     ] = None,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="The editor's licence, for its card: apache-2.0, mit, ...")
+    ] = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
@@ -97,7 +100,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate() if eval_data else {}
-    model.save_pretrained(output)
+    model.save_pretrained(output, card_data={"license": license} if license else None)
     rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]
     text = "\n".join([f"The editor is in {output}, after {trainer.state.global_step} steps.", *rows])
     return Report({"output": str(output), "steps": trainer.state.global_step, "metrics": metrics}, text)

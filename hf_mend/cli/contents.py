@@ -1,0 +1,123 @@
+"""What a folder holds: an editor, saved edits or a LoRA adapter, with its files checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from ..cards import CARD_NAME
+from ..config import CONFIG_NAME, EditorConfig
+from ..edits import Edit, edits_from_tensors
+from ..files import EDITS_NAME, WEIGHTS_NAME, check_header, files_like, read_json_file, read_tensors, read_weights
+from ..hub import check_download, find_files
+from ..lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from ..plots import CURVE_NAME, METRICS_NAME
+
+
+_SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]
+_FILES = {
+    "editor": [CONFIG_NAME, *files_like(WEIGHTS_NAME), *_SHOWN],
+    "edits": [*files_like(EDITS_NAME), *_SHOWN],
+    "LoRA adapter": [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *_SHOWN],
+}
+PATTERNS = sorted({pattern for patterns in _FILES.values() for pattern in patterns})
+
+
+@dataclass
+class Contents:
+    """
+    What is in a folder.
+
+    Args:
+        kind (`str`): `"editor"`, `"edits"` or `"LoRA adapter"`.
+        files (`list[str]`): Names of the files that belong to it.
+        size (`int`): Of the weights, in bytes.
+        config ([`EditorConfig`], *optional*): An editor's.
+        adapter (`dict[str, Any]`, *optional*): An adapter's configuration.
+        edits (`list[Edit]`): Saved edits.
+        shapes (`dict[str, tuple[int, ...]]`): Of an editor's tensors.
+    """
+
+    kind: str
+    files: list[str]
+    size: int
+    config: EditorConfig | None = None
+    adapter: dict[str, Any] | None = None
+    edits: list[Edit] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def replaces(self) -> Sequence[str]:
+        """Patterns of files that an upload of this takes the place of."""
+        return {"editor": files_like(WEIGHTS_NAME), "edits": files_like(EDITS_NAME)}.get(self.kind, [])
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """
+    The folder of that name, or the files of a repository of the Hub, all of one commit and checked against its hashes.
+
+    Args:
+        name (`str`): A folder, or a repository's id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: It is neither.
+        OSError: The Hub refused or could not be reached.
+        ValueError: A file came damaged.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name} is neither a folder here nor the id of a repository on the Hub") from error
+    for path in folder.iterdir():
+        check_download(path)
+    return folder
+
+
+def read_contents(folder: str | Path, name: str | None = None) -> Contents:
+    """
+    Reads and checks what is in a folder, without a model.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        name (`str`, *optional*): What messages call it.
+
+    Raises:
+        FileNotFoundError: There is nothing of the kind.
+        ValueError: A file is damaged.
+    """
+    folder = Path(folder)
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if CONFIG_NAME in present:
+        kind, main = "editor", WEIGHTS_NAME
+    elif any(fnmatch(file, pattern) for file in present for pattern in files_like(EDITS_NAME)):
+        kind, main = "edits", EDITS_NAME
+    elif ADAPTER_CONFIG_NAME in present:
+        kind, main = "LoRA adapter", ADAPTER_WEIGHTS_NAME
+    else:
+        raise FileNotFoundError(
+            f"{name or folder} holds no editor, no saved edits and no LoRA adapter; hf-mend train makes an editor, "
+            "hf-mend edit --save FOLDER keeps edits"
+        )
+    files = sorted(file for file in present if any(fnmatch(file, pattern) for pattern in _FILES[kind]))
+    size = sum((folder / file).stat().st_size for file in files if file.endswith(".safetensors"))
+    contents = Contents(kind, files, size)
+    weights = find_files(folder, [main])[main]
+    if kind == "editor":
+        contents.config = EditorConfig.from_json_file(folder / CONFIG_NAME)
+        contents.shapes = {key: tuple(value.shape) for key, value in read_weights(weights)[0].items()}
+    elif kind == "edits":
+        tensors, metadata = read_tensors(weights)
+        contents.edits = edits_from_tensors(tensors, metadata, weights)
+    else:
+        contents.adapter = read_json_file(folder / ADAPTER_CONFIG_NAME)
+        check_header(weights)
+    return contents

@@ -1,0 +1,54 @@
+"""`hf-mend export`: saved edits as a LoRA adapter, or merged into the model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, BaseModel, DeviceMap, Dtype, Report, TrustRemoteCode, plural
+
+
+def export(
+    edits: Annotated[str, typer.Argument(help="Saved edits: a folder or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(help="lora: an adapter for plain PEFT; merged: the plain model with the edits in its weights."),
+    ] = "lora",
+    base_model: BaseModel = None,
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="Pad an adapter's layers to one rank, as some servers want it.")
+    ] = False,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> Report:
+    """
+    Writes saved edits in a form that needs no hf_mend: a LoRA adapter, or the merged model. No editor is needed.
+
+    \b
+    Example:
+      hf-mend export my-edits my-adapter --base-model gpt2
+      hf-mend export my-edits my-model --to merged --base-model gpt2
+    """
+    if to not in ("lora", "merged"):
+        raise ValueError(f"--to is {to!r}, expected lora or merged")
+    from .loading import load_edited
+
+    model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
+    count = len(model.edits)
+    if count == 0:
+        raise ValueError(f"{edits} holds no edit; make one with hf-mend edit ... --save {edits}")
+    if to == "lora":
+        model.save_lora(output, uniform_rank=uniform_rank)
+        text = f"{plural(count, 'edit')} as a LoRA adapter in {output}; PeftModel.from_pretrained(base, ...) loads it"
+    else:
+        tokenizer = model.tokenizer
+        model.merge_and_unload().save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+        text = f"The model with {plural(count, 'edit')} in its weights is in {output}"
+    return Report({"edits": count, "to": to, "output": str(output)}, text)
