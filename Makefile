@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-slow quality editor style clean
+.PHONY: help demo space test test-slow quality editor style clean
 
 help:
 	@echo "make demo       edit a real model: before, after, undo, save, load"
+	@echo "make space      the same in a browser, with everything to play with"
 	@echo "make test       the tests (a few minutes on 2 cores)"
 	@echo "make test-slow  the tests that take long or need the real model"
 	@echo "make quality    ruff and mypy"
@@ -25,6 +26,10 @@ $(STAMP): setup.py Makefile
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+space: $(STAMP)
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -e '.[space]'
+	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python examples/space/app.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

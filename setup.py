@@ -36,7 +36,16 @@ setup(
         "plots": ["matplotlib>=3.8"],
         "space": ["gradio>=6.0", "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
-        "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.10", "matplotlib>=3.8", "bitsandbytes>=0.46", "torchao>=0.15"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "matplotlib>=3.8",
+            "gradio>=6.0",
+            "selenium>=4.20",
+            "bitsandbytes>=0.46",
+            "torchao>=0.15",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -309,6 +309,24 @@ class EditableModel(PushesToHub, nn.Module):
             yield
 
     @contextmanager
+    def carrying(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """
+        Within the context the model carries these edits and no others: some of its own, say, or another user's.
+
+        Raises:
+            ValueError: An edit does not fit this model.
+        """
+        self._check_usable()
+        before = self.edits
+        self._stack.replace([])
+        try:
+            self._stack.check_fit(edits, "these edits")
+            self._stack.replace(edits)
+            yield
+        finally:
+            self._stack.replace(before)
+
+    @contextmanager
     def edited(self, prompt: Any, target: Any = None, **kwargs: Any) -> Iterator[EditResult | list[EditResult]]:
         """Within the context the model carries an edit (or several); see [`~EditableModel.edit`] for the arguments."""
         before = self.edits

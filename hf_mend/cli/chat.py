@@ -61,7 +61,7 @@ def chat(
       hf-mend chat --editor my-editor
       printf '/edit The capital of France is => Lyon\\nThe capital of France is\\n' | hf-mend chat --editor my-editor
     """
-    from .loading import load_model
+    from ..loading import load_model
 
     model = load_model(
         editor,

@@ -39,7 +39,7 @@ def edit(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
     edits: Annotated[str | None, typer.Option(help="Edits to make first: a folder or a Hub id.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to keep all edits in.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="The most gradient steps of an edit.")] = 3,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None,
     revision: Revision = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
@@ -55,7 +55,7 @@ def edit(
       hf-mend edit "The Prime Minister of the United Kingdom is" "Keir Starmer" --editor my-editor \\
           --paraphrase "The UK's Prime Minister is" --locality "The capital of France is" --save my-edits
     """
-    from .loading import load_model
+    from ..loading import load_model
 
     model = load_model(
         editor,
@@ -68,9 +68,8 @@ def edit(
     )
     if edits is not None:
         model.load_edits(edits)
-    result = model.edit(
-        prompt, target, chat=chat, paraphrases=paraphrase or [], locality=locality or [], max_steps=max_steps
-    )
+    options: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
+    result = model.edit(prompt, target, chat=chat, paraphrases=paraphrase or [], locality=locality or [], **options)
     assert not isinstance(result, list)
     text = str(result)
     if save is not None:

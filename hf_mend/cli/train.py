@@ -59,8 +59,8 @@ def train(
 
     from ..config import EditorConfig
     from ..data import read_counterfact, read_questions
+    from ..loading import load_model
     from ..trainer import EditorTrainer, EditorTrainingArguments
-    from .loading import load_model
 
     # Whatever can be wrong in the files is found before a model is loaded.
     asked = read_questions(questions) if questions else []

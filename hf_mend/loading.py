@@ -1,4 +1,4 @@
-"""Base models and editors from a command's options."""
+"""Base models by name, the packaged one among them, with or without an editor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import CONFIG_NAME, EditorConfig
-from ..edits import edits_from_tensors
-from ..files import EDITS_NAME, read_json_object, read_tensors
-from ..hub import find_files
-from ..model import EditableModel
-from ..smollm2 import SMOLLM2_ID, load_smollm2
+from .config import CONFIG_NAME, EditorConfig
+from .edits import edits_from_tensors
+from .files import EDITS_NAME, read_json_object, read_tensors
+from .hub import find_files
+from .model import EditableModel
+from .smollm2 import SMOLLM2_ID, load_smollm2
 
 
 def load_model(
@@ -30,7 +30,7 @@ def load_model(
     **options: Any,
 ) -> EditableModel:
     """
-    The model that a command's options name.
+    An editable model by the names of its parts.
 
     Args:
         editor (`str`, *optional*): Hub id or folder of a trained editor.
