@@ -80,6 +80,20 @@ class EditorConfig:
         },
     )
     edit_lr: float = field(default=1e-3, metadata={"help": "Initial step of an edit; each layer learns its own."})
+    ridge: float = field(
+        default=1.0,
+        metadata={
+            "help": "Strength of the ridge with which 'malmen', 'ultraedit' and 'gradient' merge edits made together; "
+            "'malmen' learns it from there, a layer at a time."
+        },
+    )
+    margin: float = field(
+        default=2.0,
+        metadata={
+            "help": "How far 'gradient' goes past the step that suffices for its own prompt, so that other words lead "
+            "to the target too: 1 stops there."
+        },
+    )
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
     )
@@ -102,7 +116,7 @@ class EditorConfig:
                 value,
                 "a whole number of at least 1",
             )
-        for name in ("edit_lr", "whiten_ridge"):
+        for name in ("edit_lr", "whiten_ridge", "ridge", "margin"):
             value = getattr(self, name)
             _check(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),

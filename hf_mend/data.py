@@ -266,6 +266,15 @@ class EditBatch:
     def __len__(self) -> int:
         return len(self.edit)
 
+    def edits(self, start: int, stop: int) -> EditBatch:
+        """Some neighbouring edits with their texts."""
+
+        def part(rows: Rows) -> Rows:
+            each = len(rows) // len(self)
+            return rows[start * each : stop * each]
+
+        return EditBatch(part(self.edit), part(self.general), {kind: part(rows) for kind, rows in self.local.items()})
+
     def to(self, device: torch.device | str) -> EditBatch:
         """The same on a device."""
         local = {kind: rows.to(device) for kind, rows in self.local.items()}

@@ -6,40 +6,23 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import resources
 
 import torch
 from tqdm.auto import tqdm
 
 from .data import Encoder, Query, Rows, length_batches
 from .edits import Edit, EditStack, Update, applied
+from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod
 from .requests import Answers, EditRequest, EditResult
 from .targets import Target
-from .tracing import SplitModel, logits_of, trace
+from .tracing import SplitModel, logits_of, record_inputs, trace
 
 
 # Most tokens in one pass of edits, padding included: what bounds the memory of long requests.
 _BATCH_TOKENS = 4096
-
-
-@dataclass
-class FoundUpdates:
-    """
-    What a batch of requests comes to.
-
-    Args:
-        updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rows, rank, d_in)`
-            and `(rows, rank, d_out)`.
-        before, after: What the model says to the rows without and with them; `after` is `None` without the check.
-        steps (`list[int]`): Gradient steps a row took.
-    """
-
-    updates: dict[str, Update]
-    before: Answers
-    after: Answers | None
-    steps: list[int]
 
 
 @torch.no_grad()
@@ -51,9 +34,11 @@ def find_updates(
     max_steps: int = 1,
     force: bool = True,
     check: bool = True,
+    edits_together: int = 1,
 ) -> FoundUpdates:
     """
-    The updates that make a batch of rows say their targets, each row's on its own.
+    The updates that make a batch of rows say their targets, each row's on its own, or for a method that joins them,
+    those of `edits_together` neighbouring rows for one another (see [`~hf_mend.joint.find_joint_updates`]).
 
     A row that does not say its target after a whole step takes the half, quarter or eighth that does best instead, and
     then another step, computed on the model as its first ones left it: an editor has learned its steps on targets of a
@@ -67,13 +52,16 @@ def find_updates(
         max_steps (`int`, defaults to 1): The most steps a row may take; 1 is one whole step, come what may.
         force (`bool`, defaults to `True`): Take a step also where the model says the target already.
         check (`bool`, defaults to `True`): Ask the edited model; without it there is one step.
+        edits_together (`int`, defaults to 1): Rows a group, for a method that joins.
 
     Raises:
         ValueError: A gradient or an update is not finite.
     """
+    if method.joins:
+        return find_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
     state = split.run_below(rows.inputs)
     factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
-    before = _ask(rows, logits)
+    before = ask(rows, logits)
     wanted = torch.tensor([force or not all(right) for right in before.right])
     if not check:
         updates = _scaled(_finite_updates(method, factors), wanted.float()) if wanted.any() else {}
@@ -89,14 +77,14 @@ def find_updates(
                 factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
         more = _finite_updates(method, factors)
 
-        def ask(shares: torch.Tensor, total: dict[str, Update] = total, more: dict[str, Update] = more) -> Answers:
+        def say(shares: torch.Tensor, total: dict[str, Update] = total, more: dict[str, Update] = more) -> Answers:
             with applied(targets, _joined(total, _scaled(more, shares))):
-                return _ask(rows, logits_of(split, rows, state))
+                return ask(rows, logits_of(split, rows, state))
 
         if max_steps == 1:
-            shares, after = wanted.float(), ask(wanted.float())
+            shares, after = wanted.float(), say(wanted.float())
         else:
-            shares, after = _best_shares(ask, after, wanted)
+            shares, after = _best_shares(say, after, wanted)
         total = _joined(total, _scaled(more, shares))
         steps = [count + int(share > 0) for count, share in zip(steps, shares.tolist(), strict=True)]
         wanted = (shares > 0) & torch.tensor([not all(right) for right in after.right])
@@ -104,23 +92,23 @@ def find_updates(
 
 
 def _best_shares(
-    ask: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
+    say: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, Answers]:
     """
     How much of a step each row takes, and what the model says then.
 
     Args:
-        ask (`Callable`): What the model says for given shares, `(rows,)`.
+        say (`Callable`): What the model says for given shares, `(rows,)`.
         previous: What it says without the step.
         wanted (`torch.Tensor` of shape `(rows,)`, bool): Rows that are to take it.
     """
     shares = wanted.float()
-    best = ask(shares)
+    best = say(shares)
     for share in (0.5, 0.25, 0.125):
         open_rows = wanted & torch.tensor([not all(right) for right in best.right])
         if not open_rows.any():
             break
-        said = ask(torch.where(open_rows, share, shares))
+        said = say(torch.where(open_rows, share, shares))
         better = open_rows & torch.tensor([said.rank(i) > best.rank(i) for i in range(len(wanted))])
         shares = torch.where(better, share, shares)
         best = _chosen(better, said, best)
@@ -137,6 +125,7 @@ def _chosen(first: torch.Tensor, one: Answers, other: Answers) -> Answers:
         [asked.log_probability[i] for i, asked in enumerate(picks)],
         [asked.tokens[i] for i, asked in enumerate(picks)],
         [asked.right[i] for i, asked in enumerate(picks)],
+        [asked.least[i] for i, asked in enumerate(picks)],
     )
 
 
@@ -159,19 +148,30 @@ def make_edits(
     Raises:
         ValueError: A gradient or an update is not finite; the stack is as it was.
     """
+    if not method.trains and not method.is_calibrated:
+        with stack.disabled():
+            observe_ordinary_text(split, targets, method, encoder)
     lengths = [sum(map(len, encoder.tokens(request.query))) for request in requests]
     chunks = list(length_batches(lengths, batch_size, _BATCH_TOKENS))
     results: dict[int, EditResult] = {}
     edits: dict[int, Edit] = {}
     probed = {i: _answers(split, encoder, r.probes) for i, r in enumerate(requests) if r.probes}
+    started = time.perf_counter()
+    batches = [encoder([requests[i].query for i in chosen]).to(split.device) for chosen in chunks]
     with tqdm(total=len(requests), desc="Editing", disable=len(requests) <= batch_size) as bar:
-        for chosen in chunks:
-            made = _edit_batch(split, targets, method, encoder, [requests[i] for i in chosen], max_steps, force, check)
-            for i, (result, edit) in zip(chosen, made, strict=True):
-                results[i] = result
-                if edit is not None:
-                    edits[i] = edit
-            bar.update(len(chosen))
+        if method.joins:
+            found = find_joint_updates(split, targets, method, batches, max_steps, force, check, progress=bar.update)
+        else:
+            found = []
+            for rows in batches:
+                found.append(find_updates(split, targets, method, rows, max_steps, force, check))
+                bar.update(len(rows))
+    seconds = (time.perf_counter() - started) / len(requests)
+    for chosen, of_rows in zip(chunks, found, strict=True):
+        for row, i in enumerate(chosen):
+            results[i], edit = _as_result(requests[i], of_rows, row, encoder, seconds)
+            if edit is not None:
+                edits[i] = edit
     earlier = stack.edits
     stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
     try:
@@ -188,61 +188,63 @@ def make_edits(
     return [results[i] for i in range(len(requests))]
 
 
-def _edit_batch(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
-    encoder: Encoder,
-    requests: Sequence[EditRequest],
-    max_steps: int,
-    force: bool,
-    check: bool,
-) -> list[tuple[EditResult, Edit | None]]:
-    started = time.perf_counter()
-    rows = encoder([request.query for request in requests]).to(split.device)
-    found = find_updates(split, targets, method, rows, max_steps, force, check)
-    seconds = (time.perf_counter() - started) / len(requests)
-    made = []
-    for i, request in enumerate(requests):
-        updates = {name: (u[i], v[i]) for name, (u, v) in found.updates.items()}
-        edit = _as_edit(request, updates) if found.steps[i] else None
-        result = EditResult(
-            id=edit.id if edit else None,
-            prompt=request.prompt,
-            target=request.target,
-            before=encoder.decode(found.before.tokens[i]),
-            after=None,
-            probability_before=math.exp(found.before.log_probability[i]),
-            probability_after=None,
-            token_success=None,
-            steps=found.steps[i],
-            seconds=seconds,
-            rank=edit.rank if edit else 0,
-            update_norms=edit.norms() if edit else {},
-        )
-        if found.after is not None:
-            result.set_after(found.after, i, encoder)
-        made.append((result, edit))
-    return made
+def observe_ordinary_text(
+    split: SplitModel, targets: Sequence[Target], method: EditMethod, encoder: Encoder, batch_size: int = 16
+) -> None:
+    """
+    Shows a method that needs no training what enters the layers on ordinary text: some 160 packaged lines.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        targets (`Sequence[Target]`): The edited layers.
+        method ([`EditMethod`]): Its statistics are set then.
+        encoder ([`Encoder`]): Tokenises and pads.
+        batch_size (`int`, defaults to 16): Lines in one pass.
+    """
+    text = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
+    longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
+    pairs = []
+    for line in text.splitlines():  # in two halves, of which the decoder of an encoder-decoder model sees the second
+        words = line.split(" ")
+        halves = Query(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :]))
+        prompt, answer = encoder.tokens(halves)
+        pairs.append((prompt[:longest], answer[:longest]))
+    for start in range(0, len(pairs), batch_size):
+        rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
+        method.observe_inputs(record_inputs(split, targets, rows))
+    method.finish_observing()
+
+
+def _as_result(
+    request: EditRequest, found: FoundUpdates, row: int, encoder: Encoder, seconds: float
+) -> tuple[EditResult, Edit | None]:
+    updates = {name: (u[row], v[row]) for name, (u, v) in found.updates.items()}
+    edit = _as_edit(request, updates) if found.steps[row] else None
+    result = EditResult(
+        id=edit.id if edit else None,
+        prompt=request.prompt,
+        target=request.target,
+        before=encoder.decode(found.before.tokens[row]),
+        after=None,
+        probability_before=math.exp(found.before.log_probability[row]),
+        probability_after=None,
+        token_success=None,
+        steps=found.steps[row],
+        seconds=seconds,
+        rank=edit.rank if edit else 0,
+        update_norms=edit.norms() if edit else {},
+    )
+    if found.after is not None:
+        result.set_after(found.after, row, encoder)
+    return result, edit
 
 
 def _finite_updates(method: EditMethod, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
-    for name, pair in factors.items():
-        _check_finite(name, "gradient", pair)
+    check_finite("gradient", factors)
     with torch.no_grad():
         updates = method(factors)
-    for name, pair in updates.items():
-        _check_finite(name, "update", pair)
+    check_finite("update", updates)
     return updates
-
-
-def _check_finite(name: str, what: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in pair):
-        raise ValueError(
-            f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base model's "
-            f"own "
-            "outputs are finite (a float16 base may overflow: load it in bfloat16)"
-        )
 
 
 def _scaled(updates: dict[str, Update], shares: torch.Tensor) -> dict[str, Update]:
@@ -273,17 +275,4 @@ def _as_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
 def _answers(split: SplitModel, encoder: Encoder, queries: Sequence[Query]) -> Answers:
     """What the model says to each query, under the edits it carries."""
     rows = encoder(queries).to(split.device)
-    return _ask(rows, logits_of(split, rows, split.run_below(rows.inputs)))
-
-
-def _ask(rows: Rows, logits: torch.Tensor) -> Answers:
-    labels = rows.next_tokens[rows.positions].to(logits.device)
-    said = logits.argmax(-1)
-    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    per_row = rows.positions.sum(-1).tolist()
-    right = said == labels
-    return Answers(
-        [float(part.sum()) for part in log_probabilities.split(per_row)],
-        [part.tolist() for part in said.split(per_row)],
-        [part.tolist() for part in right.split(per_row)],
-    )
+    return ask(rows, logits_of(split, rows, split.run_below(rows.inputs)))

@@ -132,6 +132,27 @@ def together(updates: Mapping[str, Update], size: int) -> dict[str, Update]:
     return {name: (_in_groups(u, size), _in_groups(v, size)) for name, (u, v) in updates.items()}
 
 
+def apart(updates: Mapping[str, Update], size: int, edits: int) -> dict[str, Update]:
+    """The edits that [`together`] put side by side in groups of `size`, each on its own again."""
+    return {
+        name: (
+            u.reshape(-1, u.shape[1] // size, u.shape[2])[:edits],
+            v.reshape(-1, v.shape[1] // size, v.shape[2])[:edits],
+        )
+        for name, (u, v) in updates.items()
+    }
+
+
+def compacted(update: Update) -> Update:
+    """The same update, `(rank, d_in)` and `(rank, d_out)`, with a rank of at most the smaller of the two widths."""
+    u, v = update
+    if u.shape[0] <= min(u.shape[1], v.shape[1]):
+        return update
+    if v.shape[1] <= u.shape[1]:
+        return v.T @ u, torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+    return torch.eye(u.shape[1], dtype=u.dtype, device=u.device), u.T @ v
+
+
 def _in_groups(factors: torch.Tensor, size: int) -> torch.Tensor:
     missing = -factors.shape[0] % size
     if missing:

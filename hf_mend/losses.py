@@ -9,9 +9,10 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .data import EditBatch, Rows
-from .edits import applied, together
+from .edits import Update, applied, compacted, together
 from .methods import EditMethod
 from .targets import Target
 from .tracing import HiddenState, SplitModel, logits_of, trace
@@ -84,6 +85,7 @@ def editing_loss(
     locality_weights: Mapping[str, float] = MappingProxyType({}),
     run_below: Callable[[Rows], HiddenState] | None = None,
     edits_together: int = 1,
+    edits_at_once: int | None = None,
 ) -> EditingLoss:
     """
     Makes every edit of the batch: example b's rows see example b's factors alone, or those of its group's edits.
@@ -101,10 +103,28 @@ def editing_loss(
             [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
         edits_together (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
             that leave one another alone. Where it does not divide the batch, their greatest common divisor is taken.
+        edits_at_once (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has the
+            same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
+            Meta Learning", section 4.2): that of the texts with respect to the updates, some texts after the others,
+            and that of the updates with respect to the method's parameters.
     """
     below = run_below or (lambda rows: split.run_below(rows.inputs))
+    size = math.gcd(edits_together, len(batch))
+    if edits_at_once is not None and edits_at_once < len(batch):
+        return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
     factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))
-    updates = together(method(factors), math.gcd(edits_together, len(batch)))
+    return _loss_under(split, targets, method.join(together(method(factors), size)), batch, locality_weights, below)
+
+
+def _loss_under(
+    split: SplitModel,
+    targets: Sequence[Target],
+    updates: Mapping[str, Update],
+    batch: EditBatch,
+    locality_weights: Mapping[str, float],
+    below: Callable[[Rows], HiddenState],
+) -> EditingLoss:
+    """The loss of a batch's texts under given updates."""
 
     def edited_logits(rows: Rows, state: HiddenState) -> torch.Tensor:
         with applied(targets, updates):
@@ -120,3 +140,59 @@ def editing_loss(
         locality[kind] = row_means(kl_divergence(edited_logits(rows, state), base), rows).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
+
+
+def _two_stage_loss(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    batch: EditBatch,
+    locality_weights: Mapping[str, float],
+    below: Callable[[Rows], HiddenState],
+    size: int,
+    edits_at_once: int,
+) -> EditingLoss:
+    """`editing_loss` with the texts of `edits_at_once` edits in memory at a time."""
+    parts = [batch.edits(start, start + edits_at_once) for start in range(0, len(batch), edits_at_once)]
+    asked: dict[str, list[Update]] = {}
+    for part in parts:
+        factors, _ = trace(split, targets, part.edit.inputs, part.edit.next_tokens, below(part.edit))
+        # Checkpointed: of the networks, too, one part's graph is in memory at a time.
+        for name, pair in checkpoint(method, factors, use_reentrant=False).items():
+            asked.setdefault(name, []).append(pair)
+    whole = {
+        name: (torch.cat([u for u, _ in pairs]), torch.cat([v for _, v in pairs])) for name, pairs in asked.items()
+    }
+    updates = method.join(together(whole, size))
+    # Each group's update in its smallest form: where the first stage's graph begins.
+    groups = {name: [compacted(pair) for pair in zip(u, v, strict=True)] for name, (u, v) in updates.items()}
+    leaves = {name: [(_leaf(u), _leaf(v)) for u, v in pairs] for name, pairs in groups.items()}
+    value, edit = torch.zeros(()), torch.zeros(())
+    locality: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(parts):
+        owners = [(number * edits_at_once + i) // size for i in range(len(part))]
+        seen = {name: _seen_by(owners, pairs) for name, pairs in leaves.items()}
+        loss = _loss_under(split, targets, seen, part, locality_weights, below)
+        share = len(part) / len(batch)
+        if loss.loss.requires_grad:
+            (loss.loss * share).backward()
+        value, edit = value + loss.loss.detach() * share, edit + loss.edit.detach() * share
+        for kind, divergence in loss.locality.items():
+            locality[kind] = locality.get(kind, torch.zeros(())) + divergence.detach() * share
+    for name, pairs in groups.items():  # adds nothing to the value, and the first stage's gradient to its own
+        for pair, starts in zip(pairs, leaves[name], strict=True):
+            for side, start in zip(pair, starts, strict=True):
+                if start.grad is not None and side.requires_grad:
+                    value = value + ((side - side.detach()) * start.grad).sum()
+    return EditingLoss(value, edit, locality)
+
+
+def _leaf(side: torch.Tensor) -> torch.Tensor:
+    return side.detach().requires_grad_(torch.is_grad_enabled())
+
+
+def _seen_by(owners: Sequence[int], pairs: Sequence[Update]) -> Update:
+    """The updates of each edit's group, as `applied` takes them."""
+    if len(set(owners)) == 1:
+        return pairs[owners[0]]
+    return torch.stack([pairs[i][0] for i in owners]), torch.stack([pairs[i][1] for i in owners])

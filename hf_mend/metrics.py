@@ -66,7 +66,7 @@ def evaluate_records(
         batch_size (`int`, defaults to 10): Edits at once.
         max_steps (`int`, defaults to 1): As for [`~hf_mend.EditableModel.edit`]: steps of an edit that does not take.
         edits_together (`int`, defaults to 1): How many neighbouring records' edits, each found on the un-edited model,
-            are applied at once while their rows are measured.
+            or together by a method that joins them, are applied at once while their rows are measured.
         generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
     """
@@ -74,7 +74,8 @@ def evaluate_records(
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             edits = encoder([Query(record.prompt, record.target) for record in chunk]).to(split.device)
-            updates = together(find_updates(split, targets, method, edits, max_steps).updates, edits_together)
+            found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
+            updates = together(found.updates, edits_together)
             groups = torch.arange(len(chunk)) // edits_together
             measured += _measure(split, targets, updates, groups, encoder, chunk)
             if generate:

@@ -23,7 +23,7 @@ from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
 from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
-from .methods import EditMethod, get_method
+from .methods import EditMethod, get_method, training_free_config
 from .requests import EditResult, as_requests, check_requests
 from .sharing import PushesToHub
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
@@ -41,7 +41,8 @@ class EditableModel(PushesToHub, nn.Module):
     Args:
         base_model (`PreTrainedModel`): Any causal or seq2seq model, or a `PeftModel` of one, whose adapters stay
             active. It is set to eval mode and frozen.
-        editor_config ([`EditorConfig`]): What the editor edits and how.
+        editor_config ([`EditorConfig`], *optional*): What the editor edits and how. Without one the model is edited by
+            the best method that needs no training, [`~hf_mend.methods.training_free.WhitenedGradient`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer; `edit` needs it.
 
     Raises:
@@ -52,10 +53,11 @@ class EditableModel(PushesToHub, nn.Module):
     def __init__(
         self,
         base_model: PreTrainedModel,
-        editor_config: EditorConfig,
+        editor_config: EditorConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        editor_config = training_free_config() if editor_config is None else editor_config
         base_model = plain_base(base_model)
         keep_gradients(base_model)
         self.targets = find_targets(base_model, editor_config)
@@ -228,7 +230,7 @@ class EditableModel(PushesToHub, nn.Module):
         chat: bool = False,
         paraphrases: Sequence[str] = (),
         locality: Sequence[str] = (),
-        max_steps: int = 3,
+        max_steps: int | None = None,
         force: bool = False,
         check: bool = True,
         batch_size: int = 16,
@@ -243,8 +245,9 @@ class EditableModel(PushesToHub, nn.Module):
             chat (`bool`, defaults to `False`): The prompt is a user's turn in the tokenizer's chat template.
             paraphrases (`Sequence[str]`): Prompts on which to check that the target is said too (a single edit only).
             locality (`Sequence[str]`): Prompts on which to check that the answer stays (a single edit only).
-            max_steps (`int`, defaults to 3): A step that does not take is made smaller and followed by another, up to
-                this many; 1 is one whole step, come what may.
+            max_steps (`int`, *optional*): A step that does not take is made smaller and followed by another, up to
+                this many; 1 is one whole step, come what may. The method's own number when left out: 3 with MEND, 6
+                without a trained editor.
             force (`bool`, defaults to `False`): Edit also where the model says the target already; its paraphrases may
                 not.
             check (`bool`, defaults to `True`): Ask the edited model whether the edit took; without it there is one
@@ -272,7 +275,7 @@ class EditableModel(PushesToHub, nn.Module):
                 encoder,
                 self._stack,
                 requests,
-                max_steps=max_steps,
+                max_steps=self.editor.max_steps if max_steps is None else max_steps,
                 batch_size=batch_size,
                 force=force,
                 check=check,
@@ -426,14 +429,16 @@ class EditableModel(PushesToHub, nn.Module):
 
 
 def get_editable_model(
-    base_model: PreTrainedModel, editor_config: EditorConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    base_model: PreTrainedModel,
+    editor_config: EditorConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EditableModel:
     """
     Wraps a model with a new, untrained editor, as PEFT's `get_peft_model` does with an adapter.
 
     Args:
         base_model (`PreTrainedModel`): The model to edit.
-        editor_config ([`EditorConfig`]): What the editor edits and how.
+        editor_config ([`EditorConfig`], *optional*): What the editor edits and how; see [`EditableModel`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
     """
     return EditableModel(base_model, editor_config, tokenizer)

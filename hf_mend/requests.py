@@ -14,11 +14,15 @@ from .data import EditRecord, Encoder, Query
 
 @dataclass
 class Answers:
-    """What the model says, per row: the target's log-probability, the argmax tokens, and which of them are right."""
+    """
+    What the model says, per row: the target's log-probability, the argmax tokens, which of them are right, and the
+    log-probability of the target's least likely token.
+    """
 
     log_probability: list[float]
     tokens: list[list[int]]
     right: list[list[bool]]
+    least: list[float]
 
     def rank(self, row: int) -> tuple[bool, float]:
         """What to compare a row's answers by: all tokens right, then the target's probability."""

@@ -32,6 +32,8 @@ from .tracing import logits_of, record_inputs, trace
 
 logger = logging.get_logger(__name__)
 
+_LOGARITHMS = ("log_step", "log_ridge")
+
 
 @dataclass
 class EditorTrainingArguments(TrainingArguments):
@@ -57,8 +59,15 @@ class EditorTrainingArguments(TrainingArguments):
             "so that edits learn to leave one another alone. Powers of two that divide the batch."
         },
     )
+    edits_at_once: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most edits of a batch whose texts are in memory with their graph; the gradient comes in two "
+            "stages then, so that a step can take thousands of edits."
+        },
+    )
     step_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the logarithm of each layer's edit step."}
+        default=1e-2, metadata={"help": "Learning rate of the logarithms of each layer's edit step and ridge."}
     )
     statistics_edits: int = field(
         default=128,
@@ -107,6 +116,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         questions: Sequence[tuple[str, str]] = (),
         **kwargs: Any,
     ):
+        if not model.editor.trains:
+            raise ValueError(
+                f"the method {model.editor_config.method!r} has nothing to train and edits as it is; "
+                "choose 'mend' or 'malmen' in EditorConfig.method to train an editor"
+            )
         examples: TrainingExamples | None = None
         if train_dataset is not None:
             examples = TrainingExamples(
@@ -168,6 +182,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             locality_weights=weights,
             run_below=self.hidden_states,
             edits_together=2 ** (self.state.global_step % doublings),
+            edits_at_once=self.args.edits_at_once,
         )
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
@@ -187,8 +202,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         if self.optimizer is None:
             trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in trainable if not n.endswith("log_step")]},
-                {"params": [p for n, p in trainable if n.endswith("log_step")], "lr": self.args.step_learning_rate},
+                {"params": [p for n, p in trainable if not n.endswith(_LOGARITHMS)]},
+                {"params": [p for n, p in trainable if n.endswith(_LOGARITHMS)], "lr": self.args.step_learning_rate},
             ]
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
@@ -346,7 +361,7 @@ def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
         state = model.split.run_below(rows.inputs)
         factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
         with torch.no_grad():
-            updates = model.editor(factors)
+            updates = model.editor.join(model.editor(factors))
             for factor in losses:
                 with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
                     losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)

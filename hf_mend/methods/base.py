@@ -19,7 +19,18 @@ class EditMethod(nn.Module):
     Args:
         config ([`EditorConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+
+    Attributes:
+        max_steps (`int`): Gradient steps that an edit may take where the user does not say.
+        trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
+            the model from a page of ordinary text, before the first edit.
+        sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
+            loss (see [`~hf_mend.joint.find_joint_updates`]).
     """
+
+    max_steps: int = 3
+    trains: bool = True
+    sizes_steps: bool = False
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__()
@@ -39,6 +50,32 @@ class EditMethod(nn.Module):
             changes by `sum_t v_t u_t^T`.
         """
         raise NotImplementedError
+
+    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        """
+        Merges the edits of a group that are made together, so that they leave one another alone. Methods whose
+        updates are simply added leave this as it is.
+
+        Args:
+            updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> what `forward` returned for the
+                edits of each group, side by side: `(groups, positions, d_in)` and `(groups, positions, d_out)`.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes, position for
+            position, so that an edit of the group is still the pair at its positions.
+        """
+        return dict(updates)
+
+    @property
+    def joins(self) -> bool:
+        """
+        Whether `join` does anything. Then `forward` returns not updates but inputs and the shifts of the layer's
+        output wanted there, `(x, d)`, and `join` finds the update that gives them.
+        """
+        return type(self).join is not EditMethod.join
+
+    def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Takes the factors of edits that are about to be made into running statistics, if the method has any."""
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Takes the factors of some edits into the method's statistics, before training starts."""

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import EditorConfig
 from ..edits import Update
 from .base import EditMethod, register_method
+from .ridge import SecondMoment, leading_eigenvectors
 
 
 class FactorStatistics(nn.Module):
@@ -197,14 +198,17 @@ class LayerGroup(nn.Module):
             moment = (
                 moment / tokens / scale[:, None] / scale[None, :]
             )  # in normalised components, as the network's output
-            values, vectors = torch.linalg.eigh(moment)
-            rank = self.whiten_shrink.shape[1]
-            rest, leading = values[:-rank], values[-rank:]
-            ridge = self.config.whiten_ridge * values.mean()
-            common = (rest.mean() if len(rest) else leading.min()) + ridge
-            self.whiten_basis[index].copy_(vectors[:, -rank:])
-            self.whiten_shrink[index].copy_(1 - common / (leading + ridge))
-            self.whiten_scale[index].copy_(1 / common)
+            kept = leading_eigenvectors(moment, self.whiten_shrink.shape[1], self.config.whiten_ridge)
+            self.whiten_basis[index].copy_(kept.basis)
+            self.whiten_shrink[index].copy_(kept.shrink)
+            self.whiten_scale[index].copy_(kept.scale)
+
+    def second_moment(self, index: int) -> SecondMoment | None:
+        """What `whitened` inverts, for a layer's inputs as they are; `None` without `whiten`."""
+        if not self.config.whiten:
+            return None
+        widths = self._input_scale()[index] if self.config.normalize else None
+        return SecondMoment(self.whiten_basis[index], self.whiten_shrink[index], self.whiten_scale[index], widths)
 
 
 @register_method("mend")

@@ -1,0 +1,48 @@
+"""
+MALMEN: MEND's networks ask for shifts of a layer's output, and one ridge regression gives all edits theirs (Tan et al.
+2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..config import EditorConfig
+from ..edits import Update
+from .base import register_method
+from .mend import Mend
+from .ridge import ridge_keys
+
+
+@register_method("malmen")
+class Malmen(Mend):
+    """
+    MALMEN for a set of layers. It takes the weights of a MEND editor of the same configuration.
+
+    Where the configuration has `whiten`, the ridge weighs directions by the inputs' second moment on ordinary text, so
+    that what an edit must not change counts most; without it, it is the paper's, which weighs all alike.
+
+    Args:
+        config ([`EditorConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        self.log_ridge = nn.Parameter(torch.full((len(self.shapes),), math.log(config.ridge)))
+
+    def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+        wanted = {}
+        for name, (u, v) in super().forward(factors).items():
+            x = factors[name][0].to(u.device)
+            wanted[name] = (x, v * (u * x).sum(-1, keepdim=True))  # what the token's own update does at its input
+        return wanted
+
+    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        moments = {name: group.second_moment(i) for group in self.groups for i, name in enumerate(group.names)}
+        ridge = dict(zip(self.shapes, self.log_ridge.exp(), strict=True))
+        return {name: (ridge_keys(x, ridge[name], moments[name]), d) for name, (x, d) in updates.items()}

@@ -1,0 +1,130 @@
+"""Methods that need no training: they know of the model what a page of ordinary text shows, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import EditorConfig
+from ..edits import Update
+from .base import EditMethod, register_method
+from .mend import FactorStatistics
+from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
+
+
+def training_free_config() -> EditorConfig:
+    """What edits a model best where no editor was trained for it; benchmarks/results/settings.md has the figures."""
+    return EditorConfig(method="gradient", whiten_ridge=1.0)
+
+
+@register_method("ultraedit")
+class UltraEdit(EditMethod):
+    """
+    UltraEdit as published (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing"):
+    factors are normalised by statistics over all edits so far, and each token asks for the shift
+    `-eta * |x_hat|^2 * delta_hat`.
+
+    Args:
+        config ([`EditorConfig`]): `edit_lr` is eta, `ridge` the ridge's strength (the paper's is 1).
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    trains = False
+    x_stats: Any
+    delta_stats: Any
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        self.x_stats = nn.ModuleList(FactorStatistics(d_in) for _, d_in in self.shapes.values())
+        self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for d_out, _ in self.shapes.values())
+        self.factor = 1.0
+
+    def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for i, name in enumerate(self.shapes):
+            x, delta = factors[name]
+            present = (delta != 0).any(-1)
+            self.x_stats[i].observe(x[present].to(self.x_stats[i].mean.device))
+            self.delta_stats[i].observe(delta[present].to(self.x_stats[i].mean.device))
+
+    def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+        wanted = {}
+        for i, name in enumerate(self.shapes):
+            x, delta = (side.to(self.x_stats[i].mean.device) for side in factors[name])
+            present = (delta != 0).any(-1, keepdim=True)
+            size = self.x_stats[i](x).square().sum(-1, keepdim=True)
+            step = self.config.edit_lr * self.factor
+            wanted[name] = (x, -step * size * self.delta_stats[i](delta) * present)
+        return wanted
+
+    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        return {name: (ridge_keys(x, self.config.ridge), d) for name, (x, d) in updates.items()}
+
+    def scale_steps(self, factor: float) -> None:
+        self.factor *= factor
+
+
+@register_method("gradient")
+class WhitenedGradient(EditMethod):
+    """
+    A few steps down the gradient of the target's loss, in the metric of the layer's inputs on ordinary text, so that
+    an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
+    has no trained editor.
+
+    It is asked for as shifts at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly where the
+    ridge is small, and best for all edits together where there are several. The size of a step comes from the loss.
+
+    Args:
+        config ([`EditorConfig`]): `whiten_rank`, `whiten_ridge` (here best near 1) and `ridge`.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    max_steps = 6
+    trains = False
+    sizes_steps = True
+    tokens: torch.Tensor
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        for i, (_, d_in) in enumerate(self.shapes.values()):
+            rank = min(config.whiten_rank, d_in)
+            self.register_buffer(f"basis_{i}", torch.zeros(d_in, rank))
+            self.register_buffer(f"shrink_{i}", torch.zeros(rank))
+            self.register_buffer(f"scale_{i}", torch.ones(()))
+        self.register_buffer("tokens", torch.zeros(()))
+        self._moments: dict[str, torch.Tensor] = {}
+
+    def second_moment(self, index: int) -> SecondMoment:
+        """Of a layer's inputs on ordinary text, with the ridge."""
+        return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
+
+    def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        for name, x in inputs.items():
+            self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double().cpu()
+        self.tokens += len(next(iter(inputs.values())))
+
+    @torch.no_grad()
+    def finish_observing(self) -> None:
+        for i, name in enumerate(self.shapes):
+            moment = self._moments.pop(name) / float(self.tokens)
+            kept = leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge)
+            for part in ("basis", "shrink", "scale"):
+                getattr(self, f"{part}_{i}").copy_(getattr(kept, part))
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self.tokens > 0)
+
+    def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+        wanted = {}
+        for i, name in enumerate(self.shapes):
+            moment = self.second_moment(i)
+            x, delta = (side.to(moment.scale.device) for side in factors[name])
+            wanted[name] = (x, -(moment.solve(x) @ x.transpose(-1, -2)) @ delta)
+        return wanted
+
+    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
+        return {name: (ridge_keys(x, self.config.ridge, moments[name]), d) for name, (x, d) in updates.items()}
