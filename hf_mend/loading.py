@@ -36,7 +36,8 @@ def load_model(
         editor (`str`, *optional*): Hub id or folder of a trained editor.
         base_model (`str`, *optional*): See [`load_base`]; the one that the editor names when left out.
         revision (`str`, *optional*): The editor's.
-        config ([`EditorConfig`], *optional*): Of a new editor, where no trained one is named.
+        config ([`EditorConfig`], *optional*): Of a new editor, where no trained one is named. Without either the
+            model is edited without training.
         options: For [`load_base`].
 
     Raises:
@@ -44,8 +45,6 @@ def load_model(
         ValueError: An option's value is not known, or the editor is damaged or does not fit the base.
     """
     if editor is None:
-        if config is None:
-            raise ValueError("there is no editor; name a trained one with --editor, a folder or a Hub id")
         base, tokenizer = load_base(base_model, **options)
         return EditableModel(base, config, tokenizer)
     files = find_files(editor, [CONFIG_NAME], revision=revision)

@@ -107,6 +107,13 @@ def test_an_edit_that_does_not_take_has_exit_code_1(world):
     assert json.loads(said.stdout)["locality"][0]["ok"] is False
 
 
+def test_an_edit_needs_no_editor(world):
+    done = invoke("edit", PROMPT, TARGET, "-m", world / "base", "--json")
+    document = json.loads(done.stdout)
+    assert done.exit_code == 0 and document["success"], "whitened gradient steps take on any model"
+    assert document["probability_after"] > document["probability_before"]
+
+
 def test_info_of_an_editor_loads_no_model(world):
     shown = invoke("info", world / "editor")
     assert shown.exit_code == 0

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hf_mend
 from hf_mend import EditorConfig
 from hf_mend.cli import app
+from hf_mend.data import Query, TrainingExamples
 
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,8 @@ def test_every_block_of_code_runs(path, stand_ins):
     names: dict[str, object] = {}
     if path.name == "api.md":  # a docstring's example leaves the import out
         names.update({name: getattr(hf_mend, name) for name in hf_mend.__all__})
+        model = editable(build_model("llama"), make_tokenizer())
+        names |= {"model": model, "examples": TrainingExamples(RECORDS), "rows": model.encoder([Query("a", "b")])}
     for language, code in blocks(path):
         if language == "bash":
             run_shell(code)
