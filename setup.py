@@ -27,6 +27,8 @@ setup(
         "huggingface-hub>=1.0",
         "safetensors>=0.4.3",
         "filelock>=3.10",
+        # Regular expressions from elsewhere, with a time limit; transformers needs it too.
+        "regex>=2025.10.22",
         "typer>=0.15",
     ],
     entry_points={"console_scripts": ["hf-mend = hf_mend.cli:main"]},

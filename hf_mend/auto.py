@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import CONFIG_NAME, EditorConfig
-from .hub import find_files
+from .hub import check_is_repository, commit_of, find_files
 from .model import EditableModel
 
 
@@ -46,7 +46,8 @@ class AutoEditableModel:
 
         Raises:
             FileNotFoundError: There is no editor of that name.
-            ValueError: The configuration names no base model or is damaged, or the editor does not fit the base.
+            ValueError: The configuration names no base model or is damaged, it is from the Hub and names a path for a
+                base, or the editor does not fit the base.
 
         Example:
 
@@ -57,22 +58,25 @@ class AutoEditableModel:
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         files = find_files(editor_name_or_path, [CONFIG_NAME], subfolder=subfolder, revision=revision, **hub)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
+        commit = commit_of(files[CONFIG_NAME])
         place = base_model_name_or_path or config.base_model_name_or_path
         if place is None:
             raise ValueError(
                 f"{editor_name_or_path} does not say which base model it was made for; pass base_model_name_or_path"
             )
+        if base_model_name_or_path is None and commit is not None:
+            check_is_repository(str(place), f"the base model of {editor_name_or_path}")
         base_revision = None if base_model_name_or_path else config.revision
         shared = {name: value for name, value in hub.items() if value}
         if base_revision:
             shared["revision"] = base_revision
         auto: Any = AutoModelForSeq2SeqLM if config.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+        # Said, so that nobody is asked: the name of the base came from a file.
+        base_kwargs.setdefault("trust_remote_code", False)
         base_model = auto.from_pretrained(place, **shared, **base_kwargs)
         if tokenizer is None:
-            remote = (
-                {"trust_remote_code": base_kwargs["trust_remote_code"]} if "trust_remote_code" in base_kwargs else {}
-            )
-            tokenizer = AutoTokenizer.from_pretrained(place, **shared, **remote)
+            trust = base_kwargs["trust_remote_code"]
+            tokenizer = AutoTokenizer.from_pretrained(place, **shared, trust_remote_code=trust)
         return EditableModel.from_pretrained(
-            base_model, editor_name_or_path, tokenizer, subfolder=subfolder, revision=revision, **hub
+            base_model, editor_name_or_path, tokenizer, subfolder=subfolder, revision=commit or revision, **hub
         )

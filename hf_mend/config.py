@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import read_json_file
+from .files import read_json_file, shortened
 
 
 CONFIG_NAME = "editor_config.json"
+# Bounds of what a configuration may hold: characters of a string, entries of a list.
+_LONGEST = 2000
+_MOST = 10_000
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 
 
@@ -99,7 +102,11 @@ class EditorConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.method and isinstance(self.method, str), "method", self.method, "the name of a method")
+        # Whatever is read from the Hub comes through here: each value has its type and a bound.
+        for name in ("base_model_name_or_path", "revision", "layers_pattern"):
+            value = getattr(self, name)
+            _check(value is None or _is_text(value), name, value, f"a string of at most {_LONGEST} characters or None")
+        _check(_is_text(self.method) and self.method, "method", self.method, "the name of a method")
         _check(
             self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"),
             "task_type",
@@ -108,33 +115,40 @@ class EditorConfig:
         )
         _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
         _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
-        for name in ("rank", "num_hidden_layers", "whiten_rank"):
+        for name, largest in (("rank", 65536), ("num_hidden_layers", 64), ("whiten_rank", 65536)):
             value = getattr(self, name)
             _check(
-                isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536,
+                type(value) is int and 1 <= value <= largest,
                 name,
                 value,
-                "a whole number of at least 1",
+                f"a whole number of at least 1 and at most {largest}",
             )
         for name in ("edit_lr", "whiten_ridge", "ridge", "margin"):
             value = getattr(self, name)
             _check(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6,
                 name,
                 value,
-                "a positive number",
+                "a positive number of at most a million",
             )
         for name in ("normalize", "whiten", "shared"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         modules = self.target_modules
         _check(
-            modules is None or isinstance(modules, str) or _is_list_of(modules, str),
+            modules is None or _is_text(modules) or (_is_list_of(modules, str) and all(map(_is_text, modules))),
             "target_modules",
             modules,
-            "a string or a list of strings",
+            f"a string or a list of strings, each of at most {_LONGEST} characters",
         )
         layers = self.layers_to_transform
-        _check(layers is None or _is_list_of(layers, int), "layers_to_transform", layers, "a list of block indices")
+        _check(
+            layers is None or (_is_list_of(layers, int) and all(0 <= index < _MOST for index in layers)),
+            "layers_to_transform",
+            layers,
+            "a list of block indices",
+        )
+        fingerprint = self.base_fingerprint
+        _check(fingerprint is None or isinstance(fingerprint, dict), "base_fingerprint", fingerprint, "an object")
         if isinstance(modules, (set, tuple)):
             self.target_modules = sorted(modules)
 
@@ -154,9 +168,8 @@ class EditorConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
-                f"the editor configuration has unknown fields {unknown}; it knows {sorted(known)}. Was it written by "
-                f"a "
-                "newer hf_mend? Then upgrade hf_mend"
+                f"the editor configuration has unknown fields {shortened(unknown)}; it knows {sorted(known)}. Was it "
+                "written by a newer hf_mend? Then upgrade hf_mend"
             )
         return cls(**values)
 
@@ -178,8 +191,16 @@ class EditorConfig:
 
 def _check(ok: Any, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise ValueError(f"EditorConfig.{name} is {value!r}, expected {expected}")
+        raise ValueError(f"EditorConfig.{name} is {shortened(value)}, expected {expected}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, (list, tuple, set)) and len(value) > 0 and all(isinstance(item, kind) for item in value)
+    return (
+        isinstance(value, (list, tuple, set))
+        and 0 < len(value) <= _MOST
+        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    )

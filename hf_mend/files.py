@@ -28,6 +28,7 @@ _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # A header of this size describes some hundred thousand tensors, and parsing it takes well below a gigabyte.
 _MAX_HEADER = 32 << 20
 _MAX_NAME = 512
+_DEEPEST = 32
 
 
 @contextmanager
@@ -37,23 +38,29 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
     A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
     two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
-    kept.
+    kept. A folder that cannot be renamed (a mounted volume, the working directory) keeps its place, and its files are
+    replaced one by one.
 
     Args:
         path (`str` or `Path`): The folder to replace; it need not exist.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
+    fixed = path.is_dir() and _is_fixed(path)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path if fixed else path.parent))
     try:
         if path.is_dir():
-            _copy_into(work, path)
+            _copy_into(work, path, with_folders=not fixed)
+        earlier = {entry.name for entry in work.iterdir()}
         os.chmod(work, 0o755)
         yield work
         for file in work.iterdir():
             if file.is_file():
                 _flush(file)
+        if fixed:
+            _move_files(work, path, earlier)
+            return
         previous = _previous(path)
         if path.is_dir():
             os.rename(path, previous)
@@ -63,13 +70,35 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _copy_into(work: Path, folder: Path) -> None:
-    """Copies a folder's own files; those further down may be large, or open, and nobody writes to them here: links."""
+def _is_fixed(path: Path) -> bool:
+    """Whether a folder cannot be renamed, or should not be."""
+    here = Path.cwd()
+    return os.path.ismount(path) or path == here or path in here.parents or not os.access(path.parent, os.W_OK)
+
+
+def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
+    """
+    Copies a folder's own files. Those further down may be large, or open, and are not written to here: links them.
+
+    A link among the files becomes the file that it leads to, so that nothing is written through it to another place.
+    """
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, work / entry.name, symlinks=True, copy_function=link_or_copy)
-        else:
-            shutil.copy2(entry, work / entry.name, follow_symlinks=False)
+        if entry.is_file():
+            shutil.copy2(entry, work / entry.name)
+        elif with_folders and entry.is_dir() and entry != work:
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry), work / entry.name)
+            else:
+                shutil.copytree(entry, work / entry.name, symlinks=True, copy_function=link_or_copy)
+
+
+def _move_files(work: Path, path: Path, earlier: set[str]) -> None:
+    """Brings a folder's files to another, and takes away those that are in it no more."""
+    files = sorted(work.iterdir(), key=lambda file: (file.suffix == ".json", file.name))  # a configuration last
+    for file in files:
+        os.replace(file, path / file.name)
+    for name in earlier - {file.name for file in files}:
+        (path / name).unlink(missing_ok=True)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -82,7 +111,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 def recover_folder(path: str | Path) -> None:
     """Brings back a folder that a killed process had moved aside and not yet replaced."""
-    path = Path(path)
+    path = Path(path).resolve()
     previous = _previous(path)
     if previous.is_dir():
         if path.exists():
@@ -229,7 +258,7 @@ def read_tensors(
     except (SafetensorError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # in float32, in which it will be used
             raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors, metadata
 
@@ -291,7 +320,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tu
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not _is_counts(shape) or not _is_counts(span) or len(span) != 2 or len(shape) > 8:
         raise ValueError(f"{path}: {name} has the header {shortened(entry)}; the file was altered, download it again")
-    if dtype not in _FLOATS:
+    if not isinstance(dtype, str) or dtype not in _FLOATS:
         raise ValueError(f"{path}: {name} has dtype {shortened(dtype)}, expected a floating-point one")
     if span[1] - span[0] != math.prod(shape) * _FLOATS[dtype]:
         raise ValueError(
@@ -342,7 +371,14 @@ def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds a {type(values).__name__}, expected a JSON object; save it again")
+    if _is_deeper(values, _DEEPEST):
+        raise ValueError(f"{source} is nested more than {_DEEPEST} levels deep; download or save it again")
     return values
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner if isinstance(item, (dict, list)))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import EditorConfig
+from .files import read_json_object, shortened
 from .targets import Target, writable_weight
 
 
@@ -72,26 +72,37 @@ def check_base(
     stored = config.base_fingerprint if fingerprint is None else fingerprint
     if stored is None:
         return
-    try:
-        stored = json.loads(stored) if isinstance(stored, str) else stored
-        layers = {str(name): list(shape) for name, shape in stored["layers"].items()}
-        architecture, stored_hash = stored["architecture"], stored["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source}: its base_fingerprint was altered ({type(error).__name__} {error})") from error
+    architecture, layers, stored_hash = _parts(stored, source)
     here = fingerprint_of(base_model, targets)
-    theirs, ours = config.base_model_name_or_path, base_model.config.name_or_path or type(base_model).__name__
+    theirs = shortened(config.base_model_name_or_path or architecture)
+    ours = base_model.config.name_or_path or type(base_model).__name__
     if layers != here["layers"]:
         differing = sorted(set(map(str, layers.items())) ^ set(map(str, here["layers"].items())))[:4]
         raise ValueError(
-            f"{source} was made for {theirs or architecture!r}, whose edited layers do not fit {ours!r}: they differ "
-            f"in "
-            f"{differing}. Load the base model that it was made for"
+            f"{source} was made for {theirs}, whose edited layers do not fit {ours!r}: they differ in "
+            f"{shortened(differing)}. Load the base model that it was made for"
         )
     same_hash = stored_hash is None or here["sha256"] is None or stored_hash == here["sha256"]
     if not same_hash or architecture != here["architecture"]:
         logger.warning(
-            f"{source} was made for {theirs or architecture!r}, and the base model is {ours!r}: the shapes fit but "
-            f"the "
+            f"{source} was made for {theirs}, and the base model is {ours!r}: the shapes fit but the "
             "weights differ, so edits may not take. Load the base model that it was made for, or train an editor for "
             "this one"
         )
+
+
+def _parts(stored: Any, source: str) -> tuple[str, dict[str, list[int]], str | None]:
+    """Architecture, layers and hash of a stored fingerprint."""
+    if isinstance(stored, str):
+        stored = read_json_object(stored, f"{source}: its base_fingerprint")
+    values = stored if isinstance(stored, dict) else {}
+    architecture, layers, sha256 = values.get("architecture"), values.get("layers"), values.get("sha256")
+    right = (
+        isinstance(architecture, str)
+        and isinstance(layers, dict)
+        and all(isinstance(shape, list) and all(type(n) is int for n in shape) for shape in layers.values())
+        and (sha256 is None or isinstance(sha256, str))
+    )
+    if not right:
+        raise ValueError(f"{source}: its base_fingerprint was altered, it is {shortened(stored)}; download it again")
+    return architecture, layers, sha256  # type: ignore[return-value]

@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .cards import with_sections_of
-from .files import index_name, read_index, recover_folder
+from .files import index_name, read_index, recover_folder, shortened
 
 
 logger = logging.get_logger(__name__)
@@ -119,9 +120,7 @@ class _Repository:
             hf_hub_download(self.name, name, subfolder=self.subfolder, revision=self.revision, **self.hub_kwargs)
         )
         # A commit that somebody makes between two downloads must not give one file of each.
-        commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
-        if commit:
-            self.revision = commit[1]
+        self.revision = commit_of(path) or self.revision
         check_download(path)
         return path
 
@@ -149,6 +148,28 @@ class _Repository:
                 f"{where} has no {name}; it is not what save_pretrained or save_edits writes: {error}"
             )
         return OSError(f"{name} of {where} could not be downloaded ({_brief(error)}); nothing was loaded, try again")
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file in the cache belongs to; `None` for a file elsewhere."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
+    return found[1] if found else None
+
+
+def check_is_repository(name: str, what: str) -> None:
+    """
+    Checks that a name which came from the Hub names something on the Hub.
+
+    Raises:
+        ValueError: It is a path on this machine.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{what} is {shortened(name)}, expected the id of a repository on the Hub; a file from the Hub may not "
+            "choose a path on this machine, so pass base_model_name_or_path if that is what you want"
+        ) from error
 
 
 def check_download(path: Path) -> None:

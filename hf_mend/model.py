@@ -23,7 +23,7 @@ from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
 from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
-from .methods import EditMethod, get_method, training_free_config
+from .methods import EditMethod, get_method, state_shapes, training_free_config
 from .requests import EditResult, as_requests, check_requests
 from .sharing import PushesToHub
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
@@ -104,10 +104,14 @@ class EditableModel(PushesToHub, nn.Module):
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
         base_model = plain_base(base_model)
-        check_base(config, base_model, find_targets(base_model, config), source=str(editor_name_or_path))
+        targets = find_targets(base_model, config)
+        check_base(config, base_model, targets, source=str(editor_name_or_path))
+        # Read before anything is built, as large as the configuration says.
+        expected = state_shapes(config, {target.name: target.shape for target in targets})
+        tensors, _ = read_weights(files[WEIGHTS_NAME], expected)
         with _restored_on_error(base_model):
             model = cls(base_model, config, tokenizer)
-            model.load_editor(files[WEIGHTS_NAME])
+            model.editor.load_state_dict(tensors)
         return model
 
     def save_pretrained(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .config import EditorConfig
+from .files import shortened
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +26,8 @@ logger = logging.get_logger(__name__)
 # architectures we know of; names here are components of a module's name relative to its block.
 _ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+_MATCHING_SECONDS = 2.0
 
 # Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
 # benchmarks/results/ for the measurements behind both.
@@ -263,7 +268,7 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
         stacks = [stack for stack in stacks if stack.name.split(".")[-1] == config.layers_pattern]
         if not stacks:
             raise ValueError(
-                f"layers_pattern={config.layers_pattern!r} names no list of blocks; the model has "
+                f"layers_pattern={shortened(config.layers_pattern)} names no list of blocks; the model has "
                 f"{[stack.name for stack in block_stacks(model)]}"
             )
     chosen = config.target_modules
@@ -274,8 +279,8 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
     if not targets:
         examples = sorted({name for stack in stacks for name in mlp_layers(stack.blocks[-1])})
         raise ValueError(
-            f"target_modules={chosen!r} with layers_to_transform={config.layers_to_transform!r} matches no layer of "
-            f"{type(model).__name__}; its blocks hold linear layers named {examples}"
+            f"target_modules={shortened(chosen)} with layers_to_transform={shortened(config.layers_to_transform)} "
+            f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {examples}"
         )
     return targets
 
@@ -307,26 +312,60 @@ def _matching(
     model: nn.Module, stacks: list[Stack], pattern: str | Sequence[str], layers: Sequence[int] | None
 ) -> Iterator[Target]:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    matches = _expression(pattern) if isinstance(pattern, str) else _listed(pattern)
     for stack in stacks:
         for index, block in enumerate(stack.blocks):
             if layers is not None and index not in layers:
                 continue
             for relative, module in block.named_modules():
                 name = f"{stack.name}.{index}.{relative}"
-                if not _name_matches(name, pattern):
+                if not matches(name):
                     continue
                 if not is_editable(module):
                     raise ValueError(
-                        f"target_modules={pattern!r} matches {name!r}, a {type(module).__name__}, which is not a "
-                        f"linear layer; choose among {mlp_layers(block)}"
+                        f"target_modules={shortened(pattern)} matches {name!r}, a {type(module).__name__}, which is "
+                        f"not a linear layer; choose among {mlp_layers(block)}"
                     )
                 yield _target(stack, index, relative)
 
 
-def _name_matches(name: str, pattern: str | Sequence[str]) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == item or name.endswith("." + item) for item in pattern)
+def _expression(pattern: str) -> Callable[[str], bool]:
+    """
+    Whether a name matches a regular expression, within a time for all names together: the expression may come from a
+    configuration on the Hub, and re takes years for some, `(a+)+` say. The syntax is that of re, as in PEFT; the
+    matching is done by regex, which takes most of those in its stride and has a time limit for the rest.
+    """
+    try:
+        re.compile(pattern)
+        compiled = regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"target_modules={shortened(pattern)} is not a regular expression ({error}); names in full or in part go "
+            "in a list"
+        ) from error
+    deadline = time.monotonic() + _MATCHING_SECONDS
+
+    def matches(name: str) -> bool:
+        try:
+            return compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 0.001)) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"target_modules={shortened(pattern)} takes longer than {_MATCHING_SECONDS} seconds to match; list "
+                "the layers' names instead"
+            ) from error
+
+    return matches
+
+
+def _listed(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name, or the end of it after a dot, is in a list."""
+    wanted = frozenset(names)
+
+    def matches(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+
+    return matches
 
 
 def _target(stack: Stack, index: int, relative: str) -> Target:

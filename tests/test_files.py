@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ import sys
 import pytest
 import torch
 from conftest import RECORDS, all_logits, build_model, editable, small_config
+from safetensors.torch import load_file, save_file
 
 from hf_mend import EditableModel, EditorConfig, get_editable_model
-from hf_mend.files import replaced_folder
+from hf_mend.files import read_tensors, replaced_folder
 from hf_mend.fingerprint import fingerprint_of
 
 
@@ -222,3 +225,240 @@ def test_logits_do_not_depend_on_saving(llama, tokenizer, tmp_path):
     before = all_logits(model, tokenizer)
     model.save_pretrained(tmp_path / "x")
     assert torch.equal(all_logits(model, tokenizer), before)
+
+
+# ---- what a stranger's files may try ----
+
+
+def changed(path, **values):
+    config = json.loads(path.read_text())
+    config.update(values)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 65536}, "was altered, or they belong to different editors"),
+        ({"rank": 10**30}, "rank is 10000.*at most 65536"),
+        ({"num_hidden_layers": 65536}, "num_hidden_layers is 65536, expected .* at most 64"),
+        ({"num_hidden_layers": 64}, "does not fit its configuration: missing tensors"),
+        ({"layers_to_transform": list(range(10**6))}, "layers_to_transform is .*, expected a list of block indices"),
+        ({"layers_to_transform": [10**400]}, "layers_to_transform is"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform is"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is"),
+        ({"edit_lr": 10**400}, "edit_lr is"),
+        ({"edit_lr": "1e-3"}, "edit_lr is '1e-3'"),
+        ({"revision": {"a": 1}}, "revision is"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is"),
+        ({"base_model_name_or_path": "x" * 10**6}, "base_model_name_or_path is 'xxxx.{,250}, expected"),
+        ({"layers_pattern": 3}, "layers_pattern is 3"),
+        ({"method": "../mend"}, "method is '../mend'; the methods are"),
+        ({"method": ["mend"]}, "method is"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type is"),
+        ({"target_modules": "x" * 10**6}, "target_modules is 'xxxx.{,250}, expected"),
+        ({"target_modules": ["a"] * 10**6}, "target_modules is"),
+        ({"target_modules": "(" * 1999}, "is not a regular expression"),
+        ({"target_modules": "(a"}, "is not a regular expression"),
+        ({"target_modules": "a{9999999999999999999999}"}, "is not a regular expression"),
+        ({"base_fingerprint": [1]}, "base_fingerprint is"),
+        ({"base_fingerprint": {"layers": {"a": 1}}}, "base_fingerprint was altered"),
+        ({"base_fingerprint": {"architecture": "A" * 10**6, "layers": {}, "sha256": 3}}, "fingerprint was altered"),
+        ({"base_fingerprint": {"architecture": "A" * 10**6, "layers": {}, "sha256": ""}}, "do not fit .{,600}$"),
+    ],
+)  # fmt: skip
+def test_configurations_of_absurd_size_or_type(saved, tokenizer, values, message):
+    changed(saved / "editor_config.json", **values)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(saved, tokenizer)
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"edit_lr": 1e400}', "edit_lr is inf"),
+        ('{"edit_lr": NaN}', "NaN is not JSON"),
+        ('{"edit_lr": -Infinity}', "is not JSON"),
+        ('{"rank": %s}' % ("9" * 5000), "is not valid JSON"),
+        ('{"rank": 8, "rank": 4}', "a name stands twice"),
+        ('{"base_fingerprint": %s}' % ('{"a":' * 100_000 + "1" + "}" * 100_000), "is not valid JSON"),
+        ('{"base_fingerprint": %s}' % ('{"a":' * 200 + "1" + "}" * 200), "is nested more than 32 levels deep"),
+        ('{"\ud800": 1}', "(not valid JSON|unknown fields)"),
+        ("", "is not valid JSON"),
+        ('"' + " " * (33 << 20) + '"', "has .* bytes, too many for a file of settings"),
+    ],
+)
+def test_json_that_is_none_or_too_much(saved, tokenizer, text, message):
+    (saved / "editor_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=message):
+        load(saved, tokenizer)
+
+
+EVIL = [r"(a+)+$", r"((((.*)*)*)*)*(?<=!)", r"(\w|\w\w|.)*(?<=!)", r"(?:.*.*.*.*.*.*.*.*.*.*)(?<=!)"]
+EVIL.append(r"(.|..|...|....)*(?:\1)(?<!l.)(?<=!)")  # the one that even regex takes years for
+
+
+@pytest.mark.parametrize("pattern", EVIL)
+def test_a_regular_expression_cannot_hang(saved, tokenizer, monkeypatch, pattern):
+    monkeypatch.setattr("hf_mend.targets._MATCHING_SECONDS", 0.3)
+    changed(saved / "editor_config.json", target_modules=pattern)
+    with pytest.raises(
+        ValueError, match="(matches no layer|takes longer than 0.3 seconds to match; list the layers')"
+    ):
+        load(saved, tokenizer)
+
+
+def header(**entries):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(a={**TENSOR, "shape": [2**40], "data_offsets": [0, 2**42]}), r"\(its tensors take"),
+        (header(a={**TENSOR, "shape": [2**40]}) + b"1234", "claims the shape"),
+        (header(a={**TENSOR, "shape": [2**32, 2**32, 2**32]}) + b"1234", "claims the shape"),
+        (header(a={**TENSOR, "shape": [-1]}) + b"1234", "has the header"),
+        (header(a={**TENSOR, "shape": [1.0]}) + b"1234", "has the header"),
+        (header(a={**TENSOR, "shape": [1] * 50}) + b"1234", "has the header"),
+        (header(a={**TENSOR, "dtype": "I64"}) + b"1234", "has dtype 'I64', expected a floating-point one"),
+        (header(a={**TENSOR, "dtype": ["F32"]}) + b"1234", "has dtype"),
+        (header(a=TENSOR, b=TENSOR) + b"1234", "overlap or leave gaps"),
+        (header(a={**TENSOR, "data_offsets": [4, 8]}) + b"12345678", "overlap or leave gaps"),
+        (header(a=TENSOR) + b"12345678", r"tensors take 4 bytes, it has 8"),
+        (header(**{"x" * 5000: TENSOR}) + b"1234", "has a tensor named 'xxx"),
+        (header(**{"a\n\x1b[31m": TENSOR}) + b"1234", "has a tensor named"),
+        (header(a=[1, 2, 3]), "has the header"),
+        (header(__metadata__={"a": 1}, a=TENSOR) + b"1234", "metadata are not strings"),
+        (header()[:8] + b'{"a":1,"a":2}', "(a name stands twice|is not valid JSON)"),
+        (b'\x0d\0\0\0\0\0\0\0{"a":1,"a":2}', "a name stands twice"),
+        ((2**63).to_bytes(8, "little") + b"{}", "a header of 9223372036854775808 bytes"),
+        ((50 << 20).to_bytes(8, "little") + b" " * (51 << 20), "a header of 52428800 bytes"),
+        (b"PK\x03\x04" + b"\0" * 100, "is not a whole safetensors file"),
+    ],
+)  # fmt: skip
+def test_headers_that_lie(tmp_path, content, message):
+    path = tmp_path / "editor.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_tensors(path)
+
+
+def test_a_lying_header_takes_no_memory(saved, tokenizer):
+    """Of the configuration's claim, the header's, or both together."""
+    path = saved / "editor.safetensors"
+    whole = path.read_bytes()
+    entries = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    name = next(name for name in entries if name.endswith("up"))
+    entries[name]["shape"] = [2**20, 2**20]
+    path.write_bytes(header(**entries) + whole[8 + int.from_bytes(whole[:8], "little") :])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="claims the shape"):
+        load(saved, tokenizer)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
+
+
+def test_weights_too_large_for_float32(tmp_path):
+    save_file({"a": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "editor.safetensors")
+    with pytest.raises(ValueError, match="a holds NaN or infinity"):
+        read_tensors(tmp_path / "editor.safetensors")
+
+
+def test_saving_writes_through_no_link(saved, tokenizer, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("editor_config.json", "README.md", "editor.safetensors"):
+        shutil.copy(saved / name, outside / name)
+        (saved / name).unlink()
+        (saved / name).symlink_to(outside / name)
+    (saved / "more").symlink_to(outside / "nothing")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    model = load(saved, tokenizer)
+    model.editor_config.edit_lr = 0.5
+    model.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert load(saved, tokenizer).editor_config.edit_lr == 0.5
+    assert not any((saved / name).is_symlink() for name in before)
+
+
+def test_saving_where_the_folder_cannot_be_renamed(saved, tokenizer, monkeypatch):
+    model = load(saved, tokenizer)
+    model.save_pretrained(saved, max_shard_size="10KB")
+    (saved / "notes.txt").write_text("mine")
+    monkeypatch.chdir(saved)
+    model.editor_config.edit_lr = 0.25
+    model.save_pretrained(".")
+    assert {path.name for path in saved.iterdir()} == {
+        "README.md", "editor_config.json", "editor.safetensors", "notes.txt",
+    }  # fmt: skip
+    assert load(".", tokenizer).editor_config.edit_lr == 0.25
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_saving_through_a_link_to_a_folder(saved, tokenizer, tmp_path):
+    (tmp_path / "link").symlink_to(saved)
+    for lr in (0.25, 0.5):
+        model = load(tmp_path / "link", tokenizer)
+        model.editor_config.edit_lr = lr
+        model.save_pretrained(tmp_path / "link")
+        assert load(saved, tokenizer).editor_config.edit_lr == lr and (tmp_path / "link").is_symlink()
+
+
+# ---- shards ----
+
+
+def test_a_large_editor_in_shards(saved, tokenizer):
+    whole = load(saved, tokenizer)
+    whole.save_pretrained(saved, max_shard_size=20_000)
+    index = json.loads((saved / "editor.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2 and not (saved / "editor.safetensors").exists()
+    assert {path.name for path in saved.glob("*.safetensors")} == set(shards)
+    # Another reader of the same format sees the same tensors.
+    there = {name: value for shard in shards for name, value in load_file(saved / shard).items()}
+    state = whole.editor.state_dict()
+    assert there.keys() == state.keys() and all(torch.equal(there[name], state[name]) for name in state)
+    again = load(saved, tokenizer)
+    assert all(torch.equal(value, state[name]) for name, value in again.editor.state_dict().items())
+    again.save_pretrained(saved, max_shard_size="1GB")
+    assert {path.name for path in saved.iterdir()} == {"README.md", "editor_config.json", "editor.safetensors"}
+    assert load(saved, tokenizer).editor_config == whole.editor_config
+
+
+def test_shards_that_do_not_fit_their_index(saved, tokenizer):
+    load(saved, tokenizer).save_pretrained(saved, max_shard_size=20_000)
+    path = saved / "editor.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = sorted(index["weight_map"])
+    first, other = (index["weight_map"][name] for name in (names[0], names[-1]))
+    assert first != other
+
+    def with_map(**changes):
+        path.write_text(json.dumps({"weight_map": {**index["weight_map"], **changes}}))
+
+    with_map(**{names[0]: other})
+    with pytest.raises(ValueError, match="missing tensors|unexpected"):
+        load(saved, tokenizer)
+    with_map(**{names[0]: "../editor/" + first})
+    with pytest.raises(ValueError, match="names the file .*expected one like editor-00001-of-00002.safetensors"):
+        load(saved, tokenizer)
+    with_map(**{"another.tensor": first})
+    with pytest.raises(ValueError, match="unexpected .*another.tensor"):
+        load(saved, tokenizer)
+    path.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load(saved, tokenizer)
+    with_map()
+    assert load(saved, tokenizer)
+    shutil.copy(saved / first, saved / "kept")
+    (saved / first).write_bytes((saved / first).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{first} is not a whole safetensors file"):
+        load(saved, tokenizer)
+    (saved / first).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{first} does not exist"):
+        load(saved, tokenizer)

@@ -361,3 +361,34 @@ def test_another_process_with_its_cache_and_no_network(hub, model, tokenizer, tm
     assert cached == f"sum {float(sum(value.double().sum() for value in model.editor.state_dict().values()))}"
     assert re.search("^FileNotFoundError .*me/other.*is not in the cache.*HF_HUB_OFFLINE", other)
     assert len(hub.requests) == asked, "offline means offline"
+
+
+# ---- what a stranger's repository may try ----
+
+
+@pytest.mark.parametrize("name", ["/etc", "../../base", "~/base", ".", "a/b/c", "C:\\base"])
+def test_a_file_from_the_hub_chooses_no_path_on_this_machine(hub, llama, tokenizer, tmp_path, name):
+    llama.config._name_or_path = name
+    get_editable_model(llama, small_config(), tokenizer).push_to_hub("me/editor")
+    with pytest.raises(ValueError, match="expected the id of a repository on the Hub; a file from the Hub may not"):
+        AutoEditableModel.from_pretrained("me/editor")
+
+
+def test_a_base_with_code_of_its_own_is_not_run(hub, llama, tokenizer, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    config["model_type"] = "evil"
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    hub.add("me/base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    llama.config._name_or_path = "me/base"
+    get_editable_model(llama, small_config(), tokenizer).push_to_hub("me/editor")
+    config = json.loads(hub.repositories["me/editor"].files()["editor_config.json"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoEditableModel.from_pretrained("me/editor")
+    hub.add("me/editor", {"editor_config.json": json.dumps({**config, "trust_remote_code": True}).encode()})
+    with pytest.raises(ValueError, match="unknown fields.*trust_remote_code"):
+        AutoEditableModel.from_pretrained("me/editor")
+    assert not (tmp_path / "ran").exists()

@@ -121,6 +121,23 @@ def get_method(name: str) -> type[EditMethod]:
     return _METHODS[name]
 
 
+def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """
+    Names and shapes of what an editor's file holds, found without taking memory for it: a configuration may ask for an
+    editor that its file is not.
+
+    Args:
+        config ([`EditorConfig`]): The editor's configuration.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+
+    Raises:
+        ValueError: The method is not known.
+    """
+    with torch.device("meta"):
+        method = get_method(config.method)(config, shapes)
+    return {name: tuple(value.shape) for name, value in method.state_dict().items()}
+
+
 def registered_methods() -> Sequence[str]:
     """Names of all methods."""
     return sorted(_METHODS)
