@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -179,16 +180,19 @@ def check_download(path: Path) -> None:
     Raises:
         ValueError: They differ: the file was damaged on its way or in the cache. It is deleted.
     """
-    blob = path.resolve()
+    if not path.is_symlink():
+        return  # no links on this file system, so the file has no other name
+    # One step only: with Xet, the blob may itself be a link to a store of other names.
+    blob = path.parent / os.readlink(path)
     digest = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)}.get(len(blob.name))
     if blob.parent.name != "blobs" or digest is None:
-        return  # no links on this file system, so the name is the file's own
+        return
     with open(blob, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     if digest.hexdigest() != blob.name:
-        blob.unlink()
-        path.unlink(missing_ok=True)
+        for damaged in (blob.resolve(), blob, path):
+            damaged.unlink(missing_ok=True)
         raise ValueError(
             f"{path.name} came from the Hub with other bytes than it has there (its hash differs); the damaged copy "
             "was deleted, load again to download it anew"

@@ -56,7 +56,9 @@ def test_an_editor_goes_to_the_hub_and_comes_back(hub, model, tokenizer, tmp_pat
     assert info.oid == repository.refs["main"] and repository.messages[info.oid] == "first"
     assert info.commit_url == f"{hub.url}/me/editor/commit/{info.oid}"
     model.save_pretrained(tmp_path / "local")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "local").iterdir()}.items() <= repository.files().items()
+    for name in ("editor_config.json", "editor.safetensors"):
+        assert (tmp_path / "local" / name).read_bytes() == repository.files()[name]
+    assert 'AutoEditableModel.from_pretrained("me/editor")' in repository.files()["README.md"].decode()
     assert same_editor(load("me/editor", tokenizer), model)
 
 
@@ -141,7 +143,7 @@ def test_base_tokenizer_and_editor_by_the_editors_name(hub, llama, tokenizer, tm
 def test_a_card_on_the_hub_keeps_its_words(hub, model, tokenizer):
     model.push_to_hub("me/editor")
     card = hub.repositories["me/editor"].files()["README.md"].decode()
-    hub.add("me/editor", {"README.md": card.replace("## Limits", "My own words.\n\n## Limits").encode()})
+    hub.add("me/editor", {"README.md": card.replace("## Training", "My own words.\n\n## Training").encode()})
     other = get_editable_model(build_model("llama"), small_config(rank=5), tokenizer)
     other.push_to_hub("me/editor")
     text = hub.repositories["me/editor"].files()["README.md"].decode()
@@ -284,6 +286,27 @@ def test_a_pull_that_fails_leaves_the_base_as_it_was(hub, model, tokenizer, line
     assert base.training and all(p.requires_grad for p in base.parameters())
     injected.times = 0
     assert same_editor(EditableModel.from_pretrained(base, "me/editor", tokenizer), model), "the next try works"
+
+
+def test_damage_in_the_cache(hub, model, tokenizer, tmp_path):
+    model.push_to_hub("me/editor")
+    load("me/editor", tokenizer)
+    blobs = Path(os.environ["HF_HOME"]) / "hub" / "models--me--editor" / "blobs"
+    blob = max(blobs.iterdir(), key=lambda path: path.stat().st_size)
+    elsewhere = tmp_path / "ab" / "0123"  # as huggingface_hub shares blobs between repositories
+    elsewhere.parent.mkdir()
+    for damage in (lambda data: data, lambda data: data[:-1] + b"x"):
+        os.rename(blob, elsewhere)
+        blob.symlink_to(elsewhere)
+        elsewhere.write_bytes(damage(elsewhere.read_bytes()))
+        if damage(b"ab") == b"ab":
+            assert same_editor(load("me/editor", tokenizer), model)
+            blob.unlink()
+            os.rename(elsewhere, blob)
+        else:
+            with pytest.raises(ValueError, match="editor.safetensors came from the Hub with other bytes"):
+                load("me/editor", tokenizer)
+    assert same_editor(load("me/editor", tokenizer), model)
 
 
 def test_edits_are_not_lost_either(hub, llama, tokenizer, caplog):
