@@ -160,7 +160,10 @@ def make_edits(
     batches = [encoder([requests[i].query for i in chosen]).to(split.device) for chosen in chunks]
     with tqdm(total=len(requests), desc="Editing", disable=len(requests) <= batch_size) as bar:
         if method.joins:
-            found = find_joint_updates(split, targets, method, batches, max_steps, force, check, progress=bar.update)
+            kept = method.inputs_of([edit.id for edit in stack.edits])
+            found = find_joint_updates(
+                split, targets, method, batches, max_steps, force, check, kept=kept, progress=bar.update
+            )
         else:
             found = []
             for rows in batches:
@@ -172,6 +175,7 @@ def make_edits(
             results[i], edit = _as_result(requests[i], of_rows, row, encoder, seconds)
             if edit is not None:
                 edits[i] = edit
+                method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
     earlier = stack.edits
     stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
     try:

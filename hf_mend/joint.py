@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -31,12 +32,15 @@ class FoundUpdates:
             and `(rows, rank, d_out)`.
         before, after: What the model says to the rows without and with them; `after` is `None` without the check.
         steps (`list[int]`): Gradient steps a row took.
+        inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
+            from a method that joins.
     """
 
     updates: dict[str, Update]
     before: Answers
     after: Answers | None
     steps: list[int]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,6 +71,7 @@ def find_joint_updates(
     force: bool = True,
     check: bool = True,
     edits_together: int | None = None,
+    kept: Mapping[str, torch.Tensor] = MappingProxyType({}),
     progress: Callable[[int], object] | None = None,
 ) -> list[FoundUpdates]:
     """
@@ -88,6 +93,8 @@ def find_joint_updates(
         check (`bool`, defaults to `True`): Ask the edited model; without it there is one step.
         edits_together (`int`, *optional*): How many neighbouring rows of a batch are one group; all rows of all
             batches when missing.
+        kept (`Mapping[str, torch.Tensor]`): Layer name -> inputs at which the output is to stay, as `join`
+            takes them.
         progress (`Callable`, *optional*): Told of the rows whose first step's gradient is there.
 
     Raises:
@@ -119,7 +126,7 @@ def find_joint_updates(
         if step == 0:
             if not any(chunk.shifts for chunk in chunks):
                 break
-            _set_keys(chunks, method, edits_together)
+            _set_keys(chunks, method, edits_together, kept)
         _show(chunks, edits_together)
     if method.sizes_steps:
         for chunk in chunks:
@@ -130,7 +137,7 @@ def find_joint_updates(
         _show(chunks, edits_together)
         after = [_look(split, targets, chunk) for chunk in chunks]
     return [
-        FoundUpdates(_updates(chunk), chunk.before, said, chunk.steps)
+        FoundUpdates(_updates(chunk), chunk.before, said, chunk.steps, chunk.inputs)
         for chunk, said in zip(chunks, after, strict=True)
     ]
 
@@ -228,13 +235,15 @@ def _ask_for_more(chunk: _Chunk, method: EditMethod, factors: Factors, said: Ans
     chunk.steps = [count + int(share > 0) for count, share in zip(chunk.steps, shares.tolist(), strict=True)]
 
 
-def _set_keys(chunks: Sequence[_Chunk], method: EditMethod, edits_together: int | None) -> None:
+def _set_keys(
+    chunks: Sequence[_Chunk], method: EditMethod, edits_together: int | None, kept: Mapping[str, torch.Tensor]
+) -> None:
     """The keys of each row's inputs; they do not depend on what is asked for there."""
     asking = [chunk for chunk in chunks if chunk.shifts]
     if edits_together is not None:
         for chunk in asking:
             pairs = {name: (x, chunk.shifts[name]) for name, x in chunk.inputs.items()}
-            groups = method.join(together(pairs, edits_together))
+            groups = method.join(together(pairs, edits_together), kept)
             chunk.keys = {name: u for name, (u, _) in apart(groups, edits_together, len(chunk.rows)).items()}
         return
     for name in asking[0].inputs:
@@ -243,7 +252,7 @@ def _set_keys(chunks: Sequence[_Chunk], method: EditMethod, edits_together: int 
             torch.cat([values[mask] for values, mask in zip(sides, present, strict=True)])
             for sides in ([chunk.inputs[name] for chunk in asking], [chunk.shifts[name] for chunk in asking])
         )  # (tokens, d_in), (tokens, d_out)
-        keys = method.join({name: (x[None], shifts[None])})[name][0][0]
+        keys = method.join({name: (x[None], shifts[None])}, kept)[name][0][0]
         for chunk, mask, own in zip(asking, present, keys.split([int(m.sum()) for m in present]), strict=True):
             chunk.keys[name] = torch.zeros_like(chunk.inputs[name])
             chunk.keys[name][mask] = own

@@ -107,6 +107,49 @@ def test_edits_of_one_call_are_the_ridge_solution_whatever_their_batches(tokeniz
         model.undo_all()
 
 
+def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
+    """As zero shifts asked for there; an edit that was undone is not spared any more."""
+    model = perturbed(tokenizer)
+    model.edit(RECORDS[:3], max_steps=1, force=True)
+    model.undo()
+    earlier = model.editor.inputs_of([edit.id for edit in model.edits])
+    x = {}
+    for record in RECORDS[:2]:
+        rows = model.encoder([Query(record.prompt, record.target)])
+        with model.disable_edits():
+            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
+        for name, pair in factors.items():
+            x.setdefault(name, []).append(pair[0][0])
+    for name, rows_of in x.items():
+        torch.testing.assert_close(earlier[name], torch.cat(rows_of))
+    model.edit(RECORDS[4:6], max_steps=1, force=True)
+    new = {name: [torch.cat([edit.updates[name][side] for edit in model.edits[-2:]]) for side in (0, 1)] for name in x}
+    inputs = model.editor.inputs_of([edit.id for edit in model.edits[-2:]])
+    moments = {name: group.second_moment(i) for group in model.editor.groups for i, name in enumerate(group.names)}
+    for i, name in enumerate(model.editor.shapes):
+        every = torch.cat([earlier[name], inputs[name]]).double()
+        shifts = torch.cat([torch.zeros(len(earlier[name]), new[name][1].shape[1]), new[name][1]]).double()
+        penalty = float(model.editor.log_ridge[i].exp().detach()) * moments[name].matrix().double()
+        expected = torch.linalg.solve(every.T @ every + penalty, every.T @ shifts).T.float()
+        size = float(expected.abs().max())
+        torch.testing.assert_close(new[name][1].T @ new[name][0], expected, rtol=1e-2, atol=1e-3 * size)
+
+
+def test_the_inputs_of_many_edits_become_fewer_rows():
+    method = get_method("malmen")(EditorConfig(rank=2), {"a": (3, 4)})
+    rows = {f"edit {i}": torch.randn(3, 4) for i in range(9)}
+    for count, (edit_id, x) in enumerate(rows.items(), 1):
+        method.remember(edit_id, {"a": x})
+        kept = method.inputs_of(list(rows)[:count])["a"]
+        every = torch.cat(list(rows.values())[:count])
+        assert len(kept) <= 6
+        torch.testing.assert_close(kept.T @ kept, every.T @ every, rtol=1e-4, atol=1e-4)
+    kept = method.inputs_of(list(rows)[1:5])["a"]
+    every = torch.cat(list(rows.values())[1:5])
+    torch.testing.assert_close(kept.T @ kept, every.T @ every, rtol=1e-4, atol=1e-4)
+    assert method.inputs_of([]) == {}
+
+
 def test_an_edit_made_with_others_is_undone_alone(tokenizer):
     model = perturbed(tokenizer)
     before = all_logits(model, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,8 @@ class EditMethod(nn.Module):
         super().__init__()
         self.config = config
         self.shapes = dict(shapes)
+        self._inputs: dict[str, dict[str, torch.Tensor]] = {}  # of the edits made, by their id
+        self._merged: tuple[list[str], dict[str, torch.Tensor]] = ([], {})  # those of some ids, in fewer rows
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         """
@@ -51,7 +54,9 @@ class EditMethod(nn.Module):
         """
         raise NotImplementedError
 
-    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+    def join(
+        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, Update]:
         """
         Merges the edits of a group that are made together, so that they leave one another alone. Methods whose
         updates are simply added leave this as it is.
@@ -59,6 +64,8 @@ class EditMethod(nn.Module):
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> what `forward` returned for the
                 edits of each group, side by side: `(groups, positions, d_in)` and `(groups, positions, d_out)`.
+            kept (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at which the
+                output is to stay.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes, position for
@@ -73,6 +80,27 @@ class EditMethod(nn.Module):
         output wanted there, `(x, d)`, and `join` finds the update that gives them.
         """
         return type(self).join is not EditMethod.join
+
+    def remember(self, edit_id: str, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Keeps the inputs of an edit that was made, layer name -> `(tokens, d_in)`, so that later ones spare it."""
+        if self.joins:
+            self._inputs[edit_id] = dict(inputs)
+
+    def inputs_of(self, edit_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        """
+        Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known; all others are forgotten. Where
+        there are many, fewer rows with the same `sum x x^T`.
+        """
+        self._inputs = {edit_id: self._inputs[edit_id] for edit_id in edit_ids if edit_id in self._inputs}
+        ids, merged = self._merged
+        if list(self._inputs)[: len(ids)] != ids:
+            ids, merged = [], {}
+        new = [self._inputs[edit_id] for edit_id in list(self._inputs)[len(ids) :]]
+        if new:
+            parts = {name: [merged[name]] if merged else [] for name in self.shapes}
+            merged = {name: _fewer_rows(torch.cat([*parts[name], *(x[name] for x in new)])) for name in self.shapes}
+        self._merged = (list(self._inputs), merged)
+        return merged
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Takes the factors of edits that are about to be made into running statistics, if the method has any."""
@@ -93,6 +121,13 @@ class EditMethod(nn.Module):
 
     def scale_steps(self, factor: float) -> None:
         """Makes every edit `factor` times as strong, from now on."""
+
+
+def _fewer_rows(x: torch.Tensor) -> torch.Tensor:
+    """`(rows, width)` with the same `x^T x`, and as many rows as columns where there were half as many again."""
+    if 2 * x.shape[0] <= 3 * x.shape[1]:
+        return x
+    return torch.linalg.qr(x.double(), mode="r").R.to(x.dtype)
 
 
 _METHODS: dict[str, type[EditMethod]] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -42,7 +43,11 @@ class Malmen(Mend):
             wanted[name] = (x, v * (u * x).sum(-1, keepdim=True))  # what the token's own update does at its input
         return wanted
 
-    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+    def join(
+        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, Update]:
         moments = {name: group.second_moment(i) for group in self.groups for i, name in enumerate(group.names)}
         ridge = dict(zip(self.shapes, self.log_ridge.exp(), strict=True))
-        return {name: (ridge_keys(x, ridge[name], moments[name]), d) for name, (x, d) in updates.items()}
+        return {
+            name: (ridge_keys(x, ridge[name], moments[name], kept.get(name)), d) for name, (x, d) in updates.items()
+        }

@@ -61,7 +61,12 @@ def leading_eigenvectors(moment: torch.Tensor, rank: int, ridge: float) -> Secon
     return SecondMoment(vectors[:, -rank:], 1 - other / (leading + added), 1 / other)
 
 
-def ridge_keys(x: torch.Tensor, strength: torch.Tensor | float, moment: SecondMoment | None = None) -> torch.Tensor:
+def ridge_keys(
+    x: torch.Tensor,
+    strength: torch.Tensor | float,
+    moment: SecondMoment | None = None,
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     The keys with which shifts asked for at some inputs become one update that does best at all of them: with
     `dW = sum_t d_t u_t^T`, the least `sum_t |dW x_t - d_t|^2 + strength * tr(dW M dW^T)` over all `dW` (ridge
@@ -74,10 +79,15 @@ def ridge_keys(x: torch.Tensor, strength: torch.Tensor | float, moment: SecondMo
         x (`torch.Tensor` of shape `(..., tokens, d_in)`): Inputs; zero where there is none.
         strength (`float` or `torch.Tensor`): Of the ridge; for how many tokens of ordinary text it stands.
         moment ([`SecondMoment`], *optional*): M; the identity when missing.
+        kept (`torch.Tensor` of shape `(rows, d_in)`, *optional*): Inputs at which the layer's output is to stay, as
+            those of earlier edits: further terms of the sum, with no shift.
 
     Returns:
         `torch.Tensor` of the shape of `x`: `u = (X^T X + strength M)^-1 x`.
     """
+    if kept is not None and len(kept):
+        every = torch.cat([kept.expand(*x.shape[:-2], *kept.shape), x], -2)
+        return ridge_keys(every, strength, moment)[..., len(kept) :, :]
     tokens, width = x.shape[-2:]
     inputs = x.double()
     exact = None if moment is None else moment.to(torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
 
 def training_free_config() -> EditorConfig:
     """What edits a model best where no editor was trained for it; benchmarks/results/settings.md has the figures."""
-    return EditorConfig(method="gradient", whiten_ridge=1.0)
+    return EditorConfig(method="gradient", whiten_ridge=1.0, ridge=30.0)
 
 
 @register_method("ultraedit")
@@ -59,7 +60,9 @@ class UltraEdit(EditMethod):
             wanted[name] = (x, -step * size * self.delta_stats[i](delta) * present)
         return wanted
 
-    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+    def join(
+        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, Update]:
         return {name: (ridge_keys(x, self.config.ridge), d) for name, (x, d) in updates.items()}
 
     def scale_steps(self, factor: float) -> None:
@@ -125,6 +128,11 @@ class WhitenedGradient(EditMethod):
             wanted[name] = (x, -(moment.solve(x) @ x.transpose(-1, -2)) @ delta)
         return wanted
 
-    def join(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+    def join(
+        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, Update]:
         moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
-        return {name: (ridge_keys(x, self.config.ridge, moments[name]), d) for name, (x, d) in updates.items()}
+        return {
+            name: (ridge_keys(x, self.config.ridge, moments[name], kept.get(name)), d)
+            for name, (x, d) in updates.items()
+        }
