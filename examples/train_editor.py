@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
 from hf_mend import (
     EditorConfig,
     EditorTrainer,
@@ -20,7 +18,7 @@ from hf_mend import (
     read_counterfact,
     read_questions,
 )
-from hf_mend.smollm2 import load_smollm2
+from hf_mend.loading import load_base
 
 
 DATA = Path(__file__).parent / "data"
@@ -35,14 +33,7 @@ def main() -> None:
     parser.add_argument("--eval-facts", type=int, default=50)
     arguments = parser.parse_args()
 
-    if arguments.base_model is None:
-        base, tokenizer = load_smollm2()
-    else:
-        config = AutoConfig.from_pretrained(arguments.base_model)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        base = auto.from_pretrained(arguments.base_model)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.base_model)
-
+    base, tokenizer = load_base(arguments.base_model)
     questions = read_questions(DATA / "questions.jsonl")
     train_facts = read_counterfact(DATA / "facts_train.json")
     test_facts = list(read_counterfact(DATA / "facts_test.json", questions))[: arguments.eval_facts]

@@ -9,16 +9,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .auto import AutoEditableModel
 from .config import CONFIG_NAME, EditorConfig
 from .edits import edits_from_tensors
 from .files import EDITS_NAME, read_json_object, read_tensors
 from .hub import find_files
 from .model import EditableModel
-from .smollm2 import SMOLLM2_ID, load_smollm2
+from .smollm2 import SMOLLM2_ID, is_packaged, load_smollm2
 
 
 def load_model(
@@ -47,11 +49,11 @@ def load_model(
     if editor is None:
         base, tokenizer = load_base(base_model, **options)
         return EditableModel(base, config, tokenizer)
-    files = find_files(editor, [CONFIG_NAME], revision=revision)
-    named = EditorConfig.from_json_file(files[CONFIG_NAME])
-    base, tokenizer = load_base(
-        base_model or named.base_model_name_or_path, revision=None if base_model else named.revision, **options
-    )
+    if base_model is None:
+        named = EditorConfig.from_json_file(find_files(editor, [CONFIG_NAME], revision=revision)[CONFIG_NAME])
+        if named.base_model_name_or_path != SMOLLM2_ID or not is_packaged():
+            return AutoEditableModel.from_pretrained(editor, revision=revision, **_for_transformers(**options))
+    base, tokenizer = load_base(base_model, **options)
     return EditableModel.from_pretrained(base, editor, tokenizer, revision=revision)
 
 
@@ -78,55 +80,47 @@ def load_edited(edits: str, base_model: str | None = None, **options: Any) -> Ed
     return model
 
 
-def load_base(
-    name: str | None = None,
-    *,
-    revision: str | None = None,
-    device_map: str | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A base model and its tokenizer.
 
     Args:
         name (`str`, *optional*): Hub id, folder, or `"smollm2"`, which is also the default: the packaged model.
-        revision (`str`, *optional*): The model's revision on the Hub.
-        device_map, dtype, trust_remote_code: As for `from_pretrained`.
-        quantization (`str`, *optional*): `"4bit"` or `"8bit"`, by bitsandbytes.
+        options: `device_map`, `dtype` (a name), `trust_remote_code` (off by default), as for `from_pretrained`;
+            `quantization`, `"4bit"` or `"8bit"`, by bitsandbytes.
 
     Raises:
         ValueError: An option's value is not known.
         ImportError: The packaged model is asked for and its package is missing.
         OSError: There is no such model.
     """
-    kwargs: dict[str, Any] = {}
+    kwargs = _for_transformers(**options)
+    code = {"trust_remote_code": kwargs.pop("trust_remote_code")}
+    if name is None or name == "smollm2":
+        return load_smollm2(**kwargs)
+    config = AutoConfig.from_pretrained(name, **code)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name, **code, **kwargs), AutoTokenizer.from_pretrained(name, **code)
+
+
+def _for_transformers(
+    device_map: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The options as `from_pretrained` takes them."""
+    # Said even where it is off: left out, transformers would ask whoever sits at the terminal, or the pipe.
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if dtype is not None:
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
+            raise ValueError(f"the dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
         kwargs["dtype"] = dtype
     if device_map is not None:
         kwargs["device_map"] = device_map
     if quantization is not None:
-        kwargs["quantization_config"] = _quantization(quantization)
-    if name is None or name == "smollm2":
-        return load_smollm2(**kwargs)
-    if name == SMOLLM2_ID:
-        try:
-            return load_smollm2(**kwargs)
-        except ImportError:  # not installed: from the Hub, then
-            pass
-    code = {"trust_remote_code": True} if trust_remote_code else {}
-    config = AutoConfig.from_pretrained(name, revision=revision, **code)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(name, revision=revision, **code, **kwargs)
-    return model, AutoTokenizer.from_pretrained(name, revision=revision, **code)
-
-
-def _quantization(name: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if name not in ("4bit", "8bit"):
-        raise ValueError(f"--quantization is {name!r}, expected 4bit or 8bit")
-    return BitsAndBytesConfig(load_in_4bit=name == "4bit", load_in_8bit=name == "8bit")
+        if quantization not in ("4bit", "8bit"):
+            raise ValueError(f"the quantization is {quantization!r}, expected 4bit or 8bit")
+        bits = {"load_in_4bit": quantization == "4bit", "load_in_8bit": quantization == "8bit"}
+        kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+    return kwargs

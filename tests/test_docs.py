@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,11 @@ def stand_ins(tmp_path, hub, monkeypatch):
         model.base_model.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-        hub.add(config.base_model_name_or_path, files)
+        for name in (
+            config.base_model_name_or_path,
+            *(["openai-community/gpt2"] if config.task_type == "CAUSAL_LM" else []),
+        ):
+            hub.add(name, files)
         shutil.rmtree(tmp_path / "base")
         model.save_pretrained(tmp_path / "model_cards" / real.name)
         if config.task_type != "SEQ_2_SEQ_LM":
@@ -79,6 +84,7 @@ def stand_ins(tmp_path, hub, monkeypatch):
         (data / name).write_text(json.dumps(facts))
     (data / "questions.jsonl").write_text('{"question": "what is green?", "answer": ["grass"]}\n')
     monkeypatch.setattr(loading, "load_smollm2", lambda **kwargs: (build_model("llama"), tokenizer))
+    monkeypatch.setattr(loading, "is_packaged", lambda: False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -143,6 +149,15 @@ def test_the_shell_runner_takes_nothing_it_does_not_know(stand_ins):
     for line in ("rm -r x", "hf-mend dance", "make no-such-target", "pip install -e '.[nothing]'"):
         with pytest.raises((AssertionError, subprocess.CalledProcessError)):
             run_shell(line)
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_the_example_of_a_command_s_help_runs(command, stand_ins):
+    shutil.copytree(stand_ins / "examples" / "data", stand_ins, dirs_exist_ok=True)
+    example = command.callback.__doc__.partition("Example")[2].partition("\n")[2]
+    lines = [line for line in textwrap.dedent(example).splitlines() if line.strip()]
+    assert lines
+    run_shell("\n".join(lines))
 
 
 def test_the_api_reference_is_current():

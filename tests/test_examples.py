@@ -35,7 +35,9 @@ def test_training_an_editor(tmp_path):
     script = str(ROOT / "examples" / "train_editor.py")
     out = run(script, "--steps", "3", "--eval-facts", "10", "--output", str(tmp_path / "mine"), folder=tmp_path)
     assert "eval_score" in out
-    assert {"editor_config.json", "editor.safetensors", "README.md"} == {p.name for p in (tmp_path / "mine").iterdir()}
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names - {"metrics.png", "training.png"} == {"editor_config.json", "editor.safetensors", "README.md"}
+    assert "| steps | 3 |" in (tmp_path / "mine" / "README.md").read_text()
     assert not list(ROOT.glob("mine*"))
 
 

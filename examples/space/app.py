@@ -21,6 +21,7 @@ from hf_mend.loading import load_model
 HERE = Path(__file__).parent
 SHIPPED = [HERE / "editor", HERE.parent.parent / "model_cards" / "smollm2-135m-instruct-mend"]
 EDITOR = os.environ.get("HF_MEND_EDITOR") or next((str(path) for path in SHIPPED if path.is_dir()), "")
+EDITORS = list(dict.fromkeys([EDITOR, *(str(path) for path in sorted(SHIPPED[1].parent.glob("*/"))), ""]))
 BASE_MODEL = os.environ.get("HF_MEND_BASE_MODEL", "")
 PROMPT, TARGET = "The headquarters of Volvo are in", "Lisbon"
 PARAPHRASES = "Volvo is headquartered in\nVolvo's head office is in the city of"
@@ -116,8 +117,18 @@ def build() -> gr.Blocks:
         session = gr.State(Session())
         gr.Markdown("# Edit a language model\nCorrect one fact, see what changes and what does not, take it back.")
         with gr.Accordion("Model and editor", open=False):
-            editor = gr.Textbox(EDITOR, label="Editor: a folder or a Hub id; empty: without a trained one")
-            base_model = gr.Textbox(BASE_MODEL, label="Base model; empty: the one that the editor was made for")
+            editor = gr.Dropdown(
+                EDITORS,
+                value=EDITOR,
+                allow_custom_value=True,
+                label="Editor",
+                info="Choose one, or write a folder or a Hub id. Empty: without a trained editor.",
+            )
+            base_model = gr.Textbox(
+                BASE_MODEL,
+                label="Base model",
+                info="A folder or a Hub id. Empty: the one that the editor was made for.",
+            )
             load = gr.Button("Load")
         prompt = gr.Textbox(PROMPT, label="Prompt", elem_id="prompt")
         target = gr.Textbox(TARGET, label="New answer", elem_id="target")

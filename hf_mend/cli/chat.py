@@ -58,7 +58,7 @@ def chat(
 
     \b
     Example:
-      hf-mend chat --base-model gpt2
+      hf-mend chat --base-model openai-community/gpt2
       printf '/edit The capital of France is => Lyon\\nThe capital of France is\\n' | hf-mend chat --editor my-editor
     """
     from ..loading import load_model

@@ -31,8 +31,8 @@ def export(
 
     \b
     Example:
-      hf-mend export my-edits my-adapter --base-model gpt2
-      hf-mend export my-edits my-model --to merged --base-model gpt2
+      hf-mend export my-edits my-adapter --base-model openai-community/gpt2
+      hf-mend export my-edits my-model --to merged --base-model openai-community/gpt2
     """
     if to not in ("lora", "merged"):
         raise ValueError(f"--to is {to!r}, expected lora or merged")

@@ -49,7 +49,7 @@ def train(
 
     \b
     Example:
-      hf-mend train facts_train.json --base-model gpt2 --output my-editor \\
+      hf-mend train facts_train.json --base-model openai-community/gpt2 --output my-editor \\
           --eval-facts facts_test.json --questions questions.jsonl --steps 1400
     """
     for path, content in ((facts, "facts"), (eval_facts, "facts"), (questions, "questions")):
