@@ -86,6 +86,8 @@ def editing_loss(
     run_below: Callable[[Rows], HiddenState] | None = None,
     edits_together: int = 1,
     edits_at_once: int | None = None,
+    calls_in_a_row: int = 1,
+    look_back: float = 0.9,
 ) -> EditingLoss:
     """
     Makes every edit of the batch: example b's rows see example b's factors alone, or those of its group's edits.
@@ -107,8 +109,13 @@ def editing_loss(
             same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
             Meta Learning", section 4.2): that of the texts with respect to the updates, some texts after the others,
             and that of the updates with respect to the method's parameters.
+        calls_in_a_row (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that those
+            before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
+        look_back (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
     below = run_below or (lambda rows: split.run_below(rows.inputs))
+    if calls_in_a_row > 1:
+        return sequential_loss(split, targets, method, batch, locality_weights, below, calls_in_a_row, look_back)
     size = math.gcd(edits_together, len(batch))
     if edits_at_once is not None and edits_at_once < len(batch):
         return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
@@ -185,6 +192,64 @@ def _two_stage_loss(
                 if start.grad is not None and side.requires_grad:
                     value = value + ((side - side.detach()) * start.grad).sum()
     return EditingLoss(value, edit, locality)
+
+
+def sequential_loss(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    batch: EditBatch,
+    locality_weights: Mapping[str, float],
+    below: Callable[[Rows], HiddenState],
+    calls: int,
+    look_back: float,
+) -> EditingLoss:
+    """
+    The loss of edits made one call after another: each call's gradient factors are those of the model that the calls
+    before have left, and its loss looks back at their texts, a call further with `look_back` times the weight (after
+    Li et al. 2025, "Reinforced Lifelong Editing for Language Models", whose memory backtracking this is).
+
+    Args:
+        split, targets, method, batch, locality_weights: As for [`editing_loss`].
+        below (`Callable`): Gives the rows' hidden states at the lowest edited block.
+        calls (`int`): How many; the batch is split evenly, and where it is too small a call has one edit.
+        look_back (`float`): From 0, each call for itself, to 1, all alike.
+    """
+    each = max(1, len(batch) // calls)
+    parts = [batch.edits(start, min(start + each, len(batch))) for start in range(0, len(batch), each)]
+    made: dict[str, list[Update]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    losses: list[EditingLoss] = []
+    shares: list[float] = []
+    for number, part in enumerate(parts):
+        state = below(part.edit)
+        carried = {name: _side_by_side([(u.detach(), v.detach()) for u, v in pairs]) for name, pairs in made.items()}
+        with applied(targets, carried):
+            factors, _ = trace(split, targets, part.edit.inputs, part.edit.next_tokens, state)
+        asked = together(method(factors), len(part))
+        kept = {name: torch.cat(x) for name, x in inputs.items()} if method.joins else {}
+        for name, (u, v) in method.join(asked, kept).items():
+            made.setdefault(name, []).append((u[0], v[0]))
+            inputs.setdefault(name, []).append(asked[name][0][0].detach())
+        seen = {name: _side_by_side(pairs) for name, pairs in made.items()}
+        for earlier, texts in enumerate(parts[: number + 1]):
+            weight = look_back ** (number - earlier) * len(texts)
+            if weight > 0:
+                losses.append(_loss_under(split, targets, seen, texts, locality_weights, below))
+                shares.append(weight)
+    return _mean_loss(losses, shares)
+
+
+def _side_by_side(pairs: Sequence[Update]) -> Update:
+    return torch.cat([u for u, _ in pairs]), torch.cat([v for _, v in pairs])
+
+
+def _mean_loss(losses: Sequence[EditingLoss], weights: Sequence[float]) -> EditingLoss:
+    def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([v * w for v, w in zip(values, weights, strict=True)]).sum() / sum(weights)
+
+    locality = {kind: mean([loss.locality[kind] for loss in losses]) for kind in losses[0].locality}
+    return EditingLoss(mean([loss.loss for loss in losses]), mean([loss.edit for loss in losses]), locality)
 
 
 def _leaf(side: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,17 @@ class EditorTrainingArguments(TrainingArguments):
             "stages then, so that a step can take thousands of edits."
         },
     )
+    calls_in_a_row: int = field(
+        default=1,
+        metadata={
+            "help": "Into how many calls a batch falls, each editing the model that those before it have left, so "
+            "that the editor learns long sequences of edits. `edits_together` and `edits_at_once` do not count then."
+        },
+    )
+    look_back: float = field(
+        default=0.9,
+        metadata={"help": "Weight of a call's texts in the loss of the next call, its square in that after it, ..."},
+    )
     step_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithms of each layer's edit step and ridge."}
     )
@@ -183,6 +194,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             run_below=self.hidden_states,
             edits_together=2 ** (self.state.global_step % doublings),
             edits_at_once=self.args.edits_at_once,
+            calls_in_a_row=self.args.calls_in_a_row,
+            look_back=self.args.look_back,
         )
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))

@@ -10,7 +10,7 @@ from test_trainer import QUESTIONS, arguments, fresh
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, evaluate_records, get_editable_model
 from hf_mend.data import EditCollator, Query, TrainingExamples
 from hf_mend.edits import compacted, dense
-from hf_mend.losses import editing_loss
+from hf_mend.losses import editing_loss, kl_divergence
 from hf_mend.methods import get_method
 from hf_mend.methods.ridge import leading_eigenvectors, ridge_keys
 from hf_mend.targets import weight_matrix
@@ -225,6 +225,62 @@ def test_a_step_without_gradients_is_only_a_value(tokenizer):
     with torch.no_grad():
         loss = model(edit_batch=batch, edits_together=4, edits_at_once=2)
     assert not loss.loss.requires_grad
+
+
+@pytest.mark.parametrize(("method", "calls"), [("mend", 4), ("malmen", 2)])
+def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(tokenizer, method, calls):
+    model = perturbed(tokenizer, method=method)
+    model.editor.scale_steps(3.0)
+    collate = EditCollator(model.encoder)
+    examples = TrainingExamples(RECORDS, QUESTIONS)
+    records = [examples[i] for i in range(4)]
+    found = model(
+        edit_batch=collate(records), locality_weights={"neighborhood": 2.0}, calls_in_a_row=calls, look_back=0.5
+    )
+    changed = build_model("llama")
+    spared: dict[str, list[torch.Tensor]] = {}
+    total = weights = 0.0
+    parts = [records[start : start + 4 // calls] for start in range(0, 4, 4 // calls)]
+    for number, part in enumerate(parts):
+        edits = EditableModel(changed, model.editor_config, tokenizer)
+        rows = collate(part).edit
+        factors, _ = trace(edits.split, edits.targets, rows.inputs, rows.next_tokens)
+        with torch.no_grad():
+            asked = {name: tuple(side.flatten(0, 1)[None] for side in p) for name, p in model.editor(factors).items()}
+            kept = {name: torch.cat(x) for name, x in spared.items()} if method == "malmen" else {}
+            for name, (u, v) in model.editor.join(asked, kept).items():
+                spared.setdefault(name, []).append(asked[name][0][0])
+                weight_matrix(changed.get_submodule(name)).add_(dense((u[0], v[0])))
+            for earlier, texts in enumerate(parts[: number + 1]):
+                loss = 0.0
+                for example in texts:
+                    one = collate([example])
+                    row = one.general
+                    logits = changed(**row.inputs).logits[row.positions]
+                    loss += float(torch.nn.functional.cross_entropy(logits, row.next_tokens[row.positions]))
+                    for kind, local in one.local.items():
+                        new, old = (m(**local.inputs).logits[local.positions] for m in (changed, model.base_model))
+                        weight = 2.0 if kind == "neighborhood" else 1.0
+                        loss += weight * float(kl_divergence(new, old).mean())
+                weight = 0.5 ** (number - earlier)
+                total, weights = total + weight * loss, weights + weight * len(texts)
+    assert float(found.loss.detach()) == pytest.approx(total / weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["mend", "malmen"])
+def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method):
+    model = fresh(tokenizer, method=method)
+    args = arguments(
+        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_in_a_row=4, learning_rate=1e-2,
+        step_learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
+    batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
+    calibrate(model, examples, 8, 4)
+    first = float(model(edit_batch=batch, calls_in_a_row=4).loss.detach())
+    trainer.train()
+    assert float(model(edit_batch=batch, calls_in_a_row=4).loss.detach()) < first - 0.05
 
 
 def test_malmen_trains(tokenizer, tmp_path):
