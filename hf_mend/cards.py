@@ -137,7 +137,9 @@ def measured_sections(
     if not measured:
         return {"metrics": _NOT_MEASURED, "results": ""}
     text = metrics_table(measured)
-    if command:
+    if command is None:
+        text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
+    else:
         text += f"\n\nThis measures it again:\n\n```bash\n{command}\n```"
     return {"metrics": text, "results": model_index(name, measured)}
 

@@ -186,7 +186,33 @@ def test_training_gives_an_editor_that_the_other_commands_take(world, tmp_path):
     assert "after 3 steps" in more.stdout
 
 
+def test_a_file_of_edits_in_one_call(world, tmp_path):
+    done = invoke("edit", "--facts", world / "facts.json", "-m", world / "base", "--save", tmp_path / "all", "--json")
+    document = json.loads(done.stdout)
+    assert document["edits"] == len(RECORDS) == len(document["results"])
+    assert document["took"] == sum(result["success"] for result in document["results"])
+    assert done.exit_code == (0 if document["took"] == len(RECORDS) else 1)
+    assert 0 <= document["paraphrases"] <= 1 and 0 <= document["locality"] <= 1
+    shown = invoke("edit", "--facts", world / "facts.json", "-m", world / "base").stdout.splitlines()
+    assert shown[-1] == f"{document['took']} of {len(RECORDS)} edits took"
+
+
+def test_any_option_of_the_library_can_be_given(world, tmp_path):
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1,
+                  "--rank", 4, "--config", "whiten=false", "--config", "init=xavier", "--training",
+                  "per_device_train_batch_size=3", "--training", "lr_scheduler_type=constant")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "mine" / "editor_config.json").read_text())
+    assert (config["whiten"], config["init"]) == (False, "xavier")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| facts a step | 3 |" in card and "| learning rate | 0.001, constant |" in card
+
+
 WRONG = {
+    "no target": (("edit", "a", "-e", "editor"), "give PROMPT and TARGET, or a file of --facts"),
+    "a prompt and a file": (("edit", "a", "b", "--facts", "facts.json"), "leave the others out"),
+    "no such field": (("train", "facts.json", "-o", "x", "--config", "size=3"), "with a field of EditorConfig"),
+    "no value": (("train", "facts.json", "-o", "x", "--training", "seed"), "with a field of EditorTrainingArguments"),
     "no such editor": (("edit", "a", "b", "-e", "no/such/folder/here"), "neither a folder here nor the id of"),
     "an empty target": (("edit", PROMPT, " ", "-e", "editor"), "has an empty target"),
     "no chat template": (("edit", "a", "b", "-e", "editor", "--chat"), "leave chat=False"),

@@ -18,6 +18,8 @@ from .common import (
     Report,
     Revision,
     TrustRemoteCode,
+    check_file,
+    plural,
 )
 
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def edit(
-    prompt: Annotated[str, typer.Argument(help="What is asked.")],
-    target: Annotated[str, typer.Argument(help="What the model should answer.")],
+    prompt: Annotated[str | None, typer.Argument(help="What is asked.")] = None,
+    target: Annotated[str | None, typer.Argument(help="What the model should answer.")] = None,
     base_model: BaseModel = None,
     editor: Editor = None,
     paraphrase: Annotated[
@@ -35,6 +37,9 @@ def edit(
     ] = None,
     locality: Annotated[
         list[str] | None, typer.Option(help="A prompt whose answer must stay: does it? Repeatable.")
+    ] = None,
+    facts: Annotated[
+        Path | None, typer.Option(help="Make all edits of this file (CounterFact's layout) in place of one.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
     edits: Annotated[str | None, typer.Option(help="Edits to make first: a folder or a Hub id.")] = None,
@@ -48,15 +53,30 @@ def edit(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Makes one edit and says what came of it. Exit code 1: the edit did not take, or a probe is not as it should be.
+    Makes an edit, or a file of them, and says what came of it. Exit code 1: one did not take, or a probe is not as it
+    should be.
 
     \b
     Example:
       hf-mend edit "The Prime Minister of the United Kingdom is" "Keir Starmer" --editor my-editor \\
           --paraphrase "The UK's Prime Minister is" --locality "The capital of France is" --save my-edits
+      hf-mend edit --facts facts_test.json --save my-edits --json
     """
+    if facts is not None:
+        check_file(facts, "facts")
+        if prompt or target or paraphrase or locality:
+            raise ValueError("--facts brings its own prompts, targets and probes; leave the others out")
+    elif prompt is None or target is None:
+        raise ValueError("give PROMPT and TARGET, or a file of --facts")
+    from ..data import read_counterfact
     from ..loading import load_model
 
+    asked: dict[str, Any] = {"prompt": prompt, "target": target}
+    asked |= {"paraphrases": paraphrase or [], "locality": locality or []}
+    if facts is not None:
+        asked = {"prompt": list(read_counterfact(facts))}
+    if max_steps is not None:
+        asked["max_steps"] = max_steps
     model = load_model(
         editor,
         base_model,
@@ -68,16 +88,39 @@ def edit(
     )
     if edits is not None:
         model.load_edits(edits)
-    options: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
-    result = model.edit(prompt, target, chat=chat, paraphrases=paraphrase or [], locality=locality or [], **options)
-    assert not isinstance(result, list)
-    text = str(result)
+    made = model.edit(**asked, chat=chat)
+    saved = None
     if save is not None:
         model.save_edits(save)
-        text += f"\n  saved with {len(model.edits) - 1} earlier ones in {save}"
+        saved = f"{plural(len(model.edits), 'edit')} saved in {save}"
+    report = _report_of_many(made) if isinstance(made, list) else _report_of_one(made)
+    report.document["saved"] = None if save is None else str(save)
+    report.text = "\n".join([report.text, *([saved] if saved else [])])
+    return report
+
+
+def _report_of_one(result: EditResult) -> Report:
     probes = [*result.paraphrases, *result.locality]
-    document = {**as_values(result), "saved": None if save is None else str(save)}
-    return Report(document, text, ok=bool(result.success) and all(probe.ok for probe in probes))
+    return Report(as_values(result), str(result), ok=bool(result.success) and all(probe.ok for probe in probes))
+
+
+def _report_of_many(results: list[EditResult]) -> Report:
+    """Whether each edit took; what it did to its probes is in the numbers, since neighbours may well change."""
+    took = sum(bool(result.success) for result in results)
+    lines = [
+        f"{'took        ' if result.success else 'DID NOT TAKE'}  {result.prompt!r} -> {result.target!r}"
+        for result in results
+    ]
+    document: dict[str, Any] = {"edits": len(results), "took": took}
+    for name, title in (("paraphrases", "paraphrases that say the target"), ("locality", "neighbours that stay")):
+        probes = [probe for result in results for probe in getattr(result, name)]
+        if probes:
+            document[name] = sum(probe.ok for probe in probes) / len(probes)
+            lines.append(f"{title}: {document[name]:.3f} of {len(probes)}")
+    document["results"] = [as_values(result) for result in results]
+    return Report(
+        document, "\n".join([*lines, f"{took} of {plural(len(results), 'edit')} took"]), took == len(results)
+    )
 
 
 def as_values(result: EditResult) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +37,12 @@ def train(
     ] = None,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Any other field of EditorConfig: name=value, in JSON. Repeatable.")
+    ] = None,
+    training: Annotated[
+        list[str] | None, typer.Option(help="Any other field of EditorTrainingArguments, the same way.")
+    ] = None,
     license: Annotated[
         str | None, typer.Option(help="The editor's licence, for its card: apache-2.0, mit, ...")
     ] = None,
@@ -50,7 +58,8 @@ def train(
     \b
     Example:
       hf-mend train facts_train.json --base-model openai-community/gpt2 --output my-editor \\
-          --eval-facts facts_test.json --questions questions.jsonl --steps 1400
+          --eval-facts facts_test.json --questions questions.jsonl --steps 1400 \\
+          --training neighborhood_weight=1.5 --training gradient_accumulation_steps=2
     """
     for path, content in ((facts, "facts"), (eval_facts, "facts"), (questions, "questions")):
         if path is not None:
@@ -66,34 +75,37 @@ def train(
     asked = read_questions(questions) if questions else []
     train_data = read_counterfact(facts)
     eval_data = list(read_counterfact(eval_facts, asked))[:eval_limit] if eval_facts else None
-    config = EditorConfig(
+    editor_config = EditorConfig(
         method=method,
         rank=rank,
         target_modules=[name.strip() for name in target_modules.split(",")]
         if "," in target_modules
         else target_modules,
         layers_to_transform=_indices(layers) if layers else None,
+        **_fields("--config", config, EditorConfig),
     )
     folder = checkpoints or output.with_name(output.name + "-checkpoints")
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and last is None:
         raise FileNotFoundError(f"--resume: {folder} holds no checkpoint; leave --resume out to begin anew")
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "logging_steps": max(1, min(25, steps // 4)),
+        "save_steps": save_steps,
+        "seed": seed,
+        "report_to": [],
+    }
+    arguments = EditorTrainingArguments(**{**given, **_fields("--training", training, EditorTrainingArguments)})
     set_seed(seed)
     options: dict[str, Any] = {"device_map": device_map, "dtype": dtype, "quantization": quantization}
-    model = load_model(start_from, base_model, config=config, trust_remote_code=trust_remote_code, **options)
+    model = load_model(start_from, base_model, config=editor_config, trust_remote_code=trust_remote_code, **options)
     trainer = EditorTrainer(
         model,
-        EditorTrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            logging_steps=max(1, min(25, steps // 4)),
-            save_steps=save_steps,
-            seed=seed,
-            report_to=[],
-        ),
+        arguments,
         train_data,
         eval_data,
         asked,
@@ -111,3 +123,18 @@ def _indices(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers is {text!r}, expected block indices with commas, such as 17,18,19") from None
+
+
+def _fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any]:
+    """The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text."""
+    known = {field.name for field in fields(kind)}
+    values = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"{option} is {pair!r}, expected name=value with a field of {kind.__name__}")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
