@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import read_json, shortened
 from .targets import Target, add_to_weight_, writable_weight
 
 
 Update = tuple[torch.Tensor, torch.Tensor]
+
+_TENSOR_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})\.(?P<layer>.+)\.(?P<side>[uv])")
 
 
 @dataclass
@@ -69,23 +72,28 @@ def edits_from_tensors(
     Raises:
         ValueError: The header is missing or does not fit the tensors; the message names the source.
     """
-    try:
-        described = json.loads(metadata["edits"])
-        edits = [Edit(str(d["id"]), str(d["prompt"]), str(d["target"]), {}, dict(d["metadata"])) for d in described]
-        for name in tensors:
-            index, _, rest = name.partition(".")
-            layer, _, side = rest.rpartition(".")
-            if side == "u":
-                edits[int(index)].updates[layer] = (tensors[name], tensors[f"{index}.{layer}.v"])
-            elif side != "v" or f"{index}.{layer}.u" not in tensors:
-                raise KeyError(name)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source} is not a collection of edits, or its header was altered ({type(error).__name__} {error}); "
-            f"write it "
-            "with save_edits"
-        ) from error
+    described = read_json(metadata.get("edits", "null"), f"the header of {source}")
+    broken = f"{source} is not a collection of edits, or its header was altered"
+    if not isinstance(described, list) or not all(map(_is_description, described)):
+        raise ValueError(f"{broken}: {shortened(described)}; write it with save_edits")
+    edits = [Edit(d["id"], d["prompt"], d["target"], {}, dict(d["metadata"])) for d in described]
+    for name, tensor in tensors.items():
+        found = _TENSOR_NAME.fullmatch(name)
+        other = f"{found['index']}.{found['layer']}.{'v' if found['side'] == 'u' else 'u'}" if found else ""
+        if not found or other not in tensors or int(found["index"]) >= len(edits):
+            raise ValueError(f"{broken}: it has no pair or no edit for the tensor {name!r}; write it with save_edits")
+        if found["side"] == "u":
+            edits[int(found["index"])].updates[found["layer"]] = (tensor, tensors[other])
     return edits
+
+
+def _is_description(value: Any) -> bool:
+    """Whether a value is what `Edit.describe` gives."""
+    if not isinstance(value, dict) or not isinstance(value.get("metadata"), dict):
+        return False
+    return all(
+        isinstance(text, str) for text in (*map(value.get, ("id", "prompt", "target")), *value["metadata"].values())
+    )
 
 
 def dense(update: Update) -> torch.Tensor:

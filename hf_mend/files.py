@@ -365,12 +365,23 @@ def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: It is not; the message names the source.
     """
+    values = read_json(text, source)
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds a {type(values).__name__}, expected a JSON object; save it again")
+    return values
+
+
+def read_json(text: str, source: str | Path) -> Any:
+    """
+    Parses JSON text as the standard has it: no name twice in an object, no NaN; and not nested without end.
+
+    Raises:
+        ValueError: It is not such; the message names the source.
+    """
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
     except (ValueError, RecursionError) as error:  # the first also of a number with thousands of digits
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} holds a {type(values).__name__}, expected a JSON object; save it again")
     if _is_deeper(values, _DEEPEST):
         raise ValueError(f"{source} is nested more than {_DEEPEST} levels deep; download or save it again")
     return values

@@ -462,3 +462,36 @@ def test_shards_that_do_not_fit_their_index(saved, tokenizer):
     (saved / first).unlink()
     with pytest.raises(FileNotFoundError, match=f"{first} does not exist"):
         load(saved, tokenizer)
+
+
+# ---- edits of a stranger ----
+
+EDIT = {"id": "a", "prompt": "p", "target": "t", "metadata": {}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, ("0.x.u", "0.x.v"), "is not valid JSON"),
+        (json.dumps([{**EDIT, "metadata": {"a": "b" * 10}}])[:-1], ("0.x.u", "0.x.v"), "is not valid JSON"),
+        (json.dumps({"0": EDIT}), ("0.x.u", "0.x.v"), "not a collection of edits"),
+        (json.dumps([{**EDIT, "id": 3}]), ("0.x.u", "0.x.v"), "not a collection of edits"),
+        (json.dumps([{**EDIT, "prompt": {"a": 1}}]), ("0.x.u", "0.x.v"), "not a collection of edits"),
+        (json.dumps([{**EDIT, "metadata": {"time": [1]}}]), ("0.x.u", "0.x.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("-1.x.u", "-1.x.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("00.x.u", "00.x.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("\u0660.x.u", "\u0660.x.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("1.x.u", "1.x.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("0.x.u", "0.y.v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("0.x.u", "0.x.w"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("0..u", "0..v"), "not a collection of edits"),
+        (json.dumps([EDIT]), ("0.x.u", "0.x.v"), "belong to another model or editor"),
+    ],
+)  # fmt: skip
+def test_headers_of_edits_that_lie(llama, tokenizer, tmp_path, entries, names, message):
+    model = editable(llama, tokenizer)
+    tensors = {name: torch.zeros(1, 4) for name in names}
+    save_file(tensors, tmp_path / "edits.safetensors", metadata={"edits": entries})
+    with pytest.raises(ValueError, match=message) as caught:
+        model.load_edits(tmp_path)
+    assert model.edits == [] and len(str(caught.value)) < 3000
