@@ -30,6 +30,8 @@ class EditRecord:
         unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
         relation (`str`, *optional*): What kind of fact it is.
         id (`str`, *optional*): The record's name in its data set.
+        subject (`str`, *optional*): What the fact is about, as the prompt names it.
+        ground_truth (`str`, *optional*): What is true, if the edit is counterfactual; the neighbours' answer too.
     """
 
     prompt: str
@@ -39,6 +41,8 @@ class EditRecord:
     unrelated: list[tuple[str, str]] = field(default_factory=list)
     relation: str | None = None
     id: str | None = None
+    subject: str | None = None
+    ground_truth: str | None = None
 
 
 class EditDataset(Dataset[EditRecord]):
@@ -86,6 +90,8 @@ def read_counterfact(path: str | Path, questions: Sequence[tuple[str, str]] = ()
                     unrelated=[draw.choice(questions)] if questions else [],
                     relation=rewrite.get("relation_id"),
                     id=str(row.get("case_id", number)),
+                    subject=rewrite["subject"],
+                    ground_truth=(rewrite.get("target_true") or {}).get("str"),
                 )
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
