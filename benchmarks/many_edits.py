@@ -19,13 +19,22 @@ import platform
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
-from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
+from hf_mend import (
+    EditableModel,
+    EditorConfig,
+    EditRecord,
+    evaluate_records,
+    read_counterfact,
+    read_questions,
+    summarize,
+)
 from hf_mend.data import Query, Rows, length_batches
 from hf_mend.losses import row_means
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
@@ -33,6 +42,8 @@ from hf_mend.tracing import HiddenState, logits_of
 
 
 KINDS = ("edit success", "generality", "neighbourhood", "unrelated")
+NAMES = ("edit_success", "generality", "neighborhood", "unrelated")
+NEIGHBOURS = 2  # neighbouring prompts measured of a fact
 EDITOR = "model_cards/smollm2-135m-instruct-mend"
 
 
@@ -77,7 +88,7 @@ def make_probes(model: EditableModel, records: Sequence[EditRecord]) -> dict[str
     rows = {
         "edit success": [(i, Query(r.prompt, r.target)) for i, r in enumerate(records)],
         "generality": [(i, Query(text, r.target)) for i, r in enumerate(records) for text in r.paraphrases],
-        "neighbourhood": [(i, Query(text)) for i, r in enumerate(records) for text in r.neighborhood[:2]],
+        "neighbourhood": [(i, Query(text)) for i, r in enumerate(records) for text in r.neighborhood[:NEIGHBOURS]],
         "unrelated": [(i, Query(*pair)) for i, r in enumerate(records) for pair in r.unrelated],
     }
     local = ("neighbourhood", "unrelated")
@@ -125,6 +136,29 @@ def measure_state(
         model.undo_all()
     means = {kind: sum(found) / len(found) for kind, found in values.items() if found}
     return {**means, "perplexity": perplexities[0], "measured": len(measured), "seconds an edit": seconds / made}
+
+
+def measure_alone(model: EditableModel, records: Sequence[EditRecord], timed: int = 5) -> dict[str, float]:
+    """Edits made alone, several in one pass, each row under its own; a few more are timed, and one read under."""
+    fewer = [replace(record, neighborhood=record.neighborhood[:NEIGHBOURS]) for record in records]
+    if not model.editor.is_calibrated:
+        with model.edited(records[0].prompt, records[0].target, force=True):
+            pass
+    summary = summarize(
+        evaluate_records(
+            model.split, model.targets, model.editor, model.encoder, fewer, 20, model.editor.max_steps, progress=False
+        )
+    )
+    began = time.perf_counter()
+    for record in records[:timed]:
+        model.edit(record.prompt, record.target, force=True)
+        if record is not records[timed - 1]:
+            model.undo()
+    seconds = (time.perf_counter() - began) / timed
+    read = perplexity(model)
+    model.undo_all()
+    means = {kind: summary[name] for kind, name in zip(KINDS, NAMES, strict=True)}
+    return {**means, "perplexity": read, "measured": len(records), "seconds an edit": seconds}
 
 
 def load(method: str, tokenizer: Any, base: Any, options: dict[str, Any]) -> EditableModel:
@@ -205,9 +239,13 @@ def main() -> None:
         model = load(method, tokenizer, base, options)
         kept["perplexity_before"] = perplexity(model)
         measured, others = records[: arguments.measured], records[arguments.measured :]
-        probes = make_probes(model, measured)
+        probes: dict[str, Probes] = {}
         for count, in_calls_of in missing:
-            state = measure_state(model, probes, measured, others, count, in_calls_of)
+            if count == 1 and in_calls_of is None:
+                state = measure_alone(model, measured)
+            else:
+                probes = probes or make_probes(model, measured)
+                state = measure_state(model, probes, measured, others, count, in_calls_of)
             name = f"{title}/{count}/{in_calls_of}"
             states[name] = {"method": title, "count": count, "in_calls_of": in_calls_of, **state}
             print(name, {key: round(value, 3) for key, value in state.items()}, flush=True)

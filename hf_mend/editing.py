@@ -179,7 +179,8 @@ def make_edits(
     earlier = stack.edits
     stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
     try:
-        if check and len(requests) > 1:  # each was found without the others: what does the model say with all of them?
+        # Each was found without the others, unless they were joined: what does the model say with all of them?
+        if check and len(requests) > 1 and not method.joins:
             for chosen in chunks:
                 asked = _answers(split, encoder, [requests[i].query for i in chosen])
                 for row, i in enumerate(chosen):
