@@ -145,7 +145,7 @@ def page(tmp_path):
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([sys.executable, str(SPACE / "app.py")], env=environment, stdout=log, stderr=log)
     try:
-        until(lambda: server.poll() is not None or "Running on local URL" in (tmp_path / "log").read_text(), 180)
+        until(lambda: server.poll() is not None or "Running on local URL" in (tmp_path / "log").read_text(), 600)
         assert server.poll() is None, (tmp_path / "log").read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -172,7 +172,7 @@ def browser(tmp_path):
     driver.quit()
 
 
-def until(condition, seconds: float = 120):
+def until(condition, seconds: float = 600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen in time"
