@@ -25,6 +25,7 @@ from .lora import warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method, state_shapes, training_free_config
 from .requests import EditResult, as_requests, check_requests
+from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
@@ -120,6 +121,7 @@ class EditableModel(PushesToHub, nn.Module):
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         card_data: Mapping[str, Any] | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """
         Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
@@ -135,10 +137,13 @@ class EditableModel(PushesToHub, nn.Module):
             card_data (`Mapping[str, Any]`, *optional*): Fields of the card's front matter: `license`, `language`,
                 `datasets`, `tags` and what else `huggingface_hub.ModelCardData` takes. What training and measuring
                 came to is in the card anyway.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*): The editor's tensors; asked of the editor when
+                missing. Give them where processes share the editor out and one of them saves: see
+                [`~hf_mend.sharded.whole_state`].
         """
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
-            for name, value in self.editor.state_dict().items()
+            for name, value in (whole_state(self.editor) if state_dict is None else state_dict).items()
         }
         if self.editor_config.base_fingerprint is None:
             self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
@@ -154,9 +159,8 @@ class EditableModel(PushesToHub, nn.Module):
         Raises:
             ValueError: The file is damaged or another editor's; the editor is as it was.
         """
-        state = self.editor.state_dict()
-        tensors, _ = read_weights(path, {name: tuple(value.shape) for name, value in state.items()})
-        self.editor.load_state_dict(tensors)
+        tensors, _ = read_weights(path, state_shapes(self.editor_config, self.editor.shapes))
+        load_whole_state(self.editor, tensors)
 
     # ---- running ----
 

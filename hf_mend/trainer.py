@@ -23,10 +23,12 @@ from .checkpoints import PushesCheckpoints
 from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
 from .edits import applied
 from .files import WEIGHTS_NAME
+from .fingerprint import fingerprint_of
 from .hub import find_files
 from .losses import target_nll
 from .metrics import evaluate_records, summarize
 from .model import EditableModel
+from .sharded import whole_state
 from .tracing import logits_of, record_inputs, trace
 
 
@@ -175,6 +177,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 if self.args.process_index == 0:
                     cache.fill(self.model.encoder, self.examples.queries(), progress=not self.args.disable_tqdm)
             self.hidden_states = cache
+        if self.model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
+            self.model.editor_config.base_fingerprint = fingerprint_of(self.model.base_model, self.model.targets)
         self._started = time.perf_counter()
         self._step_of_weights, self._first_step = None, 0
         self._measured.clear()
@@ -281,9 +285,19 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             notes.training = training_facts(self.args, self._card_step, self._first_step, seconds, self.examples)
             notes.history = self.state.log_history
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the editor. All processes have to call this: they may share the editor out, and one of them writes."""
+        state_dict = whole_state(self.model.editor)
+        if self.args.should_save:
+            self._save(output_dir, state_dict)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._note_for_card()
-        self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+        self.model.save_pretrained(
+            output_dir if output_dir is not None else self.args.output_dir, state_dict=state_dict
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME

@@ -203,6 +203,18 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
+def test_an_editor_trains_on_a_base_shared_out_over_two_processes(tmp_path):
+    script = Path(__file__).parent / "train_on_sharded_base.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *launch, str(script), str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+    for found in json.loads((tmp_path / "found.json").read_text()).values():
+        assert found["sharded"] == pytest.approx(found["whole"], rel=1e-4)
+
+
 def test_bad_training_data(tokenizer, tmp_path):
     with pytest.raises(TypeError, match="item 1 of the data is a dict, expected an EditRecord"):
         EditorTrainer(fresh(tokenizer), arguments(tmp_path), [RECORDS[0], {"prompt": "x"}])
