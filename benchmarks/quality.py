@@ -32,7 +32,7 @@ from hf_mend import (
     read_questions,
     summarize,
 )
-from hf_mend.cards import editor_name, machine, measured_sections, metrics_table, update_card
+from hf_mend.cards import CardNotes, machine, metrics_table, write_card
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
 
@@ -178,8 +178,14 @@ def main() -> None:
     arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
     print(markdown)
     if not arguments.limit and arguments.facts == "facts_test.json":
-        command = f"python benchmarks/quality.py --data DIR --evaluate --hold-out {arguments.hold_out} --output EDITOR"
-        update_card(arguments.output, measured_sections(values, command, editor_name(model.editor_config)))
+        held = f" --hold-out {arguments.hold_out}" if held_out else ""
+        command = (
+            "# DIR holds facts_test.json and nq_open_test.jsonl\n"
+            f"python benchmarks/quality.py --data DIR --evaluate{held} \\\n"
+            f"    --output {arguments.output} --results build/again"
+        )
+        notes = CardNotes(measured=values, command=command)
+        write_card(arguments.output, model.editor_config, [target.name for target in model.targets], notes)
 
 
 if __name__ == "__main__":
