@@ -175,7 +175,7 @@ def table(states: dict[str, dict[str, Any]], before: float) -> str:
     names = [*KINDS, "perplexity", "seconds an edit"]
     lines = ["| method | edits | calls | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for state in states.values():
-        cells = [f"{state[name]:.3f}" if name in KINDS else f"{state[name]:.3g}" for name in names]
+        cells = [f"{state[name]:.{'3f' if name in KINDS else '3g'}}" if name in state else "" for name in names]
         calls = f"of {state['in_calls_of']}" if state["in_calls_of"] else "one"
         lines.append(f"| {state['method']} | {state['count']} | {calls} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Perplexity without edits: {before:.3g}.", ""])
