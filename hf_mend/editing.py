@@ -13,10 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import Encoder, Query, Rows, length_batches
-from .edits import Edit, EditStack, Update, applied
+from .edits import Edit, Update, applied
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod
 from .requests import Answers, EditRequest, EditResult
+from .stack import EditStack
 from .targets import Target
 from .tracing import SplitModel, logits_of, record_inputs, trace
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .files import read_json, shortened
-from .targets import Target, add_to_weight_, writable_weight
+from .targets import Target
 
 
 Update = tuple[torch.Tensor, torch.Tensor]
@@ -52,11 +52,6 @@ class Edit:
             name: float((u.double() @ u.double().T * (v.double() @ v.double().T)).sum().clamp(min=0).sqrt())
             for name, (u, v) in self.updates.items()
         }
-
-    def to(self, device: torch.device | str) -> Edit:
-        """The same edit with its matrices on a device."""
-        updates = {name: (u.to(device), v.to(device)) for name, (u, v) in self.updates.items()}
-        return Edit(self.id, self.prompt, self.target, updates, dict(self.metadata))
 
     def describe(self) -> dict[str, Any]:
         """Everything but the matrices, as plain JSON values."""
@@ -202,94 +197,3 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     names = {name: None for edit in edits for name in edit.updates}
     pairs = {name: [edit.updates[name] for edit in edits if name in edit.updates] for name in names}
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
-
-
-class EditStack:
-    """
-    The edits that a model carries, applied through forward hooks; the weights are never written to.
-
-    Args:
-        targets (`Sequence[Target]`): The layers that edits may change.
-    """
-
-    def __init__(self, targets: Sequence[Target]):
-        self.targets = list(targets)
-        self.edits: list[Edit] = []
-        self._handles: list[Any] = []
-        self._disabled = 0
-
-    def replace(self, edits: Sequence[Edit]) -> None:
-        """Makes these the model's edits."""
-        self.edits = list(edits)
-        self._refresh()
-
-    def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
-        """
-        Raises:
-            ValueError: An edit's layers or shapes are not this model's, or its id is taken.
-        """
-        shapes = {target.name: (target.d_in, target.d_out) for target in self.targets}
-        taken = [edit.id for edit in self.edits]
-        for edit in edits:
-            if edit.id in taken:
-                raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
-            taken.append(edit.id)
-            for name, (u, v) in edit.updates.items():
-                fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
-                if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
-                    raise ValueError(
-                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and "
-                        f"{tuple(v.shape)}, "
-                        f"the model's edited layers are {shapes}; these edits belong to another model or editor"
-                    )
-
-    def remove(self, ids: Sequence[str]) -> list[Edit]:
-        """
-        Removes edits by id and returns them.
-
-        Raises:
-            KeyError: An id is not among the edits; nothing is removed.
-        """
-        known = {edit.id for edit in self.edits}
-        for id in ids:
-            if id not in known:
-                raise KeyError(f"no edit has the id {id!r}; the model's edits are {[edit.id for edit in self.edits]}")
-        gone = [edit for edit in self.edits if edit.id in ids]
-        self.replace([edit for edit in self.edits if edit.id not in ids])
-        return gone
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the context, the model answers as if it had no edits."""
-        self._disabled += 1
-        self._refresh()
-        try:
-            yield
-        finally:
-            self._disabled -= 1
-            self._refresh()
-
-    def merge(self) -> None:
-        """
-        Adds all edits to the weights and forgets them.
-
-        Raises:
-            TypeError: A layer's weight cannot take an update; no weight has changed then.
-        """
-        updates = stacked(self.edits)
-        by_name: dict[str, Any] = {target.name: target.module for target in self.targets}
-        for name in updates:
-            writable_weight(by_name[name])
-        self.replace([])
-        for name, update in updates.items():
-            add_to_weight_(by_name[name], dense(update))
-
-    def _refresh(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self.edits and not self._disabled:
-            updates = stacked(self.edits)
-            for target in self.targets:
-                if target.name in updates:
-                    self._handles.append(_attach(target.module, updates[target.name]))

@@ -17,7 +17,7 @@ from .cards import CardNotes, write_card
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
-from .edits import Edit, EditStack, edits_from_tensors, stacked
+from .edits import Edit, edits_from_tensors, stacked
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
 from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
@@ -27,6 +27,7 @@ from .methods import EditMethod, get_method, state_shapes, training_free_config
 from .requests import EditResult, as_requests, check_requests
 from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
+from .stack import EditStack
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
 
@@ -387,7 +388,7 @@ class EditableModel(PushesToHub, nn.Module):
         edits = edits_from_tensors(tensors, metadata, path)
         check_base(self.editor_config, self.base_model, self.targets, str(path), metadata.get("base_fingerprint"))
         self._stack.check_fit(edits, path)
-        self._stack.replace([*self._stack.edits, *(edit.to(self._edit_device) for edit in edits)])
+        self._stack.replace([*self._stack.edits, *edits])
         return edits
 
     def save_lora(

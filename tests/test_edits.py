@@ -7,7 +7,8 @@ import torch
 from conftest import RECORDS, all_logits, editable
 
 from hf_mend import Edit
-from hf_mend.edits import EditStack, applied, dense, side_path, stacked
+from hf_mend.edits import applied, dense, side_path, stacked
+from hf_mend.stack import EditStack
 from hf_mend.targets import add_to_weight_, weight_matrix
 
 
