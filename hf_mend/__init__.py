@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .auto import AutoEditableModel
     from .cache import HiddenStateCache
     from .config import EditorConfig
-    from .data import EditDataset, EditRecord, read_counterfact, read_questions
+    from .data import EditDataset, EditRecord
     from .edits import Edit
     from .metrics import evaluate_records, summarize
     from .model import EditableModel, get_editable_model
+    from .readers import read_counterfact, read_edits, read_questions, write_edits
     from .requests import EditResult
     from .trainer import EditorTrainer, EditorTrainingArguments
 
@@ -34,8 +35,10 @@ __all__ = [
     "evaluate_records",
     "get_editable_model",
     "read_counterfact",
+    "read_edits",
     "read_questions",
     "summarize",
+    "write_edits",
 ]
 
 # Names are imported on first use, so that `hf-mend --help` does not wait for torch. A name must not be a module's too:
@@ -44,10 +47,11 @@ _MODULES = {
     "auto": ["AutoEditableModel"],
     "cache": ["HiddenStateCache"],
     "config": ["EditorConfig"],
-    "data": ["EditDataset", "EditRecord", "read_counterfact", "read_questions"],
+    "data": ["EditDataset", "EditRecord"],
     "edits": ["Edit"],
     "metrics": ["evaluate_records", "summarize"],
     "model": ["EditableModel", "get_editable_model"],
+    "readers": ["read_counterfact", "read_edits", "read_questions", "write_edits"],
     "requests": ["EditResult"],
     "trainer": ["EditorTrainer", "EditorTrainingArguments"],
 }

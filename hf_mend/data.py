@@ -1,12 +1,10 @@
-"""Edit records, readers of data sets, and the collator that turns records into padded batches."""
+"""Edit records, and the collator that turns records into padded batches."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,9 @@ class EditRecord:
         id (`str`, *optional*): The record's name in its data set.
         subject (`str`, *optional*): What the fact is about, as the prompt names it.
         ground_truth (`str`, *optional*): What is true, if the edit is counterfactual; the neighbours' answer too.
+        portability (`list[tuple[str, str]]`): Questions whose answers follow from the edit.
+        generation (`list[str]`): Prompts about the subject, to look at free text.
+        group (`str`, *optional*): Neighbouring records of one group belong together: what follows needs all of them.
     """
 
     prompt: str
@@ -43,6 +44,9 @@ class EditRecord:
     id: str | None = None
     subject: str | None = None
     ground_truth: str | None = None
+    portability: list[tuple[str, str]] = field(default_factory=list)
+    generation: list[str] = field(default_factory=list)
+    group: str | None = None
 
 
 class EditDataset(Dataset[EditRecord]):
@@ -59,72 +63,6 @@ class EditDataset(Dataset[EditRecord]):
 
     def __iter__(self) -> Iterator[EditRecord]:
         return iter(self.records)
-
-
-def read_counterfact(path: str | Path, questions: Sequence[tuple[str, str]] = (), seed: int = 0) -> EditDataset:
-    """
-    Reads a JSON list in CounterFact's layout (Meng et al. 2022, "Locating and Editing Factual Associations in GPT").
-
-    Args:
-        path (`str` or `Path`): The file.
-        questions (`Sequence[tuple[str, str]]`): Unrelated questions and answers; each record gets one at random.
-        seed (`int`, defaults to 0): Seed of that draw.
-
-    Raises:
-        ValueError: The file is not such a list; the message names file, row and field.
-    """
-    rows = _read_json(path)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}, expected a list of records in CounterFact's layout")
-    draw = random.Random(seed)
-    records = []
-    for number, row in enumerate(rows):
-        try:
-            rewrite = row["requested_rewrite"]
-            records.append(
-                EditRecord(
-                    prompt=rewrite["prompt"].format(rewrite["subject"]),
-                    target=rewrite["target_new"]["str"],
-                    paraphrases=list(row.get("paraphrase_prompts", ())),
-                    neighborhood=list(row.get("neighborhood_prompts", ())),
-                    unrelated=[draw.choice(questions)] if questions else [],
-                    relation=rewrite.get("relation_id"),
-                    id=str(row.get("case_id", number)),
-                    subject=rewrite["subject"],
-                    ground_truth=(rewrite.get("target_true") or {}).get("str"),
-                )
-            )
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"{path}, record {number}: {type(error).__name__} {error}; expected requested_rewrite with prompt, "
-                "subject and target_new.str"
-            ) from error
-    if not records:
-        raise ValueError(f"{path} holds no record")
-    return EditDataset(records)
-
-
-def read_questions(path: str | Path) -> list[tuple[str, str]]:
-    """
-    Reads JSON lines with `question` and `answer` (a list, of which the first is taken), as NQ-open has them.
-
-    Raises:
-        ValueError: A line is not such an object; the message names file and line.
-    """
-    questions = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                questions.append((row["question"].rstrip("?") + "?", row["answer"][0]))
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: {type(error).__name__} {error}; expected an object with 'question' and "
-                    "'answer', a list of strings"
-                ) from error
-    return questions
 
 
 @dataclass
@@ -399,13 +337,6 @@ def _some(draw: random.Random, items: Sequence[Any], count: int) -> list[Any]:
     if len(items) >= count:
         return draw.sample(list(items), count)
     return [draw.choice(items) for _ in range(count)]
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def length_batches(lengths: Sequence[int], size: int, tokens: int) -> Iterator[list[int]]:

@@ -222,7 +222,7 @@ WRONG = {
     "no such base": (("edit", "a", "b", "-e", "editor", "-m", "./nothing"), "nothing"),
     "neither editor nor edits": (("info", "base"), "holds no editor, no saved edits and no LoRA adapter"),
     "no facts": (("train", "none.json", "-o", "x"), "none.json does not exist; give a file of facts"),
-    "facts of another layout": (("train", "base/config.json", "-o", "x"), "expected a list of records"),
+    "facts of another layout": (("train", "base/config.json", "-o", "x"), "which are no known layout's"),
     "layers that are no indices": (("train", "facts.json", "-o", "x", "--layers", "last"), "expected block indices"),
     "an unknown method": (("train", "facts.json", "-m", "base", "-o", "x", "--method", "magic"), "the methods are"),
     "a form that is none": (("export", "editor", "x", "--to", "gguf"), "expected lora or merged"),

@@ -2,70 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
-import pytest
 import torch
 from conftest import RECORDS
 
-from hf_mend import EditRecord, read_counterfact, read_questions
+from hf_mend import EditRecord
 from hf_mend.data import EditCollator, Encoder, Query, TrainingExamples
-
-
-FACT = {
-    "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "The capital of {} is", "subject": "Peru", "relation_id": "P1",
-        "target_new": {"str": "Oslo"}, "target_true": {"str": "Lima"},
-    },
-    "paraphrase_prompts": ["Peru's capital is"],
-    "neighborhood_prompts": ["The capital of Chile is"],
-}  # fmt: skip
-
-
-def test_read_counterfact(tmp_path):
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps([FACT]))
-    (record,) = read_counterfact(path, [("who?", "me")])
-    assert record == EditRecord(
-        "The capital of Peru is",
-        "Oslo",
-        ["Peru's capital is"],
-        ["The capital of Chile is"],
-        [("who?", "me")],
-        "P1",
-        "7",
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not valid JSON"),
-        ("{}", "holds a dict, expected a list"),
-        ("[]", "holds no record"),
-        (
-            json.dumps([FACT, {"case_id": 1}]),
-            "record 1: KeyError 'requested_rewrite'; expected requested_rewrite with",
-        ),
-        (json.dumps([{"requested_rewrite": {"prompt": "x"}}]), "record 0: KeyError 'subject'"),
-    ],
-)
-def test_bad_facts_name_file_and_record(tmp_path, text, message):
-    path = tmp_path / "facts.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        read_counterfact(path)
-    assert str(path) in str(error.value)
-
-
-def test_read_questions(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"question": "who is it", "answer": ["me", "I"]}\n\n{"question": "and you?", "answer": ["us"]}\n')
-    assert read_questions(path) == [("who is it?", "me"), ("and you?", "us")]
-    path.write_text('{"question": "x", "answer": ["y"]}\n{"question": "who is it"}\n')
-    with pytest.raises(ValueError, match="line 2: KeyError 'answer'"):
-        read_questions(path)
 
 
 def test_rows_of_a_decoder_only_model_are_the_text_without_its_last_token(tokenizer):

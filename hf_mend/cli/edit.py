@@ -39,7 +39,7 @@ def edit(
         list[str] | None, typer.Option(help="A prompt whose answer must stay: does it? Repeatable.")
     ] = None,
     facts: Annotated[
-        Path | None, typer.Option(help="Make all edits of this file (CounterFact's layout) in place of one.")
+        Path | None, typer.Option(help="Make all edits of this file (docs/data_format.md) in place of one.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
     edits: Annotated[str | None, typer.Option(help="Edits to make first: a folder or a Hub id.")] = None,
@@ -68,13 +68,13 @@ def edit(
             raise ValueError("--facts brings its own prompts, targets and probes; leave the others out")
     elif prompt is None or target is None:
         raise ValueError("give PROMPT and TARGET, or a file of --facts")
-    from ..data import read_counterfact
     from ..loading import load_model
+    from ..readers import read_edits
 
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
     asked |= {"paraphrases": paraphrase or [], "locality": locality or []}
     if facts is not None:
-        asked = {"prompt": list(read_counterfact(facts))}
+        asked = {"prompt": list(read_edits(facts))}
     if max_steps is not None:
         asked["max_steps"] = max_steps
     model = load_model(

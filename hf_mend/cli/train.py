@@ -13,7 +13,7 @@ from .common import AsJson, BaseModel, DeviceMap, Dtype, Quantization, Report, T
 
 
 def train(
-    facts: Annotated[Path, typer.Argument(help="Facts to train on, in CounterFact's layout.")],
+    facts: Annotated[Path, typer.Argument(help="Facts to train on; docs/data_format.md has the layouts.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the editor.")],
     base_model: BaseModel = None,
     eval_facts: Annotated[Path | None, typer.Option(help="Other facts, to measure the editor on at the end.")] = None,
@@ -67,14 +67,14 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     from ..config import EditorConfig
-    from ..data import read_counterfact, read_questions
     from ..loading import load_model
+    from ..readers import read_edits, read_questions
     from ..trainer import EditorTrainer, EditorTrainingArguments
 
     # Whatever can be wrong in the files is found before a model is loaded.
     asked = read_questions(questions) if questions else []
-    train_data = read_counterfact(facts)
-    eval_data = list(read_counterfact(eval_facts, asked))[:eval_limit] if eval_facts else None
+    train_data = read_edits(facts)
+    eval_data = list(read_edits(eval_facts, questions=asked))[:eval_limit] if eval_facts else None
     editor_config = EditorConfig(
         method=method,
         rank=rank,
