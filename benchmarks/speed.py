@@ -12,6 +12,7 @@ repetitions.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -46,6 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "speed")
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat-training", type=int, default=3, help="of training steps and of generation")
+    parser.add_argument("--edits-only", action="store_true", help="what one edit costs, and no more")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sample", type=int, default=2000, help="texts that tell how fast the cache fills")
     arguments = parser.parse_args()
@@ -54,17 +57,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def median_seconds(function: Callable[[], Any], repeat: int) -> float:
-    """Median time of a call, after one call that does not count."""
-    function()
-    times = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def medians(calls: dict[str, Callable[[], Any]], repeat: int, warm_up: bool = True) -> dict[str, float]:
+    """Median seconds of each call. They are made in turn, so that a busier or slower moment meets them all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeat + warm_up):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 # ---- the paper's procedure ----
@@ -125,8 +129,6 @@ def training_figures(
 ) -> dict[str, float]:
     """Edits a second, without the cache of hidden states, with it, and with filling it before the first epoch."""
     size = len(many)
-    papers = median_seconds(lambda: papers_training_step(model, one), 3)
-    plain = median_seconds(lambda: our_training_step(model, many), 3) / size
     queries = list(dict.fromkeys(examples.queries()))
     with tempfile.TemporaryDirectory() as folder:
         cache = HiddenStateCache(model.split, folder)
@@ -137,8 +139,16 @@ def training_figures(
         started = time.perf_counter()
         cache.fill(model.encoder, sample)
         a_text = (time.perf_counter() - started) / len(set(sample))
-        warm = median_seconds(lambda: our_training_step(model, many, cache), 5) / size
+        seconds = medians(
+            {
+                "paper": lambda: papers_training_step(model, one),
+                "plain": lambda: our_training_step(model, many),
+                "warm": lambda: our_training_step(model, many, cache),
+            },
+            arguments.repeat_training,
+        )
         gigabytes = cache.nbytes / len(cache) * len(queries) / 1e9
+    papers, plain, warm = seconds["paper"], seconds["plain"] / size, seconds["warm"] / size
     cold = warm + a_text * len(queries) / len(examples)
     return {
         "training, the paper's procedure, edits/s": 1 / papers,
@@ -158,12 +168,12 @@ def queries_of(example: TrainingExample) -> list[Query]:
 def memory_of(function: Callable[[], Any], model: EditableModel) -> float:
     """Peak memory that a call adds, as a share of the base model's bytes."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.base_model.parameters())
-    function()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / size
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     function()
@@ -193,41 +203,61 @@ def many_edits_figures(model: EditableModel, records: list[EditRecord]) -> dict[
         model.edit(prompts, targets, max_steps=1, force=True, check=check, batch_size=size)
         model.undo_all()
 
-    forward = median_seconds(forwards, 2)
+    seconds = medians({"forwards": forwards, "edits": lambda: edits(False), "checked": lambda: edits(True)}, 1, False)
     return {
-        "1,000 edits in one call / forward passes": median_seconds(lambda: edits(False), 2) / forward,
-        "1,000 edits with the check / forward passes": median_seconds(lambda: edits(True), 2) / forward,
+        "1,000 edits in one call / forward passes": seconds["edits"] / seconds["forwards"],
+        "1,000 edits with the check / forward passes": seconds["checked"] / seconds["forwards"],
     }
 
 
-def measure(model: EditableModel, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any) -> dict:
-    """All figures of one choice of layers."""
-    repeat = arguments.repeat
-    examples = TrainingExamples(records, questions)
-    collate = EditCollator(model.encoder)
-    one = collate([examples[0]])
-    many = collate([examples[i] for i in range(arguments.batch_size)])
-    record = records[0]
+def edit_figures(
+    model: EditableModel, record: EditRecord, one_edit: EditBatch, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """One edit, with and without the check after it, against a plain forward pass and the paper's procedure."""
     rows = model.encoder([Query(record.prompt, record.target)])
     figures: dict[str, float] = {"tokens": rows.inputs["input_ids"].numel()}
     kind, lowest = lowest_block(model.targets)
     depth = len(next(stack for stack in block_stacks(model.base_model) if stack.kind == kind).blocks)
     figures["f"] = (depth - lowest) / depth
 
-    with torch.no_grad():
-        forward = median_seconds(lambda: model.base_model(**rows.inputs, use_cache=False), repeat)
+    def forward() -> None:
+        with torch.no_grad():
+            model.base_model(**rows.inputs, use_cache=False)
 
     def edit(check: bool) -> None:
         model.edit(record.prompt, record.target, max_steps=1, force=True, check=check)
         model.undo()
 
-    figures["forward pass, s"] = forward
-    figures["edit / forward pass"] = median_seconds(lambda: edit(False), repeat) / forward
-    figures["edit with the check / forward pass"] = median_seconds(lambda: edit(True), repeat) / forward
-    papers_edit = median_seconds(lambda: papers_update(model, one), repeat)
-    figures["edit, the paper's procedure / ours"] = papers_edit / (figures["edit / forward pass"] * forward)
-    figures.update(training_figures(model, examples, one, many, arguments))
-    figures["memory added by an edit / the base model's size"] = memory_of(lambda: edit(True), model)
+    calls = {"forward": forward, "edit": lambda: edit(False), "checked": lambda: edit(True)}
+    seconds = medians(calls, arguments.repeat)
+    figures["forward pass, s"] = seconds["forward"]
+    figures["edit / forward pass"] = seconds["edit"] / seconds["forward"]
+    figures["to reach: 1.15 (1 + f)"] = 1.15 * (1 + figures["f"])
+    figures["edit with the check / forward pass"] = seconds["checked"] / seconds["forward"]
+    figures["to reach: 1.15 (1 + 2 f)"] = 1.15 * (1 + 2 * figures["f"])
+    # Apart: giving back the memory of all weights' gradients slows down what comes next.
+    seconds = medians({"paper": lambda: papers_update(model, one_edit)}, arguments.repeat) | seconds
+    figures["edit, the paper's procedure / ours"] = seconds["paper"] / seconds["edit"]
+    return figures
+
+
+def measure(model: EditableModel, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any) -> dict:
+    """All figures of one choice of layers."""
+    examples = TrainingExamples(records, questions)
+    collate = EditCollator(model.encoder)
+    many = collate([examples[i] for i in range(arguments.batch_size)])
+    record = min(records[:500], key=lambda r: abs(len(sum(model.encoder.tokens(Query(r.prompt, r.target)), [])) - 16))
+    one_edit = collate([TrainingExamples([record], questions)[0]])
+    figures = edit_figures(model, record, one_edit, arguments)
+    if arguments.edits_only:
+        return figures
+    figures.update(training_figures(model, examples, one_edit, many, arguments))
+
+    def edit() -> None:
+        model.edit(record.prompt, record.target, max_steps=1, force=True)
+        model.undo()
+
+    figures["memory added by an edit / the base model's size"] = memory_of(edit, model)
     figures.update(many_edits_figures(model, records))
 
     inputs = model.tokenizer(record.prompt, return_tensors="pt")
@@ -236,15 +266,25 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
     def generate() -> None:
         model.generate(**inputs, **options)
 
-    plain = median_seconds(generate, 5)
-    model.edit([r.prompt for r in records[:10]], [r.target for r in records[:10]], max_steps=1, force=True)
-    figures["generation of 100 tokens with 10 edits / without"] = median_seconds(generate, 5) / plain
-    model.undo_all()
-    again = median_seconds(generate, 5)
-    model.edit([r.prompt for r in records[:10]], [r.target for r in records[:10]], max_steps=1, force=True)
+    edits = [r.prompt for r in records[:10]], [r.target for r in records[:10]]
+    model.edit(*edits, max_steps=1, force=True)
+
+    def generate_without() -> None:
+        with model.disable_edits():
+            generate()
+
+    seconds = medians({"edited": generate, "without": generate_without}, arguments.repeat_training)
+    figures["generation of 100 tokens with 10 edits / without"] = seconds["edited"] / seconds["without"]
+    fresh, _ = load_smollm2()
     merged = model.merge_and_unload()
-    merged_seconds = median_seconds(lambda: merged.generate(**inputs, **options), 5)
-    figures["the same after merge_and_unload / without"] = merged_seconds / again
+    seconds = medians(
+        {
+            "merged": lambda: merged.generate(**inputs, **options),
+            "fresh": lambda: fresh.generate(**inputs, **options),
+        },
+        arguments.repeat_training,
+    )
+    figures["the same after merge_and_unload / without"] = seconds["merged"] / seconds["fresh"]
     return figures
 
 
@@ -260,6 +300,7 @@ def main() -> None:
         model = get_editable_model(base, EditorConfig(target_modules=choice), tokenizer)
         calibrate(model, TrainingExamples(records, questions), 16, 8)
         results[choice] = measure(model, records, questions, arguments)
+        print(json.dumps({choice: results[choice]}), flush=True)
     names = list(results["paper"])
     lines = ["| figure | last three MLPs | default layers |", "|---|---|---|"]
     lines += [f"| {name} | {results['paper'][name]:.3g} | {results['default'][name]:.3g} |" for name in names]
