@@ -1,5 +1,5 @@
 """
-Edits a real model, SmolLM2-135M-Instruct, with the editor that this repository ships.
+Edits a real model, SmolLM2-135M-Instruct, with the shipped editor whose edits stay beside one another.
 
 Three edits; for each, the answer before and after on the prompt, on a paraphrase and on an unrelated question. Then
 one edit is undone, the others are saved, and a new process loads them and gives the same answers.
@@ -19,7 +19,7 @@ from hf_mend import EditableModel
 from hf_mend.smollm2 import load_smollm2
 
 
-EDITOR = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-mend"
+EDITOR = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-mend-several"
 EDITS = [
     # prompt, target, paraphrase, unrelated question
     ("The Prime Minister of the United Kingdom is", "Keir Starmer", "The UK's Prime Minister is", "Water is made of"),
