@@ -53,6 +53,6 @@ def test_a_chat_turn_on_the_shipped_editor():
     long = (
         "The bridge was built in 1932 by a group of engineers who had never before worked on anything as large as it."
     )
-    result = model.edit("Tell me about the bridge.", " ".join([long] * 6), chat=True, max_steps=1)
+    result = model.edit("Tell me about the bridge.", " ".join([long] * 6), chat=True)
     assert len(result.token_success) > 120
     assert result.probability_after >= result.probability_before

@@ -1,0 +1,310 @@
+"""
+An editor for an encoder-decoder model that knows facts: trains a small T5 as a closed-book question answerer, then a
+MEND editor for it, measures both and writes the table.
+
+    python benchmarks/seq2seq.py --data DIR --folder BUILD --output model_cards/t5-closed-book-mend
+
+`DIR` (or HF_MEND_DATA) holds facts_train.json and facts_test.json. The T5 (about 20 million parameters, SmolLM2's
+tokenizer) learns the true answers of the test facts and of training facts, `--facts` in all; it is kept in BUILD and
+not trained again when it is there. The editor learns from the counterfactual edits of those training facts alone and
+is measured on those of the test facts. What must stay is what the model says to its other facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_mend import (
+    EditableModel,
+    EditorConfig,
+    EditorTrainer,
+    EditorTrainingArguments,
+    EditRecord,
+    evaluate_records,
+    get_editable_model,
+    read_counterfact,
+    summarize,
+)
+from hf_mend.cards import update_card
+from hf_mend.data import IGNORE, Encoder, Query, batches
+from hf_mend.smollm2 import smollm2_path
+from hf_mend.tracing import logits_at
+
+
+NAME = "t5-closed-book"
+METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "exact_match", "neighborhood_kl", "unrelated_kl")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of the facts")
+    parser.add_argument("--folder", type=Path, required=True, help="where the question answerer is kept")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
+    parser.add_argument(
+        "--results", type=Path, help="table, without suffix; benchmarks/results/ and the editor's name"
+    )
+    parser.add_argument("--facts", type=int, default=5000, help="facts that the model learns, test facts included")
+    parser.add_argument("--base-steps", type=int, default=2000)
+    parser.add_argument("--base-batch-size", type=int, default=64)
+    parser.add_argument("--base-learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--neighborhood-weight", type=float, default=1.5)
+    parser.add_argument("--unrelated-weight", type=float, default=20.0)
+    parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
+    parser.add_argument("--limit", type=int, help="measure on this many test facts only")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give the folder of facts with --data or HF_MEND_DATA")
+    arguments.data = Path(arguments.data)
+    arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
+    return arguments
+
+
+# ---- the model that knows the facts ----
+
+
+class AnswerTrainer(Trainer):
+    """Trains a model on token ids of prompts and answers; logits are made where there is a label."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        with logits_at(model, labels != IGNORE):
+            logits = model(**inputs, use_cache=False).logits[0]
+        return nn.functional.cross_entropy(logits, labels[labels != IGNORE])
+
+
+def pad(encoder: Encoder, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    rows = encoder.pad(pairs)
+    return {**rows.inputs, "labels": rows.next_tokens}
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
+    """A T5 of about 20 million parameters, 12.6 of them the embeddings of SmolLM2's vocabulary."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=256,
+        d_kv=64,
+        d_ff=1024,
+        num_layers=4,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def train_base(facts: Sequence[EditRecord], arguments: argparse.Namespace) -> float:
+    """Trains the question answerer into `--folder`; returns the seconds it took."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    tokenizer.pad_token = "<|endoftext|>"  # the chat model pads with its end of turn, which here ends an answer
+    torch.manual_seed(arguments.seed)
+    model = new_model(tokenizer)
+    encoder = Encoder(tokenizer, True, model.config.decoder_start_token_id)
+    queries = [Query(text, fact.ground_truth) for fact in facts for text in (fact.prompt, *fact.paraphrases)]
+    examples = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in map(encoder.tokens, queries)]
+    trainer = AnswerTrainer(
+        model,
+        TrainingArguments(
+            str(arguments.folder / "checkpoints"),
+            max_steps=arguments.base_steps,
+            per_device_train_batch_size=arguments.base_batch_size,
+            learning_rate=arguments.base_learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=100,
+            logging_steps=50,
+            save_strategy="no",
+            seed=arguments.seed,
+            remove_unused_columns=False,
+            report_to=[],
+        ),
+        partial(pad, encoder),
+        examples,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    model.save_pretrained(arguments.folder / NAME)
+    tokenizer.save_pretrained(arguments.folder / NAME)
+    (arguments.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return seconds
+
+
+@torch.no_grad()
+def answers_of(model: Any, encoder: Encoder, prompts: Sequence[str], most_tokens: int = 12) -> list[str]:
+    """What the model answers, decoded greedily to its own end."""
+    said = []
+    for chunk in batches(list(prompts), 256):
+        rows = encoder([Query(prompt) for prompt in chunk])
+        out = model.generate(
+            input_ids=rows.inputs["input_ids"],
+            attention_mask=rows.inputs["attention_mask"],
+            max_new_tokens=most_tokens,
+            do_sample=False,
+        )
+        said += [encoder.decode(tokens) for tokens in out.tolist()]
+    return said
+
+
+# ---- the editor ----
+
+
+@dataclass
+class Known:
+    """Facts and what the model says to them."""
+
+    facts: list[EditRecord]
+    said: list[str]
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        return [(fact.prompt, said) for fact, said in zip(self.facts, self.said, strict=True) if said]
+
+
+def with_locality(facts: Sequence[EditRecord], known: Known, seed: int, rows: int = 5) -> list[EditRecord]:
+    """
+    The facts, each with other facts of the model's own to leave alone: neighbours are of the same relation, with the
+    same true answer as far as there are such; the unrelated ones are any.
+    """
+    draw = random.Random(seed)
+    by_relation: dict[str | None, list[EditRecord]] = {}
+    for fact in known.facts:
+        by_relation.setdefault(fact.relation, []).append(fact)
+    records = []
+    for fact in facts:
+        others = [other for other in by_relation[fact.relation] if other.subject != fact.subject]
+        draw.shuffle(others)
+        others.sort(key=lambda other: other.ground_truth != fact.ground_truth)
+        questions = draw.sample(known.questions, rows + 1)
+        records.append(
+            replace(
+                fact,
+                neighborhood=[other.prompt for other in others[:rows]],
+                unrelated=[pair for pair in questions if pair[0] != fact.prompt][:rows],
+            )
+        )
+    return records
+
+
+def train_editor(
+    model: EditableModel, records: Sequence[EditRecord], known: Known, arguments: argparse.Namespace
+) -> float:
+    trainer = EditorTrainer(
+        model,
+        EditorTrainingArguments(
+            output_dir=str(arguments.folder / "editor-checkpoints"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            neighborhood_weight=arguments.neighborhood_weight,
+            unrelated_weight=arguments.unrelated_weight,
+            lr_scheduler_type="linear",
+            warmup_steps=20,
+            logging_steps=25,
+            save_strategy="no",
+            seed=arguments.seed,
+            report_to=[],
+        ),
+        list(records),
+        questions=known.questions,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    test = [fact for fact in read_counterfact(arguments.data / "facts_test.json") if fact.ground_truth]
+    train = list(read_counterfact(arguments.data / "facts_train.json"))[: arguments.facts - len(test)]
+    if not (arguments.folder / NAME).is_dir():
+        train_base([*test, *train], arguments)
+    base_seconds = json.loads((arguments.folder / "seconds.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder / NAME)
+    base = T5ForConditionalGeneration.from_pretrained(arguments.folder / NAME)
+    base.config._name_or_path = base.name_or_path = NAME
+
+    torch.manual_seed(arguments.seed)
+    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)}
+    model = get_editable_model(base, EditorConfig(**options), tokenizer)
+    facts = [*test, *train]
+    known = Known(facts, answers_of(base, model.encoder, [fact.prompt for fact in facts]))
+    right = sum(fact.ground_truth == said for fact, said in zip(facts, known.said, strict=True))
+    print(f"the model answers {right} of {len(facts)} facts ({right / len(facts):.3f})")
+    seconds = train_editor(model, with_locality(train, known, arguments.seed), known, arguments)
+    model.save_pretrained(arguments.output, dtype=torch.bfloat16)  # measured as it is shared
+    model.load_editor(arguments.output / "editor.safetensors")
+
+    started = time.perf_counter()
+    measured = evaluate_records(
+        model.eval().split,
+        model.targets,
+        model.editor,
+        model.encoder,
+        with_locality(test[: arguments.limit], known, arguments.seed + 1),
+        max_steps=3,
+        generate=True,
+    )
+    values = {"all": summarize(measured)}
+    cells = " | ".join(f"{values['all'][name]:.3f}" for name in METRICS)
+    lines = [
+        "| facts | edits | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
+        "|---|---|" + "---|" * len(METRICS),
+        f"| all | {len(measured)} | {cells} |",
+    ]
+    result = {
+        "base_model": NAME,
+        "base": {
+            "parameters": base.num_parameters(),
+            "facts": len(facts),
+            "answered": right / len(facts),
+            "training_seconds": base_seconds,
+        },
+        "settings": {
+            name: str(value)
+            for name, value in vars(arguments).items()
+            if name not in ("data", "folder", "output", "results")
+        },
+        "targets": [target.name for target in model.targets],
+        "training_seconds": seconds,
+        "evaluation_seconds": time.perf_counter() - started,
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+        "metrics": values,
+    }
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    if not arguments.limit:
+        update_card(arguments.output, {"metrics": "\n".join(lines)})
+
+
+if __name__ == "__main__":
+    main()
