@@ -32,10 +32,14 @@ def bootstrap_interval(
         seed (`int`, defaults to 0): Of the resampling.
 
     Raises:
-        ValueError: There are fewer than two values.
+        ValueError: There are fewer than two values, `level` is no share, or there are no draws.
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, there are {len(values)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a share between 0 and 1, such as 0.95")
+    if draws < 1:
+        raise ValueError(f"draws is {draws}, expected at least 1")
     draw = random.Random(seed)
     means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(draws))
     tail = (1 - level) / 2
@@ -57,9 +61,14 @@ def n_gram_entropy(text: str) -> float:
 
 
 def normalized(text: str) -> str:
-    """An answer without case, punctuation, articles and double spaces (Rajpurkar et al. 2016, SQuAD)."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """
+    An answer without case, punctuation, articles and double spaces (Rajpurkar et al. 2016, SQuAD). Unlike there, what
+    would leave nothing stays: silence is not the answer "A" or "+".
+    """
+    text = text.lower()
+    words = "".join(character for character in text if character not in string.punctuation)
+    content = re.sub(r"\b(a|an|the)\b", " ", words)
+    return " ".join((content if content.strip() else words if words.strip() else text).split())
 
 
 def in_the_wild(
@@ -162,11 +171,13 @@ def perplexity(model: EditableModel, texts: Sequence[str]) -> float:
     first.
 
     Raises:
-        ValueError: The model is an encoder-decoder, or a text has fewer than two tokens.
+        ValueError: The model is an encoder-decoder, there is no text, or a text has fewer than two tokens.
     """
     encoder = model.encoder
     if encoder.is_encoder_decoder:
         raise ValueError("perplexity of a text needs a decoder-only model")
+    if not texts:
+        raise ValueError("perplexity needs at least one text, there are none")
     total, count = 0.0, 0
     for text in texts:
         ids, _ = encoder.tokens(Query(text))

@@ -30,6 +30,8 @@ def test_plain_numbers_by_hand():
     assert n_gram_entropy("a b a b") == pytest.approx((2 / 3 * bigrams + 4 / 3 * 1) / 2)
     assert n_gram_entropy("a a a a") == 0 and n_gram_entropy("") == 0
     assert normalized(" The U.S.,  an  Apple ") == "us apple"
+    # An answer that is an article or a sign alone is not the answer of a model that says nothing.
+    assert normalized("A.") == "a" and normalized(" + ") == "+" and normalized(" ") == ""
     assert harmonic_score(1, 0.5, 0.25) == pytest.approx(3 / 7) and harmonic_score(1, 0, 1) == 0
 
 
@@ -41,6 +43,10 @@ def test_the_bootstrap_interval():
     assert low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
     with pytest.raises(ValueError, match="at least two values, there are 1"):
         bootstrap_interval([1.0])
+    with pytest.raises(ValueError, match="level is 95, expected a share between 0 and 1"):
+        bootstrap_interval(values, level=95)
+    with pytest.raises(ValueError, match="draws is 0, expected at least 1"):
+        bootstrap_interval(values, draws=0)
 
 
 def test_likelihoods_are_the_model_s_own(llama, tokenizer):
@@ -89,4 +95,6 @@ def test_a_metric_without_its_fields(llama, tokenizer):
         portability(model, RECORDS[0])
     with pytest.raises(ValueError, match="has 0 tokens; perplexity needs at least two"):
         perplexity(model, [""])
+    with pytest.raises(ValueError, match="perplexity needs at least one text"):
+        perplexity(model, [])
     assert torch.is_grad_enabled()
