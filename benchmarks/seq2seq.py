@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -46,14 +45,13 @@ from hf_mend import (
     read_counterfact,
     summarize,
 )
-from hf_mend.cards import update_card
+from hf_mend.cards import CardNotes, machine, metrics_table, write_card
 from hf_mend.data import IGNORE, Encoder, Query, batches
 from hf_mend.smollm2 import smollm2_path
 from hf_mend.tracing import logits_at
 
 
 NAME = "t5-closed-book"
-METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "exact_match", "neighborhood_kl", "unrelated_kl")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -273,12 +271,7 @@ def main() -> None:
         generate=True,
     )
     values = {"all": summarize(measured)}
-    cells = " | ".join(f"{values['all'][name]:.3f}" for name in METRICS)
-    lines = [
-        "| facts | edits | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
-        "|---|---|" + "---|" * len(METRICS),
-        f"| all | {len(measured)} | {cells} |",
-    ]
+    markdown = metrics_table(values)
     result = {
         "base_model": NAME,
         "base": {
@@ -295,15 +288,16 @@ def main() -> None:
         "targets": [target.name for target in model.targets],
         "training_seconds": seconds,
         "evaluation_seconds": time.perf_counter() - started,
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+        "machine": machine(model.device),
         "metrics": values,
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    arguments.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+    print(markdown)
     if not arguments.limit:
-        update_card(arguments.output, {"metrics": "\n".join(lines)})
+        notes = CardNotes(measured=values)
+        write_card(arguments.output, model.editor_config, [target.name for target in model.targets], notes)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
         module (`nn.Module`): The module.
     """
     with _gathered(module):
-        state = {name: value.full_tensor() if isinstance(value, DTensor) else value
-                 for name, value in module.state_dict().items()}  # fmt: skip
+        state: dict[str, torch.Tensor] = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in module.state_dict().items()
+        }
+        # What DeepSpeed gathers is gone after the context.
         return {name: value.detach().clone() for name, value in state.items()} if _is_partitioned(module) else state
 
 
