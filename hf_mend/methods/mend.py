@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,16 +82,20 @@ class LowRankLayer(nn.Module):
         if not self.residual:
             nn.init.xavier_uniform_(self.up)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
+    def forward(self, z: torch.Tensor, counts: list[int]) -> torch.Tensor:  # (tokens, width) -> the same
         out = nn.functional.linear(nn.functional.linear(z, self.down), self.up, self.bias)
-        out = out * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
+        parts = zip(out.split(counts), self.scale, self.shift, strict=True)
+        out = torch.cat([part * scale + shift for part, scale, shift in parts])
         if self.activation:
             out = nn.functional.relu(out)
         return z + out if self.residual else out
 
 
 class EditorNetwork(nn.Module):
-    """`num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once."""
+    """
+    `num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once: their tokens
+    stand one layer after the other, and `counts` says how many each has.
+    """
 
     def __init__(self, width: int, layers: int, config: EditorConfig):
         super().__init__()
@@ -100,9 +104,9 @@ class EditorNetwork(nn.Module):
             for i in range(config.num_hidden_layers + 1)
         )
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
+    def forward(self, z: torch.Tensor, counts: list[int]) -> torch.Tensor:  # (tokens, width) -> the same
         for layer in self.layers:
-            z = layer(z)
+            z = layer(z, counts)
         return z
 
 
@@ -146,34 +150,45 @@ class LayerGroup(nn.Module):
             self._moments = [torch.zeros(d_in, d_in, dtype=torch.float64) for _ in names]
             self._tokens = [0 for _ in names]
 
-    def forward(self, x: torch.Tensor, delta: torch.Tensor) -> Update:
-        """`x` and `delta` as `(layers, tokens, width)`; returns `u`, `v` of the same shapes, the step included."""
-        if self.config.normalize:
-            x = torch.stack([stats(values) for stats, values in zip(self.x_stats, x, strict=True)])
-            delta = torch.stack([stats(values) for stats, values in zip(self.delta_stats, delta, strict=True)])
-        if self.transform == "both":
-            u, v = self.networks[0](torch.cat([x, delta], -1)).split([x.shape[-1], delta.shape[-1]], -1)
-        elif self.transform == "both_separate":
-            u, v = self.networks[0](x), self.networks[1](delta)
-        elif self.transform == "x":
-            u, v = self.networks[0](x), delta
-        else:
-            u, v = x, self.networks[0](delta)
-        if self.config.whiten:
-            u = self.whitened(u)
-        step = self.config.edit_lr * self.log_step.exp()
-        return u, v * -step[:, None, None]  # down the gradient
-
-    def whitened(self, u: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, delta: torch.Tensor, counts: list[int]) -> Update:
         """
-        `M^-1 u`, M being the inputs' second moment plus a ridge: then `u . x'` is small for all but inputs like this
-        one.
+        The updates of the layers' tokens, which stand one layer after the other.
+
+        Args:
+            x (`torch.Tensor` of shape `(tokens, d_in)`), delta (`torch.Tensor` of shape `(tokens, d_out)`): Factors.
+            counts (`list[int]`): How many tokens each layer has.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: `u`, `v` of the same shapes, the step included.
+        """
+        if self.config.normalize:
+            x = _each(self.x_stats, x, counts)
+            delta = _each(self.delta_stats, delta, counts)
+        if self.transform == "both":
+            u, v = self.networks[0](torch.cat([x, delta], -1), counts).split([x.shape[-1], delta.shape[-1]], -1)
+        elif self.transform == "both_separate":
+            u, v = self.networks[0](x, counts), self.networks[1](delta, counts)
+        elif self.transform == "x":
+            u, v = self.networks[0](x, counts), delta
+        else:
+            u, v = x, self.networks[0](delta, counts)
+        if self.config.whiten:
+            u = torch.cat([self.whitened(i, part) for i, part in enumerate(u.split(counts))])
+        step = self.config.edit_lr * self.log_step.exp()
+        return u, torch.cat([part * -size for part, size in zip(v.split(counts), step, strict=True)])  # downhill
+
+    def whitened(self, index: int, u: torch.Tensor) -> torch.Tensor:
+        """
+        `M^-1 u` for a layer's `u`, `(tokens, d_in)`, M being its inputs' second moment plus a ridge: then `u . x'` is
+        small for all but inputs like this one.
 
         M is kept as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
         """
-        along = torch.bmm(u, self.whiten_basis) * self.whiten_shrink.unsqueeze(1)  # (layers, tokens, rank)
-        u = (u - torch.bmm(along, self.whiten_basis.transpose(1, 2))) * self.whiten_scale[:, None, None]
-        return u / self._input_scale().unsqueeze(1)  # from normalised components to the layer's own
+        basis = self.whiten_basis[index]
+        along = (u @ basis) * self.whiten_shrink[index]  # (tokens, rank)
+        u = (u - along @ basis.T) * self.whiten_scale[index]
+        # From normalised components to the layer's own.
+        return u / (self.x_stats[index].variance.sqrt() + 1e-8) if self.config.normalize else u
 
     def _input_scale(self) -> torch.Tensor:
         if not self.config.normalize:
@@ -233,17 +248,19 @@ class Mend(EditMethod):
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         updates: dict[str, Update] = {}
         for group in self.groups:
-            lengths = [factors[name][0].shape[1] for name in group.names]  # encoder and decoder layers differ
             device = group.log_step.device  # the layers may be on several
-            x, delta = (
-                torch.stack([_padded(factors[name][side].to(device), max(lengths)) for name in group.names])
-                for side in (0, 1)
-            )  # (layers, edits, seq, d_in), (layers, edits, seq, d_out)
-            present = (delta != 0).any(-1, keepdim=True)
-            u, v = group(x.flatten(1, 2), delta.flatten(1, 2))
-            u, v = u.view(x.shape) * present, v.view(delta.shape) * present
-            for i, (name, length) in enumerate(zip(group.names, lengths, strict=True)):
-                updates[name] = (u[i, :, :length], v[i, :, :length])
+            pairs = [tuple(side.to(device) for side in factors[name]) for name in group.names]
+            # Only tokens that have a gradient: of the last block these are few.
+            present = [(delta != 0).any(-1).nonzero(as_tuple=True) for _, delta in pairs]
+            counts = [len(rows) for rows, _ in present]
+            x, delta = (torch.cat([pair[side][at] for pair, at in zip(pairs, present, strict=True)]) for side in (0, 1))
+            u, v = (side.split(counts) for side in group(x, delta, counts))
+            for i, name in enumerate(group.names):
+                x, delta = pairs[i]
+                updates[name] = (
+                    torch.zeros_like(x, dtype=u[i].dtype).index_put(present[i], u[i]),
+                    torch.zeros_like(delta, dtype=v[i].dtype).index_put(present[i], v[i]),
+                )
         return updates
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -273,6 +290,6 @@ class Mend(EditMethod):
             group.log_step += math.log(factor)
 
 
-def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
-    """`(edits, seq, width)` with zeros up to `length` positions."""
-    return nn.functional.pad(values, (0, 0, 0, length - values.shape[1]))
+def _each(modules: Iterable[nn.Module], values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """A module for each layer on the tokens it has."""
+    return torch.cat([module(part) for module, part in zip(modules, values.split(counts), strict=True)])
