@@ -46,7 +46,7 @@ class HiddenStateCache:
 
     ```python
     cache = HiddenStateCache(model.split, "~/.cache/states")
-    cache.fill(model.encoder, examples.queries())
+    cache.fill(model.encoder, examples.queries(epochs=1))
     state = cache(rows)  # as model.split.run_below(rows.inputs), to bfloat16's rounding
     ```
     """

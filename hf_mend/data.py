@@ -273,16 +273,18 @@ class TrainingExamples(Dataset[TrainingExample]):
             self.prompts.setdefault(record.relation, []).append(record.prompt)
         self.all_prompts = [record.prompt for record in records]
 
-    def queries(self) -> Iterator[Query]:
-        """Every text that a draw can give, in all epochs; some more than once."""
-        for record in self.records:
-            for prompt in (record.prompt, *record.paraphrases):
-                yield Query(prompt, record.target)
-            for prompt in (record.prompt, *record.neighborhood):
-                yield Query(prompt)
-            if not self.questions:
-                yield from (Query(prompt, answer) for prompt, answer in record.unrelated)
-        yield from (Query(prompt, answer) for prompt, answer in self.questions)
+    def queries(self, epochs: int) -> Iterator[Query]:
+        """
+        Every text that the draws of the first epochs give; some more than once.
+
+        Args:
+            epochs (`int`): How many epochs.
+        """
+        for epoch in range(epochs):
+            for index in range(len(self)):
+                example = self.draw(index, epoch)
+                yield example.edit
+                yield from (*example.general, *example.neighborhood, *example.unrelated)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose draws `__getitem__` makes."""
@@ -292,8 +294,12 @@ class TrainingExamples(Dataset[TrainingExample]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> TrainingExample:
+        return self.draw(index, self.epoch)
+
+    def draw(self, index: int, epoch: int) -> TrainingExample:
+        """What a record contributes in an epoch."""
         record = self.records[index]
-        draw = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        draw = random.Random(f"{self.seed}/{epoch}/{index}")
         wordings = [record.prompt, *record.paraphrases]
         general = _some(draw, record.paraphrases or wordings, self.general_rows)
         neighborhood = draw.sample(record.neighborhood, min(len(record.neighborhood), self.neighborhood_rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -175,7 +176,9 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(self.model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
                 if self.args.process_index == 0:
-                    cache.fill(self.model.encoder, self.examples.queries(), progress=not self.args.disable_tqdm)
+                    # An epoch draws about half of a record's texts; no other is computed.
+                    queries = self.examples.queries(self._epochs(len(self.examples)))
+                    cache.fill(self.model.encoder, queries, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
         if self.model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
             self.model.editor_config.base_fingerprint = fingerprint_of(self.model.base_model, self.model.targets)
@@ -185,6 +188,13 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         output = super().train(*args, **kwargs)
         self._note_for_card()
         return output
+
+    def _epochs(self, facts: int) -> int:
+        """How many epochs the training goes through, the last one maybe not to its end."""
+        if self.args.max_steps <= 0:
+            return math.ceil(self.args.num_train_epochs)
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(self.args.max_steps * each / facts)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -43,7 +43,7 @@ def test_kept_states_are_the_computed_ones_to_rounding(tokenizer, tmp_path, monk
     model = make(tokenizer, architecture, **options)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     cache = HiddenStateCache(model.split, tmp_path)
-    cache.fill(model.encoder, examples.queries(), progress=False)
+    cache.fill(model.encoder, examples.queries(1), progress=False)
     batch = EditCollator(model.encoder)([examples[i] for i in range(5)])
     for rows in (batch.edit, batch.general, *batch.local.values()):
         computed = model.split.run_below(rows.inputs)
@@ -75,7 +75,7 @@ def test_texts_that_it_lacks_are_computed_beside_those_that_it_has(tokenizer, tm
 @pytest.mark.parametrize("damage", ["states", "index", "both"])
 def test_an_interrupted_cache_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch, damage):
     model = make(tokenizer)
-    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries())
+    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries(1))
     whole = HiddenStateCache(model.split, tmp_path)
     whole.fill(model.encoder, queries, batch_tokens=40, progress=False)
     rows = model.encoder(queries)
@@ -96,7 +96,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tokenizer, tmp_path, monk
 
 
 def test_a_full_cache_computes_nothing_again_in_a_new_process(tokenizer, tmp_path, monkeypatch):
-    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries())
+    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries(1))
     HiddenStateCache(make(tokenizer).split, tmp_path).fill(make(tokenizer).encoder, queries, progress=False)
     model = make(tokenizer)
     cache = HiddenStateCache(model.split, tmp_path)
@@ -121,7 +121,7 @@ def test_other_weights_and_other_layers_have_other_caches(tokenizer, tmp_path):
 
 def test_the_limit_holds_and_is_said(tokenizer, tmp_path, caplog):
     model = make(tokenizer)
-    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries())
+    queries = list(TrainingExamples(RECORDS, QUESTIONS).queries(1))
     cache = HiddenStateCache(model.split, tmp_path, limit=8e-6)  # 8 kB
     logger = logging.getLogger("hf_mend.cache")
     logger.addHandler(caplog.handler)

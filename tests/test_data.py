@@ -55,3 +55,15 @@ def test_the_collator_keeps_as_many_rows_for_each_edit(tokenizer):
     batch = EditCollator(Encoder(tokenizer))([examples[i] for i in range(4)])
     assert (len(batch.edit), len(batch.general), *(len(rows) for rows in batch.local.values())) == (4, 8, 12, 4)
     assert batch.to("cpu").edit.inputs["input_ids"].dtype == torch.long
+
+
+def test_the_texts_of_some_epochs_are_those_that_their_draws_give():
+    examples = TrainingExamples(RECORDS, [(f"q{i}?", "a") for i in range(50)])
+    drawn = set()
+    for epoch in range(2):
+        examples.set_epoch(epoch)
+        for example in (examples[i] for i in range(len(RECORDS))):
+            drawn |= {example.edit, *example.general, *example.neighborhood, *example.unrelated}
+    examples.set_epoch(5)
+    assert set(examples.queries(2)) == drawn
+    assert set(examples.queries(1)) < drawn

@@ -253,7 +253,9 @@ class Mend(EditMethod):
             # Only tokens that have a gradient: of the last block these are few.
             present = [(delta != 0).any(-1).nonzero(as_tuple=True) for _, delta in pairs]
             counts = [len(rows) for rows, _ in present]
-            x, delta = (torch.cat([pair[side][at] for pair, at in zip(pairs, present, strict=True)]) for side in (0, 1))
+            x, delta = (
+                torch.cat([pair[side][at] for pair, at in zip(pairs, present, strict=True)]) for side in (0, 1)
+            )  # (tokens, d_in), (tokens, d_out)
             u, v = (side.split(counts) for side in group(x, delta, counts))
             for i, name in enumerate(group.names):
                 x, delta = pairs[i]
