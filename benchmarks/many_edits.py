@@ -225,7 +225,8 @@ def main() -> None:
     path = arguments.results.with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"states": {}}
     questions = read_questions(Path(arguments.data) / "nq_open_test.jsonl")
-    records = list(read_counterfact(Path(arguments.data) / arguments.facts, questions))
+    read = read_counterfact(Path(arguments.data) / arguments.facts, questions)
+    records = list({" ".join(record.prompt.split()): record for record in read}.values())  # one target a prompt
     random.Random(arguments.seed).shuffle(records)
     one_call = [(int(count), None) for count in arguments.counts.split(",") if count]
     many = [(int(count), arguments.call) for count in arguments.sequential.split(",") if count]

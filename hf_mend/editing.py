@@ -6,6 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import resources
 
@@ -146,52 +147,100 @@ def make_edits(
     Makes the edits of one call and adds them to the stack. All see what the model carried before the call; what the
     results tell of after is of the model with all of them.
 
+    An edit of a prompt that has one is found on the model without it, and takes its place. Requests for the same are
+    made once.
+
     Raises:
         ValueError: A gradient or an update is not finite; the stack is as it was.
     """
     if not method.trains and not method.is_calibrated:
         with stack.disabled():
             observe_ordinary_text(split, targets, method, encoder)
-    lengths = [sum(map(len, encoder.tokens(request.query))) for request in requests]
-    chunks = list(length_batches(lengths, batch_size, _BATCH_TOKENS))
-    results: dict[int, EditResult] = {}
-    edits: dict[int, Edit] = {}
-    probed = {i: _answers(split, encoder, r.probes) for i, r in enumerate(requests) if r.probes}
-    started = time.perf_counter()
-    batches = [encoder([requests[i].query for i in chosen]).to(split.device) for chosen in chunks]
-    with tqdm(total=len(requests), desc="Editing", disable=len(requests) <= batch_size) as bar:
-        if method.joins:
-            kept = method.inputs_of([edit.id for edit in stack.edits])
-            found = find_joint_updates(
-                split, targets, method, batches, max_steps, force, check, kept=kept, progress=bar.update
-            )
-        else:
-            found = []
-            for rows in batches:
-                found.append(find_updates(split, targets, method, rows, max_steps, force, check))
-                bar.update(len(rows))
-    seconds = (time.perf_counter() - started) / len(requests)
-    for chosen, of_rows in zip(chunks, found, strict=True):
-        for row, i in enumerate(chosen):
-            results[i], edit = _as_result(requests[i], of_rows, row, encoder, seconds)
-            if edit is not None:
-                edits[i] = edit
-                method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
     earlier = stack.edits
-    stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
+    probed = {i: _answers(split, encoder, r.probes) for i, r in enumerate(requests) if r.probes}
+    first_of: dict[tuple[str, bool], int] = {}
+    for i, request in enumerate(requests):
+        first_of.setdefault(request.asked, i)
+    made_once = list(first_of.values())
+    standing = {edit.asked: edit for edit in stack.active}
+    again = [i for i in made_once if requests[i].asked in standing]
+    now: dict[int, tuple[Answers, int]] = {}  # what the model says where an edit stands
+    for chosen in _batches(requests, again, encoder, batch_size):
+        asked = _answers(split, encoder, [requests[i].query for i in chosen])
+        now.update({i: (asked, row) for row, i in enumerate(chosen)})
+    known = {i for i, (asked, row) in now.items() if all(asked.right[row]) and not force}
+    results = {i: _known_result(requests[i], *now[i], encoder, check) for i in known}
+    edits: dict[int, Edit] = {}
+    chunks = _batches(requests, [i for i in made_once if i not in known], encoder, batch_size)
+    gone = {requests[i].asked for i in again if i not in known}
     try:
+        stack.replace([edit for edit in earlier if edit.asked not in gone])
+        kept = method.inputs_of([edit.id for edit in stack.active], waiting=[edit.id for edit in earlier])
+        started = time.perf_counter()
+        found = _find_in_batches(
+            split, targets, method, encoder, [[requests[i] for i in chosen] for chosen in chunks], max_steps, force,
+            check, kept,
+        )  # fmt: skip
+        seconds = (time.perf_counter() - started) / len(requests)
+        for chosen, of_rows in zip(chunks, found, strict=True):
+            for row, i in enumerate(chosen):
+                results[i], edit = _as_result(requests[i], of_rows, row, encoder, seconds)
+                if i in now:
+                    edit = _in_place_of(standing[requests[i].asked], edit, results[i], of_rows, row)
+                    results[i].set_before(*now[i], encoder)
+                if edit is not None:
+                    edits[i] = edit
+                    if of_rows.inputs:
+                        method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
+        stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
         # Each was found without the others, unless they were joined: what does the model say with all of them?
-        if check and len(requests) > 1 and not method.joins:
-            for chosen in chunks:
+        if check and (now or (len(requests) > 1 and not method.joins)):
+            for chosen in _batches(requests, made_once, encoder, batch_size):
                 asked = _answers(split, encoder, [requests[i].query for i in chosen])
                 for row, i in enumerate(chosen):
                     results[i].set_after(asked, row, encoder)
+        in_order = [replace(results[first_of[request.asked]], prompt=request.prompt) for request in requests]
         for i, before in probed.items():
-            results[i].set_probes(requests[i], before, _answers(split, encoder, requests[i].probes), encoder)
+            in_order[i].set_probes(requests[i], before, _answers(split, encoder, requests[i].probes), encoder)
     except BaseException:
         stack.replace(earlier)
         raise
-    return [results[i] for i in range(len(requests))]
+    return in_order
+
+
+def _batches(
+    requests: Sequence[EditRequest], indices: Sequence[int], encoder: Encoder, batch_size: int
+) -> list[list[int]]:
+    """Some of the requests, by index, in batches of like lengths."""
+    lengths = [sum(map(len, encoder.tokens(requests[i].query))) for i in indices]
+    return [[indices[k] for k in chosen] for chosen in length_batches(lengths, batch_size, _BATCH_TOKENS)]
+
+
+def _find_in_batches(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    encoder: Encoder,
+    batches: Sequence[Sequence[EditRequest]],
+    max_steps: int,
+    force: bool,
+    check: bool,
+    kept: dict[str, torch.Tensor],
+) -> list[FoundUpdates]:
+    """The updates of all requests, a batch of them at a time, or for one another where the method joins them."""
+    if not batches:
+        return []
+    encoded = [encoder([request.query for request in batch]).to(split.device) for batch in batches]
+    with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) == 1) as bar:
+        if method.joins:
+            return find_joint_updates(
+                split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update
+            )
+        found = []
+        for rows in encoded:
+            found.append(find_updates(split, targets, method, rows, max_steps, force, check))
+            bar.update(len(rows))
+        return found
 
 
 def observe_ordinary_text(
@@ -243,6 +292,28 @@ def _as_result(
     if found.after is not None:
         result.set_after(found.after, row, encoder)
     return result, edit
+
+
+def _known_result(request: EditRequest, said: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
+    """Of a request whose target the model says already, thanks to an earlier edit."""
+    result = EditResult(None, request.prompt, request.target, "", None, 0.0, None, None, steps=0, seconds=0.0)
+    result.set_before(said, row, encoder)
+    if check:
+        result.set_after(said, row, encoder)
+    return result
+
+
+def _in_place_of(old: Edit, new: Edit | None, result: EditResult, found: FoundUpdates, row: int) -> Edit | None:
+    """
+    What takes an earlier edit's place; an edit without updates where its absence is enough. Nothing where no step was
+    found: the earlier one stays then.
+    """
+    if new is None and all(found.before.right[row]):
+        chat = old.metadata.get("chat") == "true"
+        new = _as_edit(EditRequest(result.prompt, result.target, chat), {})
+    if new is not None:
+        result.id, result.superseded = new.id, old.id
+    return new
 
 
 def _finite_updates(method: EditMethod, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:

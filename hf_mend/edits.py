@@ -42,6 +42,11 @@ class Edit:
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
+    def asked(self) -> tuple[str, bool] | None:
+        """What was asked, as [`same_prompt`] tells prompts apart; `None` for an edit without a prompt."""
+        return same_prompt(self.prompt, self.metadata.get("chat") == "true") if self.prompt else None
+
+    @property
     def rank(self) -> int:
         """The largest rank among the layers."""
         return max((u.shape[0] for u, _ in self.updates.values()), default=0)
@@ -58,6 +63,17 @@ class Edit:
         return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata}
 
 
+def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
+    """What two prompts have in common that are the same one: the text but for white space, and the chat flag."""
+    return " ".join(prompt.split()), chat
+
+
+def active_edits(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits that act: of those of one prompt only the last, which supersedes the others while it is there."""
+    last = {edit.asked: index for index, edit in enumerate(edits)}
+    return [edit for index, edit in enumerate(edits) if edit.asked is None or last[edit.asked] == index]
+
+
 def edits_from_tensors(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], source: str | Path
 ) -> list[Edit]:
@@ -69,7 +85,7 @@ def edits_from_tensors(
     """
     described = read_json(metadata.get("edits", "null"), f"the header of {source}")
     broken = f"{source} is not a collection of edits, or its header was altered"
-    if not isinstance(described, list) or not all(map(_is_description, described)):
+    if not isinstance(described, list) or not all(map(is_description, described)):
         raise ValueError(f"{broken}: {shortened(described)}; write it with save_edits")
     edits = [Edit(d["id"], d["prompt"], d["target"], {}, dict(d["metadata"])) for d in described]
     for name, tensor in tensors.items():
@@ -82,7 +98,7 @@ def edits_from_tensors(
     return edits
 
 
-def _is_description(value: Any) -> bool:
+def is_description(value: Any) -> bool:
     """Whether a value is what `Edit.describe` gives."""
     if not isinstance(value, dict) or not isinstance(value.get("metadata"), dict):
         return False
@@ -197,3 +213,26 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     names = {name: None for edit in edits for name in edit.updates}
     pairs = {name: [edit.updates[name] for edit in edits if name in edit.updates] for name in names}
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
+
+
+def truncated(update: Update, rank: int) -> tuple[Update, float]:
+    """
+    The nearest update of at most this rank, by singular value decomposition of the thin matrices' product.
+
+    Args:
+        update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)` of shapes `(rows, d_in)` and `(rows, d_out)`.
+        rank (`int`): The most rows of the result.
+
+    Returns:
+        `tuple`: The update, and the Frobenius norm of what is left out, divided by the whole's.
+    """
+    u, v = update
+    if len(u) <= rank:
+        return update, 0.0
+    q_in, r_in = torch.linalg.qr(u.double().T)  # (d_in, rows), (rows, rows)
+    q_out, r_out = torch.linalg.qr(v.double().T)
+    left, sizes, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    whole = sizes.square().sum()
+    error = float((sizes[rank:].square().sum() / whole).sqrt()) if whole > 0 else 0.0
+    thin_u, thin_v = right[:rank] @ q_in.T, (q_out @ (left[:, :rank] * sizes[:rank])).T
+    return (thin_u.to(u.dtype).contiguous(), thin_v.to(v.dtype).contiguous()), error

@@ -17,11 +17,11 @@ from .cards import CardNotes, write_card
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
-from .edits import Edit, edits_from_tensors, stacked
+from .edits import Edit, active_edits, edits_from_tensors, stacked, truncated
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
 from .fingerprint import check_base, fingerprint_of
 from .hub import find_files
-from .lora import warn_of_fused_experts, write_lora
+from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method, state_shapes, training_free_config
 from .requests import EditResult, as_requests, check_requests
@@ -75,7 +75,7 @@ class EditableModel(PushesToHub, nn.Module):
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        self._stack = EditStack(self.targets)
+        self._stack = EditStack(self.targets, base_model)
         self.card_notes = CardNotes()
         self._merged = False
 
@@ -228,7 +228,7 @@ class EditableModel(PushesToHub, nn.Module):
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits the model carries, oldest first."""
+        """The edits the model carries, oldest first. Of several of one prompt the last acts, the others wait."""
         return list(self._stack.edits)
 
     def edit(
@@ -247,6 +247,10 @@ class EditableModel(PushesToHub, nn.Module):
         """
         Makes the model answer `target` to `prompt`. Later edits see earlier ones; those of one call see what came
         before it.
+
+        An edit of a prompt that has one already takes its place, and the result says which (`superseded`): the model
+        no longer sees the earlier one, until an undo of the later brings it back. Prompts are the same that differ
+        in white space alone.
 
         Args:
             prompt (`str`, `EditRecord`, or a list of either): What is asked.
@@ -267,8 +271,8 @@ class EditableModel(PushesToHub, nn.Module):
             [`EditResult`], or a list of them for lists. An edit that did not take says so there.
 
         Raises:
-            ValueError: A prompt or target is empty or too long, lists differ in length, there is no tokenizer, or an
-                update is not finite. The model is as it was.
+            ValueError: A prompt or target is empty or too long, lists differ in length or have two targets for one
+                prompt, there is no tokenizer, or an update is not finite. The model is as it was.
             RuntimeError: The model has been merged.
         """
         self._check_usable()
@@ -298,7 +302,8 @@ class EditableModel(PushesToHub, nn.Module):
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
-        Takes back an edit, the last one by default. The logits are then bit for bit those of the other edits alone.
+        Takes back an edit, the last one by default. The logits are then bit for bit those of the other edits alone,
+        among them one that it had superseded.
 
         Raises:
             KeyError: No edit has that id.
@@ -392,8 +397,12 @@ class EditableModel(PushesToHub, nn.Module):
         return edits
 
     def save_lora(
-        self, save_directory: str | Path, edits: Sequence[Edit] | None = None, uniform_rank: bool = False
-    ) -> None:
+        self,
+        save_directory: str | Path,
+        edits: Sequence[Edit] | None = None,
+        uniform_rank: bool = False,
+        max_rank: int | None = None,
+    ) -> float:
         """
         Writes edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
 
@@ -401,11 +410,22 @@ class EditableModel(PushesToHub, nn.Module):
             save_directory (`str` or `Path`): The folder.
             edits (`Sequence[Edit]`, *optional*): Which edits; all that the model carries by default.
             uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers want it.
+            max_rank (`int`, *optional*): The highest rank of a layer; those above it are brought there by SVD.
+
+        Returns:
+            `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
 
         Raises:
-            ValueError: There is no edit.
+            ValueError: There is no edit, or `max_rank` is below 1.
         """
-        updates = stacked(self._stack.edits if edits is None else edits)
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
+        edits = active_edits(self._stack.edits if edits is None else edits)
+        updates, error = stacked(edits), 0.0
+        if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
+            smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
+            updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
+            edits = []  # their rows are no longer apart
         warn_of_fused_experts(self.base_model, updates)
         write_lora(
             save_directory,
@@ -414,7 +434,34 @@ class EditableModel(PushesToHub, nn.Module):
             self.editor_config.task_type,
             self.editor_config.base_model_name_or_path,
             uniform_rank,
+            edits,
         )
+        return error
+
+    def load_lora(self, lora_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
+        """
+        Adds a LoRA adapter to the model: as the edits that `save_lora` wrote, or, from elsewhere, as one edit without
+        a prompt. Its layers may be any linear layers of the base model.
+
+        Args:
+            lora_name_or_path (`str` or `Path`): A folder with `adapter_config.json` and `adapter_model.safetensors`,
+                or a repository's id on the Hub.
+            hub_kwargs: As for [`~EditableModel.from_pretrained`].
+
+        Returns:
+            `list[Edit]`: The edits.
+
+        Raises:
+            FileNotFoundError: There is no adapter.
+            ValueError: A file is damaged, the adapter is not plain LoRA on linear layers of this model (DoRA, biases,
+                whole layers), or its edits are there already; nothing is loaded.
+        """
+        self._check_usable()
+        files = find_files(lora_name_or_path, [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME], **hub_kwargs)
+        edits = read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME])
+        self._stack.check_fit(edits, lora_name_or_path)
+        self._stack.replace([*self._stack.edits, *edits])
+        return edits
 
     def merge_and_unload(self) -> PreTrainedModel:
         """

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .data import EditRecord, Encoder, Query
+from .edits import same_prompt
 
 
 @dataclass
@@ -45,6 +46,15 @@ class EditRequest:
         return Query(self.prompt, self.target, self.chat)
 
     @property
+    def asked(self) -> tuple[str, bool]:
+        """What is asked, as [`~hf_mend.edits.same_prompt`] tells prompts apart."""
+        return same_prompt(self.prompt, self.chat)
+
+    def is_same(self, other: EditRequest) -> bool:
+        """Whether both want the same answer to the same prompt."""
+        return self.asked == other.asked and self.target.split() == other.target.split()
+
+    @property
     def probes(self) -> list[Query]:
         """The paraphrases, with the target to be said there, then the locality prompts."""
         said = [Query(prompt, self.target, self.chat) for prompt in self.paraphrases]
@@ -67,7 +77,7 @@ class EditResult:
     What an edit did.
 
     Args:
-        id (`str`, *optional*): The edit's id; `None` when none was needed.
+        id (`str`, *optional*): The edit's id; `None` when none was needed, or none was found.
         prompt (`str`): What was asked.
         target (`str`): What the model should answer.
         before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
@@ -77,10 +87,13 @@ class EditResult:
         token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
         steps (`int`): Gradient steps that were made; 0 when the model said the target already.
         seconds (`float`): What it took, in seconds; in a batch, an equal share.
-        rank (`int`): Rank of the update.
+        rank (`int`): Rank of the update; 0 also of an edit that only takes an earlier one's place, because the model
+            says the target without it.
         update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
         paraphrases (`list[Probe]`): The paraphrases asked for; ok when the target is said there.
         locality (`list[Probe]`): The locality prompts asked for; ok when the greedy next token stayed.
+        superseded (`str`, *optional*): Id of the earlier edit of the same prompt, whose place this one has taken. It
+            stays among the model's edits, without effect, and an undo of this one brings it back exactly.
     """
 
     id: str | None
@@ -97,6 +110,7 @@ class EditResult:
     update_norms: dict[str, float] = field(default_factory=dict)
     paraphrases: list[Probe] = field(default_factory=list)
     locality: list[Probe] = field(default_factory=list)
+    superseded: str | None = None
 
     @property
     def success(self) -> bool | None:
@@ -106,7 +120,12 @@ class EditResult:
     @property
     def already_known(self) -> bool:
         """Whether the model said the target before, so that no edit was made."""
-        return self.steps == 0 and self.success is not False
+        return self.id is None and self.success is not False
+
+    def set_before(self, asked: Answers, row: int, encoder: Encoder) -> None:
+        """Notes what the model said before."""
+        self.before = encoder.decode(asked.tokens[row])
+        self.probability_before = math.exp(asked.log_probability[row])
 
     def set_after(self, asked: Answers, row: int, encoder: Encoder) -> None:
         """Notes what the edited model says."""
@@ -140,6 +159,8 @@ class EditResult:
         if self.update_norms:
             norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
             lines.append(f"  update norms: {norms}")
+        if self.superseded is not None:
+            lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
         for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
             lines += [
                 f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes
@@ -182,9 +203,10 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
     """
     Raises:
         ValueError: A request is empty, tokenises to nothing, is too long, or asks for a chat template that is not
-            there.
+            there; or two of them want different targets of one prompt.
     """
     longest = getattr(config, "max_position_embeddings", None)
+    first_of: dict[tuple[str, bool], int] = {}
     for number, request in enumerate(requests):
         where = f"request {number}" if len(requests) > 1 else "the request"
         for name, text in (("prompt", request.prompt), ("target", request.target)):
@@ -202,4 +224,10 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
             raise ValueError(
                 f"{where} has {length} tokens with its target, the model takes {longest}; shorten the prompt "
                 f"{request.prompt[:60]!r}..."
+            )
+        first = first_of.setdefault(request.asked, number)
+        if not request.is_same(requests[first]):
+            raise ValueError(
+                f"requests {first} and {number} want two answers to one prompt, {request.prompt[:60]!r}: "
+                f"{requests[first].target[:60]!r} and {request.target[:60]!r}; leave one of them out"
             )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .edits import Edit, Update, dense, side_path
-from .targets import Target, add_to_weight_, writable_weight
+from .edits import Edit, Update, active_edits, dense, side_path
+from .targets import Target, add_to_weight_, named_layers, writable_weight
 
 
 # A dense sum is copied after this many edits, and after its square, so that taking back one of the last edits does not
@@ -173,12 +173,17 @@ class EditStack:
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.
 
+    Of several edits of one prompt the last acts, and the others wait for its undo: see
+    [`~hf_mend.edits.active_edits`].
+
     Args:
-        targets (`Sequence[Target]`): The layers that edits may change.
+        targets (`Sequence[Target]`): The layers that an editor changes.
+        base_model (`nn.Module`, *optional*): The model, where edits from elsewhere may change its other linear layers.
     """
 
-    def __init__(self, targets: Sequence[Target]):
+    def __init__(self, targets: Sequence[Target], base_model: nn.Module | None = None):
         self.targets = list(targets)
+        self._base_model = base_model
         self.edits: list[Edit] = []
         self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
         self._handles: list[Any] = []
@@ -189,9 +194,17 @@ class EditStack:
         """Bytes that the layers' sums take beside the edits' own factors."""
         return sum(one.nbytes for one in self._sums.values())
 
+    @property
+    def active(self) -> list[Edit]:
+        """The edits that act."""
+        return active_edits(self.edits)
+
     def replace(self, edits: Sequence[Edit]) -> None:
         """Makes these the model's edits."""
         self.edits = list(edits)
+        for target in self._others(edits):
+            self.targets.append(target)
+            self._sums[target.name] = LayerSum(target.d_in, target.d_out)
         self._refresh()
 
     def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
@@ -199,7 +212,7 @@ class EditStack:
         Raises:
             ValueError: An edit's layers or shapes are not this model's, or its id is taken.
         """
-        shapes = {target.name: (target.d_in, target.d_out) for target in self.targets}
+        shapes = {target.name: (target.d_in, target.d_out) for target in [*self.targets, *self._others(edits)]}
         taken = {edit.id for edit in self.edits}
         for edit in edits:
             if edit.id in taken:
@@ -213,6 +226,11 @@ class EditStack:
                         f"{tuple(v.shape)}, the model's edited layers are {shapes}; these edits belong to another "
                         "model or editor"
                     )
+
+    def _others(self, edits: Sequence[Edit]) -> list[Target]:
+        """The layers that these edits change and none did before."""
+        names = {name for edit in edits for name in edit.updates} - self._sums.keys()
+        return [] if self._base_model is None else named_layers(self._base_model, names)
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
         """
@@ -257,9 +275,10 @@ class EditStack:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        active = self.active
         for target in self.targets:
             layer_sum = self._sums[target.name]
-            layer_sum.replace([edit.updates[target.name] for edit in self.edits if target.name in edit.updates])
+            layer_sum.replace([edit.updates[target.name] for edit in active if target.name in edit.updates])
             if layer_sum.edits and not self._disabled:
                 self._handles.append(_attach(target.module, layer_sum))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,17 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     for name, module in block.named_modules():
         if is_editable(module) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
+    return found
+
+
+def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """Those linear layers of a model that have one of these names, in a block or not, whatever an editor edits."""
+    wanted = set(names)
+    found = []
+    for name, module in linear_layers(model).items() if wanted else ():
+        widths = layer_widths(module)
+        if name in wanted and widths is not None:
+            found.append(Target(name, module, *widths, stack="", block=-1))
     return found
 
 
@@ -312,7 +323,7 @@ def _matching(
     model: nn.Module, stacks: list[Stack], pattern: str | Sequence[str], layers: Sequence[int] | None
 ) -> Iterator[Target]:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
-    matches = _expression(pattern) if isinstance(pattern, str) else _listed(pattern)
+    matches = expression(pattern) if isinstance(pattern, str) else _listed(pattern)
     for stack in stacks:
         for index, block in enumerate(stack.blocks):
             if layers is not None and index not in layers:
@@ -329,7 +340,7 @@ def _matching(
                 yield _target(stack, index, relative)
 
 
-def _expression(pattern: str) -> Callable[[str], bool]:
+def expression(pattern: str, field: str = "target_modules") -> Callable[[str], bool]:
     """
     Whether a name matches a regular expression, within a time for all names together: the expression may come from a
     configuration on the Hub, and re takes years for some, `(a+)+` say. The syntax is that of re, as in PEFT; the
@@ -340,7 +351,7 @@ def _expression(pattern: str) -> Callable[[str], bool]:
         compiled = regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"target_modules={shortened(pattern)} is not a regular expression ({error}); names in full or in part go "
+            f"{field}={shortened(pattern)} is not a regular expression ({error}); names in full or in part go "
             "in a list"
         ) from error
     deadline = time.monotonic() + _MATCHING_SECONDS
@@ -350,7 +361,7 @@ def _expression(pattern: str) -> Callable[[str], bool]:
             return compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 0.001)) is not None
         except TimeoutError as error:
             raise ValueError(
-                f"target_modules={shortened(pattern)} takes longer than {_MATCHING_SECONDS} seconds to match; list "
+                f"{field}={shortened(pattern)} takes longer than {_MATCHING_SECONDS} seconds to match; list "
                 "the layers' names instead"
             ) from error
 

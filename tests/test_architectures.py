@@ -77,6 +77,9 @@ def test_edit_undo_save_load_and_lora(base, name, tokenizer, tmp_path, choice, c
     else:
         peft = PeftModel.from_pretrained(build(name), str(tmp_path / "lora")).eval()
         torch.testing.assert_close(all_logits(peft, tokenizer), edited, rtol=1e-3, atol=1e-4)
+    back = EditableModel(build(name), config, tokenizer).eval()
+    back.load_lora(tmp_path / "lora")
+    assert torch.equal(all_logits(back, tokenizer), edited)
     with again.disable_edits():
         assert torch.equal(all_logits(again, tokenizer), plain)
     torch.testing.assert_close(all_logits(again.merge_and_unload(), tokenizer), edited, rtol=1e-3, atol=1e-4)

@@ -21,7 +21,7 @@ def random_edit(model, id="a", rank=3, seed=0, scale=0.05) -> Edit:
         )
         for t in model.targets
     }
-    return Edit(id, "the prompt", "the target", updates)
+    return Edit(id, f"the prompt {id}", "the target", updates)
 
 
 def test_side_path_is_the_update_added_to_the_weight(base, tokenizer):

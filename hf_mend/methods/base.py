@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -86,20 +86,21 @@ class EditMethod(nn.Module):
         if self.joins:
             self._inputs[edit_id] = dict(inputs)
 
-    def inputs_of(self, edit_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    def inputs_of(self, edit_ids: Sequence[str], waiting: Iterable[str] = ()) -> dict[str, torch.Tensor]:
         """
-        Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known; all others are forgotten. Where
-        there are many, fewer rows with the same `sum x x^T`.
+        Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known. Where there are many, fewer rows
+        with the same `sum x x^T`. All others are forgotten, except those of the edits that are `waiting` to come back.
         """
-        self._inputs = {edit_id: self._inputs[edit_id] for edit_id in edit_ids if edit_id in self._inputs}
+        self._inputs = {one: self._inputs[one] for one in (*edit_ids, *waiting) if one in self._inputs}
+        known = [edit_id for edit_id in edit_ids if edit_id in self._inputs]
         ids, merged = self._merged
-        if list(self._inputs)[: len(ids)] != ids:
+        if known[: len(ids)] != ids:
             ids, merged = [], {}
-        new = [self._inputs[edit_id] for edit_id in list(self._inputs)[len(ids) :]]
+        new = [self._inputs[edit_id] for edit_id in known[len(ids) :]]
         if new:
             parts = {name: [merged[name]] if merged else [] for name in self.shapes}
             merged = {name: _fewer_rows(torch.cat([*parts[name], *(x[name] for x in new)])) for name in self.shapes}
-        self._merged = (list(self._inputs), merged)
+        self._merged = (known, merged)
         return merged
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
