@@ -14,6 +14,14 @@ CONFIG_NAME = "editor_config.json"
 # Bounds of what a configuration may hold: characters of a string, entries of a list.
 _LONGEST = 2000
 _MOST = 10_000
+# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ft": {"edit_lr": 5e-4},
+    "ft-kl": {"edit_lr": 5e-4},
+    "ft-l": {"edit_lr": 5e-4},
+    "lora": {"edit_lr": 5e-3, "rank": 8},
+}
+_DEFAULTS = {"edit_lr": 1e-3, "rank": 256}
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 
 
@@ -48,7 +56,12 @@ class EditorConfig:
     layers_pattern: str | None = field(
         default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
     )
-    rank: int = field(default=256, metadata={"help": "Rank of the editor networks' weight matrices (paper: 1920)."})
+    rank: int = field(
+        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
+        metadata={
+            "help": "Rank of the editor networks' weight matrices (paper: 1920; 256 when None), and of 'lora' (8)."
+        },
+    )
     num_hidden_layers: int = field(
         default=1, metadata={"help": "Hidden layers of an editor network, as in the paper."}
     )
@@ -82,7 +95,30 @@ class EditorConfig:
             "help": "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."
         },
     )
-    edit_lr: float = field(default=1e-3, metadata={"help": "Initial step of an edit; each layer learns its own."})
+    edit_lr: float = field(
+        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
+        metadata={
+            "help": "Initial step of an edit, of which each layer learns its own (1e-3 when None); for methods that "
+            "take many steps, Adam's learning rate, where None is what measured best."
+        },
+    )
+    num_steps: int = field(
+        default=100, metadata={"help": "The most steps of an edit, for methods that take many: 'ft', 'lora' and kin."}
+    )
+    stop_loss: float = field(
+        default=0.1,
+        metadata={
+            "help": "Those methods stop when every target token is the argmax, with a negative log-likelihood of this "
+            "or less, in nats."
+        },
+    )
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL divergence on ordinary text in 'ft-kl'."}
+    )
+    kl_texts: int = field(default=4, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
+    norm_bound: float = field(default=1e-3, metadata={"help": "The most that 'ft-l' changes any weight by."})
+    lora_alpha: float = field(default=16, metadata={"help": "'lora' scales its product by this over the rank."})
+    seed: int = field(default=0, metadata={"help": "Of what 'lora' draws its first matrix from."})
     ridge: float = field(
         default=1.0,
         metadata={
@@ -103,10 +139,13 @@ class EditorConfig:
 
     def __post_init__(self) -> None:
         # Whatever is read from the Hub comes through here: each value has its type and a bound.
+        _check(_is_text(self.method) and self.method, "method", self.method, "the name of a method")
+        for name, value in {**_DEFAULTS, **_METHOD_DEFAULTS.get(self.method, {})}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name in ("base_model_name_or_path", "revision", "layers_pattern"):
             value = getattr(self, name)
             _check(value is None or _is_text(value), name, value, f"a string of at most {_LONGEST} characters or None")
-        _check(_is_text(self.method) and self.method, "method", self.method, "the name of a method")
         _check(
             self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"),
             "task_type",
@@ -115,15 +154,23 @@ class EditorConfig:
         )
         _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
         _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
-        for name, largest in (("rank", 65536), ("num_hidden_layers", 64), ("whiten_rank", 65536)):
+        for name, least, largest in (
+            ("rank", 1, 65536),
+            ("num_hidden_layers", 1, 64),
+            ("whiten_rank", 1, 65536),
+            ("num_steps", 1, 100_000),
+            ("kl_texts", 1, 1000),
+            ("seed", 0, 2**32 - 1),
+        ):
             value = getattr(self, name)
             _check(
-                type(value) is int and 1 <= value <= largest,
+                type(value) is int and least <= value <= largest,
                 name,
                 value,
-                f"a whole number of at least 1 and at most {largest}",
+                f"a whole number of at least {least} and at most {largest}",
             )
-        for name in ("edit_lr", "whiten_ridge", "ridge", "margin"):
+        positive = ("edit_lr", "whiten_ridge", "ridge", "margin", "stop_loss", "kl_weight", "norm_bound", "lora_alpha")
+        for name in positive:
             value = getattr(self, name)
             _check(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6,

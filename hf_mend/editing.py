@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from .data import Encoder, Query, Rows, length_batches
 from .edits import Edit, Update, applied
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
-from .methods import EditMethod
+from .methods import EditMethod, IterativeMethod
 from .requests import Answers, EditRequest, EditResult
+from .searching import search_updates
 from .stack import EditStack
 from .targets import Target
 from .tracing import SplitModel, logits_of, record_inputs, trace
@@ -33,7 +34,7 @@ def find_updates(
     targets: Sequence[Target],
     method: EditMethod,
     rows: Rows,
-    max_steps: int = 1,
+    max_steps: int | None = None,
     force: bool = True,
     check: bool = True,
     edits_together: int = 1,
@@ -51,7 +52,8 @@ def find_updates(
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Factors to updates.
         rows ([`Rows`]): Prompts and targets, a row a request.
-        max_steps (`int`, defaults to 1): The most steps a row may take; 1 is one whole step, come what may.
+        max_steps (`int`, *optional*): The most steps a row may take; 1 is one whole step, come what may. When missing
+            it is 1, and for an [`~hf_mend.methods.IterativeMethod`] what its configuration says.
         force (`bool`, defaults to `True`): Take a step also where the model says the target already.
         check (`bool`, defaults to `True`): Ask the edited model; without it there is one step.
         edits_together (`int`, defaults to 1): Rows a group, for a method that joins.
@@ -59,6 +61,9 @@ def find_updates(
     Raises:
         ValueError: A gradient or an update is not finite.
     """
+    if isinstance(method, IterativeMethod):
+        return search_updates(split, targets, method, rows, max_steps, force, check)
+    max_steps = 1 if max_steps is None else max_steps
     if method.joins:
         return find_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
     state = split.run_below(rows.inputs)
@@ -267,6 +272,7 @@ def observe_ordinary_text(
     for start in range(0, len(pairs), batch_size):
         rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
         method.observe_inputs(record_inputs(split, targets, rows))
+        method.observe_texts(rows)
     method.finish_observing()
 
 

@@ -159,7 +159,7 @@ def write_weights(
     for earlier in files_like(name):
         for path in folder.glob(earlier):
             path.unlink()
-    for file_name, names in split.filename_to_tensors.items():
+    for file_name, names in (split.filename_to_tensors or {name: []}).items():  # of no tensors, an empty file
         write_tensors(folder / file_name, {key: tensors[key] for key in names}, metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

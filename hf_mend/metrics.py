@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import EditRecord, Encoder, Query, Rows, batches
-from .editing import find_updates
+from .editing import find_updates, observe_ordinary_text
 from .edits import Update, applied, together
 from .losses import kl_divergence, row_means
 from .methods import EditMethod
@@ -49,7 +49,7 @@ def evaluate_records(
     encoder: Encoder,
     records: Sequence[EditRecord],
     batch_size: int = 10,
-    max_steps: int = 1,
+    max_steps: int | None = None,
     edits_together: int = 1,
     generate: bool = False,
     progress: bool = True,
@@ -64,13 +64,15 @@ def evaluate_records(
         encoder ([`Encoder`]): Tokenises and pads.
         records (`Sequence[EditRecord]`): The facts.
         batch_size (`int`, defaults to 10): Edits at once.
-        max_steps (`int`, defaults to 1): As for [`~hf_mend.EditableModel.edit`]: steps of an edit that does not take.
+        max_steps (`int`, *optional*): As for [`~hf_mend.editing.find_updates`]: steps of an edit that does not take.
         edits_together (`int`, defaults to 1): How many neighbouring records' edits, each found on the un-edited model,
             or together by a method that joins them, are applied at once while their rows are measured.
         generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
     """
     measured: list[Measured] = []
+    if not method.trains and not method.is_calibrated:
+        observe_ordinary_text(split, targets, method, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             edits = encoder([Query(record.prompt, record.target) for record in chunk]).to(split.device)

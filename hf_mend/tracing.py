@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -284,24 +284,47 @@ def trace(
         ValueError: No gradient reaches a layer.
     """
     mask = next_tokens != -100
+
+    def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        labels = next_tokens[mask].to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return gradient_factors(split, targets, inputs, mask, loss_of, state)
+
+
+def gradient_factors(
+    split: SplitModel,
+    targets: Sequence[Target],
+    inputs: Inputs,
+    positions: torch.Tensor,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    state: HiddenState | None = None,
+) -> tuple[Factors, torch.Tensor]:
+    """
+    [`trace`] for any loss that is a sum over rows.
+
+    Args:
+        split, targets, inputs, state: As for [`trace`].
+        positions (`torch.Tensor` of shape `(rows, seq)`, bool): Where there are logits.
+        loss_of (`Callable`): The loss, from the logits there, `(positions, vocab)`.
+    """
     if state is None:
         state = split.run_below(inputs)
     with (
         torch.enable_grad(),
         record_factors(targets) as record,
-        logits_at(split.model, mask),
+        logits_at(split.model, positions),
         _recomputed_if_offloaded(split.model),
     ):
-        logits = split.run_above(inputs, state).logits[0]  # (chosen, vocab)
-        labels = next_tokens[mask].to(logits.device)
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
+        loss = loss_of(logits)
         names = [target.name for target in targets if target.name in record]
         outputs = [record[name][1] for name in names]
         gradients = (
             torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(names)
         )
     factors: Factors = {}
-    rows = next_tokens.shape[0]
+    rows = positions.shape[0]
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             raise ValueError(

@@ -1,15 +1,25 @@
 """One file a method; each maps factors to updates and never sees a model."""
 
 from .base import EditMethod, get_method, register_method, state_shapes
+from .fine_tuning import BoundedFineTuning, FineTuning, FineTuningWithPenalty
+from .iterative import IterativeMethod, Look, Seen
+from .lora import LoraPerEdit
 from .malmen import Malmen
 from .mend import Mend
 from .training_free import UltraEdit, WhitenedGradient, training_free_config
 
 
 __all__ = [
+    "BoundedFineTuning",
     "EditMethod",
+    "FineTuning",
+    "FineTuningWithPenalty",
+    "IterativeMethod",
+    "Look",
+    "LoraPerEdit",
     "Malmen",
     "Mend",
+    "Seen",
     "UltraEdit",
     "WhitenedGradient",
     "get_method",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
+from ..data import Rows
 from ..edits import Update
 
 
@@ -111,6 +112,9 @@ class EditMethod(nn.Module):
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Takes the target layers' inputs on ordinary text, name -> `(tokens, d_in)`, into the statistics."""
+
+    def observe_texts(self, texts: Rows) -> None:
+        """Takes ordinary text itself, for a method that looks at it while it edits."""
 
     def finish_observing(self) -> None:
         """Ends the statistics."""

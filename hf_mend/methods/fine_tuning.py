@@ -1,0 +1,91 @@
+"""Fine-tuning on the one example, plain, with a locality penalty, and with a bound on every weight's change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..config import EditorConfig
+from ..data import Rows
+from ..edits import Update
+from .base import register_method
+from .iterative import Factors, GradientSearch, Look, Parameters
+
+
+@register_method("ft")
+class FineTuning(GradientSearch):
+    """
+    Fine-tuning of the target layers' weights on the prompt and its target, with Adam, until the target is said: the
+    baseline of Mitchell et al. 2022 ("Fast Model Editing at Scale", section 4) and of all that followed.
+
+    Adam's step changes every weight, so that the update has full rank: an edit is as large as the edited matrices.
+
+    Args:
+        config ([`EditorConfig`]): `edit_lr` is Adam's learning rate; `num_steps` and `stop_loss` say when to end.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def start(self, factors: Factors) -> Parameters:
+        return {
+            name: [torch.zeros(len(x), *self.shapes[name], dtype=x.dtype, device=x.device)]
+            for name, (x, _) in factors.items()
+        }
+
+    def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:
+        return {name: [delta.transpose(1, 2) @ x] for name, (x, delta) in factors.items()}
+
+    def updates(self, parameters: Parameters) -> dict[str, Update]:
+        return {name: _as_pair(change) for name, (change,) in parameters.items()}
+
+
+@register_method("ft-kl")
+class FineTuningWithPenalty(FineTuning):
+    """
+    `ft` with `kl_weight` times the KL divergence from the un-edited model, on other text, in its loss (the "FT+KL" of
+    Mitchell et al. 2022, section 4; Zhu et al. 2020 and De Cao et al. 2021 weigh what stays in the same way). The text
+    is the packaged ordinary one; each step takes the next `kl_texts` lines of it.
+
+    Args:
+        config ([`EditorConfig`]): As for `ft`, and `kl_weight`, `kl_texts`.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        self._texts: list[Rows] = []
+
+    def observe_texts(self, texts: Rows) -> None:
+        count = self.config.kl_texts
+        self._texts += [texts[start : start + count] for start in range(0, len(texts), count)]
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self._texts)
+
+    def more_factors(self, look: Look, updates: Mapping[str, Update], step: int) -> Factors:
+        factors = look.drift(updates, self._texts[step % len(self._texts)])
+        return {name: (x, self.config.kl_weight * delta) for name, (x, delta) in factors.items()}
+
+
+@register_method("ft-l")
+class BoundedFineTuning(FineTuning):
+    """
+    `ft` whose change of a weight is at most `norm_bound` anywhere, brought back there after each step (Zhu et al.
+    2020, "Modifying Memories in Transformer Models", section 4: the L-infinity constraint).
+
+    Args:
+        config ([`EditorConfig`]): As for `ft`, and `norm_bound`.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def constrain(self, parameters: Parameters) -> None:
+        for (change,) in parameters.values():
+            change.clamp_(-self.config.norm_bound, self.config.norm_bound)
+
+
+def _as_pair(change: torch.Tensor) -> Update:
+    """Dense changes, `(requests, d_out, d_in)`, as pairs of the smaller of the two ranks."""
+    requests, d_out, d_in = change.shape
+    identity = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device).expand(requests, -1, -1)
+    return (change, identity) if d_out <= d_in else (identity, change.transpose(1, 2))
