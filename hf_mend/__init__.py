@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .auto import AutoEditableModel
     from .cache import HiddenStateCache
+    from .collection import Edits
+    from .compression import Compression
     from .config import EditorConfig
     from .data import EditDataset, EditRecord
     from .edits import Edit
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from .model import EditableModel, get_editable_model
     from .readers import read_counterfact, read_edits, read_questions, write_edits
     from .requests import EditResult
+    from .store import EditStore
     from .trainer import EditorTrainer, EditorTrainingArguments
 
 
@@ -23,14 +26,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoEditableModel",
+    "Compression",
     "Edit",
     "EditDataset",
     "EditRecord",
     "EditResult",
+    "EditStore",
     "EditableModel",
     "EditorConfig",
     "EditorTrainer",
     "EditorTrainingArguments",
+    "Edits",
     "HiddenStateCache",
     "evaluate_records",
     "get_editable_model",
@@ -46,6 +52,8 @@ __all__ = [
 _MODULES = {
     "auto": ["AutoEditableModel"],
     "cache": ["HiddenStateCache"],
+    "collection": ["Edits"],
+    "compression": ["Compression"],
     "config": ["EditorConfig"],
     "data": ["EditDataset", "EditRecord"],
     "edits": ["Edit"],
@@ -53,6 +61,7 @@ _MODULES = {
     "model": ["EditableModel", "get_editable_model"],
     "readers": ["read_counterfact", "read_edits", "read_questions", "write_edits"],
     "requests": ["EditResult"],
+    "store": ["EditStore"],
     "trainer": ["EditorTrainer", "EditorTrainingArguments"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

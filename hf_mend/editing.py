@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .data import Encoder, Query, Rows, length_batches
 from .edits import Edit, Update, applied
+from .fingerprint import editor_id
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod, IterativeMethod
 from .requests import Answers, EditRequest, EditResult
@@ -180,7 +181,8 @@ def make_edits(
     gone = {requests[i].asked for i in again if i not in known}
     try:
         stack.replace([edit for edit in earlier if edit.asked not in gone])
-        kept = method.inputs_of([edit.id for edit in stack.active], waiting=[edit.id for edit in earlier])
+        acting = [one for edit in stack.active for one in (edit.replaces or [edit.id])]
+        kept = method.inputs_of(acting, waiting=[edit.id for edit in earlier])
         started = time.perf_counter()
         found = _find_in_batches(
             split, targets, method, encoder, [[requests[i] for i in chosen] for chosen in chunks], max_steps, force,
@@ -197,6 +199,9 @@ def make_edits(
                     edits[i] = edit
                     if of_rows.inputs:
                         method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
+        made_by = editor_id(method, method.config.method)
+        for edit in edits.values():
+            edit.metadata["editor"] = made_by
         stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
         # Each was found without the others, unless they were joined: what does the model say with all of them?
         if check and (now or (len(requests) > 1 and not method.joins)):

@@ -33,6 +33,8 @@ class Edit:
         updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rank, d_in)` and
             `(rank, d_out)`; the weight `(d_out, d_in)` changes by `v^T u`.
         metadata (`dict[str, str]`): Whatever else is worth keeping: time, editor, chat.
+        enabled (`bool`, defaults to `True`): An edit that is turned off stays among a model's edits, without effect.
+        replaces (`list[str]`): Ids of the edits whose sum this one is, which have no effect beside it.
     """
 
     id: str
@@ -40,6 +42,8 @@ class Edit:
     target: str
     updates: dict[str, Update]
     metadata: dict[str, str] = field(default_factory=dict)
+    enabled: bool = True
+    replaces: list[str] = field(default_factory=list)
 
     @property
     def asked(self) -> tuple[str, bool] | None:
@@ -60,7 +64,15 @@ class Edit:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the matrices, as plain JSON values."""
-        return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata}
+        state = {"enabled": self.enabled, **({"replaces": self.replaces} if self.replaces else {})}
+        return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata, **state}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any], updates: dict[str, Update]) -> Edit:
+        """The edit that [`describe`] described, which [`is_description`] has checked."""
+        replaces = list(described.get("replaces", []))
+        texts = (described["id"], described["prompt"], described["target"])
+        return cls(*texts, updates, dict(described["metadata"]), described.get("enabled", True), replaces)
 
 
 def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
@@ -69,9 +81,18 @@ def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
 
 
 def active_edits(edits: Sequence[Edit]) -> list[Edit]:
-    """The edits that act: of those of one prompt only the last, which supersedes the others while it is there."""
-    last = {edit.asked: index for index, edit in enumerate(edits)}
-    return [edit for index, edit in enumerate(edits) if edit.asked is None or last[edit.asked] == index]
+    """
+    The edits that act, among those that are not turned off: of one prompt's only the last, which supersedes the others
+    while it is there, and none that another replaces.
+    """
+    enabled = [edit for edit in edits if edit.enabled]
+    last = {edit.asked: index for index, edit in enumerate(enabled)}
+    replaced = {one for edit in enabled for one in edit.replaces}
+    return [
+        edit
+        for index, edit in enumerate(enabled)
+        if edit.id not in replaced and (edit.asked is None or last[edit.asked] == index)
+    ]
 
 
 def edits_from_tensors(
@@ -87,7 +108,7 @@ def edits_from_tensors(
     broken = f"{source} is not a collection of edits, or its header was altered"
     if not isinstance(described, list) or not all(map(is_description, described)):
         raise ValueError(f"{broken}: {shortened(described)}; write it with save_edits")
-    edits = [Edit(d["id"], d["prompt"], d["target"], {}, dict(d["metadata"])) for d in described]
+    edits = [Edit.from_description(one, {}) for one in described]
     for name, tensor in tensors.items():
         found = _TENSOR_NAME.fullmatch(name)
         other = f"{found['index']}.{found['layer']}.{'v' if found['side'] == 'u' else 'u'}" if found else ""
@@ -102,9 +123,11 @@ def is_description(value: Any) -> bool:
     """Whether a value is what `Edit.describe` gives."""
     if not isinstance(value, dict) or not isinstance(value.get("metadata"), dict):
         return False
-    return all(
-        isinstance(text, str) for text in (*map(value.get, ("id", "prompt", "target")), *value["metadata"].values())
-    )
+    replaces = value.get("replaces", [])
+    if not isinstance(value.get("enabled", True), bool) or not isinstance(replaces, list):
+        return False
+    texts = (*map(value.get, ("id", "prompt", "target")), *value["metadata"].values(), *replaces)
+    return all(isinstance(text, str) for text in texts)
 
 
 def dense(update: Update) -> torch.Tensor:
@@ -229,10 +252,11 @@ def truncated(update: Update, rank: int) -> tuple[Update, float]:
     u, v = update
     if len(u) <= rank:
         return update, 0.0
-    q_in, r_in = torch.linalg.qr(u.double().T)  # (d_in, rows), (rows, rows)
-    q_out, r_out = torch.linalg.qr(v.double().T)
+    u, v = compacted((u.double(), v.double()))  # past the narrower width, the matrix itself is smaller
+    q_in, r_in = torch.linalg.qr(u.T)  # (d_in, rows), (rows, rows)
+    q_out, r_out = torch.linalg.qr(v.T)
     left, sizes, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
     whole = sizes.square().sum()
     error = float((sizes[rank:].square().sum() / whole).sqrt()) if whole > 0 else 0.0
     thin_u, thin_v = right[:rank] @ q_in.T, (q_out @ (left[:, :rank] * sizes[:rank])).T
-    return (thin_u.to(u.dtype).contiguous(), thin_v.to(v.dtype).contiguous()), error
+    return (thin_u.to(update[0].dtype).contiguous(), thin_v.to(update[1].dtype).contiguous()), error

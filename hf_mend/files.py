@@ -120,19 +120,26 @@ def recover_folder(path: str | Path) -> None:
             os.rename(previous, path)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all."""
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Yields a new file that takes a file's place when the context ends well, whole or not at all."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-        save_file(plain, name, metadata={"format": "pt", **metadata})
+        yield Path(name)
         os.chmod(name, 0o644)
         _flush(Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole or not at all."""
+    plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    with replaced_file(path) as work:
+        save_file(plain, work, metadata={"format": "pt", **metadata})
 
 
 def write_weights(
@@ -275,41 +282,67 @@ def check_header(path: str | Path, expected: Mapping[str, tuple[int, ...]] | Non
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a saved editor or of saved edits?")
-    broken = f"{path} is not a whole safetensors file"
     with open(path, "rb") as file:
-        start = file.read(8)
-        header_size = int.from_bytes(start, "little")
-        body = path.stat().st_size - 8 - header_size
-        if len(start) < 8 or body < 0 or header_size > _MAX_HEADER:
-            raise ValueError(f"{broken} (a header of {header_size} bytes); download or save it again")
-        text = file.read(header_size).decode("utf-8", "replace")
-    header = read_json_object(text, f"the header of {path}")
+        size = path.stat().st_size
+        text = file.read(header_size(file.read(8), size, path))
+    return read_header(text, size - 8 - len(text), path, expected)[0]
+
+
+def header_size(start: bytes, size: int, source: str | Path) -> int:
+    """
+    The size of a safetensors file's header, after the file's first 8 bytes.
+
+    Raises:
+        ValueError: The file, of `size` bytes, does not hold it.
+    """
+    header = int.from_bytes(start, "little")
+    if len(start) < 8 or header > min(_MAX_HEADER, size - 8):
+        raise ValueError(
+            f"{source} is not a whole safetensors file (a header of {header} bytes); download or save it again"
+        )
+    return header
+
+
+def read_header(
+    text: bytes, body: int, source: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
+    """
+    Checks a safetensors header against the `body` bytes that follow it.
+
+    Returns:
+        `tuple`: The metadata, and for each tensor its dtype, shape and place in the body, the first byte and the end.
+
+    Raises:
+        ValueError: They do not fit, or are not what is expected (see [`read_tensors`]).
+    """
+    path, broken = source, f"{source} is not a whole safetensors file"
+    header = read_json_object(text.decode("utf-8", "replace"), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{broken} (its metadata are not strings); download or save it again")
     if expected is not None:
         _check_names(path, set(header), set(expected))
-    spans = []
+    places = {}
     for name, entry in header.items():
-        shape, span = _check_entry(path, name, entry)
+        dtype, shape, span = _check_entry(path, name, entry)
         if expected is not None and shape != tuple(expected[name]):
             raise ValueError(
                 f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file or the "
                 "configuration was altered, or they belong to different editors"
             )
-        spans.append(span)
+        places[name] = (dtype, shape, span)
     end = 0
-    for first, last in sorted(spans):
+    for first, last in sorted(span for _, _, span in places.values()):
         if first != end:
             raise ValueError(f"{broken} (its tensors overlap or leave gaps); download or save it again")
         end = last
     if end != body:
         raise ValueError(f"{broken} (its tensors take {end} bytes, it has {body}); download or save it again")
-    return metadata
+    return metadata, places
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Shape and place of one tensor of a header."""
+def _check_entry(path: str | Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Dtype, shape and place of one tensor of a header."""
     if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         raise ValueError(
             f"{path} has a tensor named {shortened(name)}; the file was altered, download or save it again"
@@ -327,14 +360,14 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tu
             f"{path}: {name} claims the shape {shortened(tuple(shape))} of {dtype} in {span[1] - span[0]} bytes; the "
             "file was altered, download or save it again"
         )
-    return tuple(shape), (span[0], span[1])
+    return dtype, tuple(shape), (span[0], span[1])
 
 
 def _is_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-def _check_names(path: Path, names: set[str], expected: set[str]) -> None:
+def _check_names(path: str | Path, names: set[str], expected: set[str]) -> None:
     missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
         raise ValueError(

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import EditorConfig
 from .files import read_json_object, shortened
-from .targets import Target, writable_weight
+from .targets import Target, named_layers, writable_weight
 
 
 logger = logging.get_logger(__name__)
 
 _SAMPLE = 65536
+_EDITOR_SAMPLE = 4096
 
 
 def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, Any]:
@@ -50,6 +52,54 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
         "layers": {target.name: list(target.shape) for target in targets},
         "sha256": None if digest is None else digest.hexdigest(),
     }
+
+
+def editor_id(method: nn.Module, name: str) -> str:
+    """
+    Tells editors apart: the method's name, and a hash of an even sample of its parameters, of which a method that is
+    not trained has none.
+
+    Args:
+        method (`nn.Module`): The editor.
+        name (`str`): The method's name.
+    """
+    digest = hashlib.sha256()
+    plain = [parameter for parameter in method.parameters() if type(parameter.data) is torch.Tensor]  # none sharded
+    for parameter in plain:
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _EDITOR_SAMPLE)].to("cpu", torch.float32)
+        digest.update(sample.contiguous().numpy().tobytes())
+    return f"{name}-{digest.hexdigest()[:12]}" if plain else name
+
+
+def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> None:
+    """
+    Checks that edits were made for this base model, whatever editor it has now.
+
+    Args:
+        base_model (`PreTrainedModel`): The model at hand.
+        stored (`dict`, *optional*): The fingerprint of the edits' base; nothing is checked without one.
+        source (`str`): Where the edits came from, for the message.
+
+    Raises:
+        ValueError: It is another one, or the fingerprint cannot be read.
+    """
+    if stored is None:
+        return
+    architecture, layers, stored_hash = _parts(stored, source)
+    found = {target.name: target for target in named_layers(base_model, layers)}
+    targets = [found[name] for name in layers if name in found]
+    here = fingerprint_of(base_model, targets)
+    ours = base_model.config.name_or_path or type(base_model).__name__
+    different = [name for name, shape in layers.items() if here["layers"].get(name) != shape]
+    same_hash = stored_hash is None or here["sha256"] is None or stored_hash == here["sha256"]
+    if different or not same_hash or architecture != here["architecture"]:
+        what = f"the layers {shortened(different[:4])}" if different else "its weights"
+        raise ValueError(
+            f"{source} holds edits of another base model: a {shortened(architecture)}, and {ours!r} is a "
+            f"{here['architecture']} that differs in {what}. Load the base model that the edits were made on, or use "
+            "another path for this one"
+        )
 
 
 def check_base(

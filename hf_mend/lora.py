@@ -241,7 +241,7 @@ def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], sou
         ranks = entry.get("ranks") if isinstance(entry, dict) else None
         if not isinstance(ranks, dict) or not is_description(entry) or not ranks.keys() <= updates.keys():
             raise ValueError(f"{source}: its header's edits were altered: {shortened(entry)}; save it again")
-        edit = Edit(entry["id"], entry["prompt"], entry["target"], {}, dict(entry["metadata"]))
+        edit = Edit.from_description(entry, {})
         for name, rank in ranks.items():
             u, v = updates[name]
             if type(rank) is not int or not 0 <= rank <= len(u) - starts[name]:

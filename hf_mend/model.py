@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cards import CardNotes, write_card
+from .collection import Edits, turned
+from .compression import Compression, compressed
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
 from .edits import Edit, active_edits, edits_from_tensors, stacked, truncated
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
-from .fingerprint import check_base, fingerprint_of
+from .fingerprint import check_base, check_same_base, fingerprint_of
 from .hub import find_files
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
@@ -28,6 +30,7 @@ from .requests import EditResult, as_requests, check_requests
 from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
 from .stack import EditStack
+from .store import EditStore
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
 
@@ -78,6 +81,7 @@ class EditableModel(PushesToHub, nn.Module):
         self._stack = EditStack(self.targets, base_model)
         self.card_notes = CardNotes()
         self._merged = False
+        self._store: EditStore | None = None
 
     # ---- loading and saving the editor ----
 
@@ -227,9 +231,12 @@ class EditableModel(PushesToHub, nn.Module):
     # ---- editing ----
 
     @property
-    def edits(self) -> list[Edit]:
-        """The edits the model carries, oldest first. Of several of one prompt the last acts, the others wait."""
-        return list(self._stack.edits)
+    def edits(self) -> Edits:
+        """
+        The edits the model carries, oldest first, to index, search and export. Of several of one prompt the last acts,
+        the others wait.
+        """
+        return Edits(self._stack.edits)
 
     def edit(
         self,
@@ -280,7 +287,7 @@ class EditableModel(PushesToHub, nn.Module):
         requests = as_requests(prompt, target, chat, paraphrases, locality)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
-        with torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
+        with self._stored(), torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
             results = make_edits(
                 self.split,
                 self.targets,
@@ -308,16 +315,102 @@ class EditableModel(PushesToHub, nn.Module):
         Raises:
             KeyError: No edit has that id.
             IndexError: There is no edit to undo.
+            ValueError: The edit is part of a compressed one.
         """
         self._check_usable()
         if not self._stack.edits:
             raise IndexError("there is no edit to undo")
-        return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
+        with self._stored():
+            return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
 
     def undo_all(self) -> list[Edit]:
         """Takes back all edits and returns them."""
         self._check_usable()
-        return self._stack.remove([edit.id for edit in self._stack.edits])
+        with self._stored():
+            return self._stack.remove([edit.id for edit in self._stack.edits])
+
+    def turn_off(self, *edit_ids: str) -> None:
+        """
+        Turns edits off for good: they stay among [`~EditableModel.edits`], saved ones too, and the model answers bit
+        for bit as if they were not there. [`~EditableModel.disable_edits`] does it for a while and for all.
+
+        Raises:
+            KeyError: No edit has such an id; none is turned off.
+            ValueError: An edit is part of a compressed one; none is turned off.
+        """
+        self._check_usable()
+        with self._stored():
+            self._stack.replace(turned(self._stack.edits, edit_ids, on=False))
+
+    def turn_on(self, *edit_ids: str) -> None:
+        """
+        Turns edits on again: the model answers bit for bit as before they were turned off. Errors are those of
+        [`~EditableModel.turn_off`].
+        """
+        self._check_usable()
+        with self._stored():
+            self._stack.replace(turned(self._stack.edits, edit_ids, on=True))
+
+    def compress_edits(self, rank: int, keep: bool = True) -> Compression:
+        """
+        Makes one edit of all that act: of each layer's sum, the nearest matrix of a rank (singular value
+        decomposition).
+
+        The edits that it replaces stay among [`~EditableModel.edits`] without effect, and an undo of the one brings
+        them back bit for bit; until then they cannot be undone or turned off one by one. A later edit of a prompt of
+        theirs is added to the one.
+
+        Args:
+            rank (`int`): The highest rank of a layer.
+            keep (`bool`, defaults to `True`): Keep the edits that are replaced. Without, they are gone, and so are
+                those that they had superseded: the one's undo leaves the model without any of them.
+
+        Returns:
+            [`~hf_mend.compression.Compression`]: The new edit's id, and the relative error of each layer.
+
+        Raises:
+            ValueError: No edit acts, or the rank is below 1.
+        """
+        self._check_usable()
+        with self._stored():
+            edits, report = compressed(self._stack.edits, rank, keep)
+            self._stack.replace(edits)
+        return report
+
+    def open_store(self, path: str | Path) -> list[Edit]:
+        """
+        Takes the edits of a store on disk, and from now on keeps in it what is done to the model's edits: edits,
+        undos, turning off and on, loading, compressing; not what `edited` and `carrying` do for a while.
+
+        The store's edits come before those that the model has, which are appended to it. What other processes append
+        meanwhile stays, and is seen by the next model that opens it.
+
+        Args:
+            path (`str` or `Path`): The store, see [`EditStore`]; made by the first edit where it does not exist.
+
+        Returns:
+            `list[Edit]`: The store's edits.
+
+        Raises:
+            ValueError: It is damaged, or its edits are of another base model or in the model already; the model is as
+                it was.
+            RuntimeError: A store is open already.
+        """
+        self._check_usable()
+        if self._store is not None:
+            raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
+        store = EditStore(path, fingerprint_of(self.base_model, self.targets))
+        edits, before = list(store.edits), self._stack.edits
+        check_same_base(self.base_model, store.base_fingerprint, str(path))
+        self._stack.check_fit(edits, path)
+        store.follow([], before)
+        self._stack.replace([*edits, *before])
+        self._store = store
+        return edits
+
+    def close_store(self) -> None:
+        """Keeps nothing more in the store; the model's edits stay as they are."""
+        self._store = None
 
     @contextmanager
     def disable_edits(self) -> Iterator[None]:
@@ -334,24 +427,17 @@ class EditableModel(PushesToHub, nn.Module):
             ValueError: An edit does not fit this model.
         """
         self._check_usable()
-        before = self.edits
-        self._stack.replace([])
-        try:
+        with self._for_a_while():
+            self._stack.replace([])
             self._stack.check_fit(edits, "these edits")
             self._stack.replace(edits)
             yield
-        finally:
-            self._stack.replace(before)
 
     @contextmanager
     def edited(self, prompt: Any, target: Any = None, **kwargs: Any) -> Iterator[EditResult | list[EditResult]]:
         """Within the context the model carries an edit (or several); see [`~EditableModel.edit`] for the arguments."""
-        before = self.edits
-        result = self.edit(prompt, target, **kwargs)
-        try:
-            yield result
-        finally:
-            self._stack.replace(before)
+        with self._for_a_while():
+            yield self.edit(prompt, target, **kwargs)
 
     def save_edits(self, save_directory: str | Path) -> None:
         """
@@ -393,7 +479,8 @@ class EditableModel(PushesToHub, nn.Module):
         edits = edits_from_tensors(tensors, metadata, path)
         check_base(self.editor_config, self.base_model, self.targets, str(path), metadata.get("base_fingerprint"))
         self._stack.check_fit(edits, path)
-        self._stack.replace([*self._stack.edits, *edits])
+        with self._stored():
+            self._stack.replace([*self._stack.edits, *edits])
         return edits
 
     def save_lora(
@@ -460,7 +547,8 @@ class EditableModel(PushesToHub, nn.Module):
         files = find_files(lora_name_or_path, [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME], **hub_kwargs)
         edits = read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME])
         self._stack.check_fit(edits, lora_name_or_path)
-        self._stack.replace([*self._stack.edits, *edits])
+        with self._stored():
+            self._stack.replace([*self._stack.edits, *edits])
         return edits
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -474,6 +562,29 @@ class EditableModel(PushesToHub, nn.Module):
         self._stack.merge()
         self._merged = True
         return self.base_model
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """What changes within the context is kept in the open store; if it cannot be, nothing has changed."""
+        before = self._stack.edits
+        yield
+        if self._store is not None:
+            try:
+                self._store.follow(before, self._stack.edits)
+            except BaseException:
+                self._stack.replace(before)
+                raise
+
+    @contextmanager
+    def _for_a_while(self) -> Iterator[None]:
+        """After the context, the edits are what they were before it; no store knows of it."""
+        before, store = self._stack.edits, self._store
+        self._store = None
+        try:
+            yield
+        finally:
+            self._store = store
+            self._stack.replace(before)
 
     def _check_usable(self) -> None:
         if self._merged:

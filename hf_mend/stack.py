@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .collection import check_apart, check_known
 from .edits import Edit, Update, active_edits, dense, side_path
 from .targets import Target, add_to_weight_, named_layers, writable_weight
 
@@ -238,11 +239,11 @@ class EditStack:
 
         Raises:
             KeyError: An id is not among the edits; nothing is removed.
+            ValueError: An edit is part of a compressed one that stays; nothing is removed.
         """
-        known, unwanted = {edit.id for edit in self.edits}, set(ids)
-        for id in ids:
-            if id not in known:
-                raise KeyError(f"no edit has the id {id!r}; the model's edits are {[edit.id for edit in self.edits]}")
+        unwanted = set(ids)
+        check_known(self.edits, ids)
+        check_apart(self.edits, unwanted)
         gone = [edit for edit in self.edits if edit.id in unwanted]
         self.replace([edit for edit in self.edits if edit.id not in unwanted])
         return gone
