@@ -13,32 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import platform
-import random
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-
-from hf_mend import (
-    EditableModel,
-    EditorConfig,
-    EditRecord,
-    evaluate_records,
-    read_counterfact,
-    read_questions,
-    summarize,
-)
-from hf_mend.data import Query, Rows, length_batches
-from hf_mend.losses import row_means
+from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
+from hf_mend.cards import machine
+from hf_mend.evaluation import evaluate
+from hf_mend.scores import held_out_passages, perplexity
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
-from hf_mend.tracing import HiddenState, logits_of
 
 
 KINDS = ("edit success", "generality", "neighbourhood", "unrelated")
@@ -47,118 +32,21 @@ NEIGHBOURS = 2  # neighbouring prompts measured of a fact
 EDITOR = "model_cards/smollm2-135m-instruct-mend"
 
 
-class Probes:
-    """
-    The rows of some facts, of one kind, with what the un-edited model says there and the hidden states below the
-    edited blocks, which no edit changes.
-    """
-
-    def __init__(self, model: EditableModel, queries: Sequence[Query], owners: Sequence[int], local: bool):
-        self.local = local
-        self.parts: list[tuple[torch.Tensor, Rows, HiddenState, torch.Tensor]] = []
-        encoder = model.encoder
-        lengths = [sum(map(len, encoder.tokens(query))) for query in queries]
-        for chosen in length_batches(lengths, 64, 2048):
-            rows = encoder([queries[i] for i in chosen])
-            state = model.split.run_below(rows.inputs)
-            expected = rows.next_tokens[rows.positions]
-            if local:
-                with torch.no_grad():
-                    expected = logits_of(model.split, rows, state).argmax(-1)
-            self.parts.append((torch.tensor([owners[i] for i in chosen]), rows, state, expected))
-
-    @torch.no_grad()
-    def measure(self, model: EditableModel, facts: range) -> list[float]:
-        """A value a row of these facts: whether all is said, or the share of tokens that stayed."""
-        values: list[float] = []
-        for owners, rows, state, expected in self.parts:
-            chosen = (owners >= facts.start) & (owners < facts.stop)
-            if not chosen.any():
-                continue
-            index = chosen.nonzero()[:, 0]
-            wanted = expected.split(rows.positions.sum(-1).tolist())
-            right = logits_of(model.split, rows[index], state.rows(index)).argmax(-1)
-            share = row_means((right == torch.cat([wanted[i] for i in index.tolist()])).float(), rows[index])
-            values += (share if self.local else (share == 1).float()).tolist()
-        return values
-
-
-def make_probes(model: EditableModel, records: Sequence[EditRecord]) -> dict[str, Probes]:
-    """The probes of all records."""
-    rows = {
-        "edit success": [(i, Query(r.prompt, r.target)) for i, r in enumerate(records)],
-        "generality": [(i, Query(text, r.target)) for i, r in enumerate(records) for text in r.paraphrases],
-        "neighbourhood": [(i, Query(text)) for i, r in enumerate(records) for text in r.neighborhood[:NEIGHBOURS]],
-        "unrelated": [(i, Query(*pair)) for i, r in enumerate(records) for pair in r.unrelated],
-    }
-    local = ("neighbourhood", "unrelated")
-    return {
-        kind: Probes(model, [query for _, query in pairs], [i for i, _ in pairs], kind in local)
-        for kind, pairs in rows.items()
-    }
-
-
-@torch.no_grad()
-def perplexity(model: EditableModel, passages: int = 12, length: int = 128) -> float:
-    """Of text that the model reads, under its active edits."""
-    ids = model.tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]  # type: ignore[misc]
-    spread = len(ids) // passages
-    batch = torch.tensor([ids[i * spread : i * spread + length] for i in range(passages)])
-    total = sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in batch.split(4))
-    return math.exp(total / passages)
-
-
 def measure_state(
-    model: EditableModel, probes: dict[str, Probes], measured: Sequence[EditRecord], others: Sequence[EditRecord],
-    count: int, in_calls_of: int | None,
-) -> dict[str, float]:  # fmt: skip
-    """
-    Makes `count` edits and measures those of `measured` that are among them: a group after the other, or, where there
-    are fewer than `count`, all of them spread evenly among others.
-    """
-    values: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    perplexities, made, seconds = [], 0, 0.0
-    each = max(1, count // len(measured))
-    for start in range(0, len(measured), min(count, len(measured))):
-        group: list[EditRecord] = []
-        for i, record in enumerate(measured[start : start + count]):
-            group += [record, *others[i * (each - 1) : (i + 1) * (each - 1)]]
-        began = time.perf_counter()
-        for first in range(0, len(group), in_calls_of or count):
-            call = group[first : first + (in_calls_of or count)]
-            model.edit([record.prompt for record in call], [record.target for record in call], force=True)
-        seconds += time.perf_counter() - began
-        made += len(group)
-        for kind in KINDS:
-            values[kind] += probes[kind].measure(model, range(start, min(start + count, len(measured))))
-        if start == 0:
-            perplexities.append(perplexity(model))
-        model.undo_all()
-    means = {kind: sum(found) / len(found) for kind, found in values.items() if found}
-    return {**means, "perplexity": perplexities[0], "measured": len(measured), "seconds an edit": seconds / made}
-
-
-def measure_alone(model: EditableModel, records: Sequence[EditRecord], timed: int = 5) -> dict[str, float]:
-    """Edits made alone, several in one pass, each row under its own; a few more are timed, and one read under."""
-    fewer = [replace(record, neighborhood=record.neighborhood[:NEIGHBOURS]) for record in records]
-    if not model.editor.is_calibrated:
-        with model.edited(records[0].prompt, records[0].target, force=True):
-            pass
-    summary = summarize(
-        evaluate_records(
-            model.split, model.targets, model.editor, model.encoder, fewer, 20, model.editor.max_steps, progress=False
-        )
-    )
-    began = time.perf_counter()
-    for record in records[:timed]:
-        model.edit(record.prompt, record.target, force=True)
-        if record is not records[timed - 1]:
-            model.undo()
-    seconds = (time.perf_counter() - began) / timed
-    read = perplexity(model)
-    model.undo_all()
-    means = {kind: summary[name] for kind, name in zip(KINDS, NAMES, strict=True)}
-    return {**means, "perplexity": read, "measured": len(records), "seconds an edit": seconds}
+    model: EditableModel, records: Sequence[EditRecord], count: int, in_calls_of: int | None, arguments: Any
+) -> dict[str, float]:
+    """A state as the JSON keeps it; the metrics are those of `hf-mend eval`."""
+    (state,) = evaluate(
+        model, records, edits=(count,), in_calls_of=in_calls_of, limit=arguments.measured, seed=arguments.seed,
+        metrics=("success", "generality", "neighborhood", "unrelated", "perplexity"), batch_size=20,
+    )  # fmt: skip
+    means = {kind: state.metrics[name] for kind, name in zip(KINDS, NAMES, strict=True)}
+    return {
+        **means,
+        "perplexity": state.metrics["perplexity"],
+        "measured": state.measured,
+        "seconds an edit": state.seconds_an_edit,
+    }
 
 
 def load(method: str, tokenizer: Any, base: Any, options: dict[str, Any]) -> EditableModel:
@@ -226,8 +114,8 @@ def main() -> None:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"states": {}}
     questions = read_questions(Path(arguments.data) / "nq_open_test.jsonl")
     read = read_counterfact(Path(arguments.data) / arguments.facts, questions)
-    records = list({" ".join(record.prompt.split()): record for record in read}.values())  # one target a prompt
-    random.Random(arguments.seed).shuffle(records)
+    once = {" ".join(record.prompt.split()): record for record in read}  # one target a prompt
+    records = [replace(record, neighborhood=record.neighborhood[:NEIGHBOURS]) for record in once.values()]
     one_call = [(int(count), None) for count in arguments.counts.split(",") if count]
     many = [(int(count), arguments.call) for count in arguments.sequential.split(",") if count]
     states = kept["states"]
@@ -238,22 +126,16 @@ def main() -> None:
         if not missing:
             continue
         model = load(method, tokenizer, base, options)
-        kept["perplexity_before"] = perplexity(model)
-        measured, others = records[: arguments.measured], records[arguments.measured :]
-        probes: dict[str, Probes] = {}
+        kept["perplexity_before"] = perplexity(model, held_out_passages(model))
         for count, in_calls_of in missing:
-            if count == 1 and in_calls_of is None:
-                state = measure_alone(model, measured)
-            else:
-                probes = probes or make_probes(model, measured)
-                state = measure_state(model, probes, measured, others, count, in_calls_of)
+            state = measure_state(model, records, count, in_calls_of, arguments)
             name = f"{title}/{count}/{in_calls_of}"
             states[name] = {"method": title, "count": count, "in_calls_of": in_calls_of, **state}
             print(name, {key: round(value, 3) for key, value in state.items()}, flush=True)
             kept |= {
                 "base_model": SMOLLM2_ID,
                 "facts": arguments.facts,
-                "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+                "machine": machine(model.device),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

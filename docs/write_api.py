@@ -18,6 +18,18 @@ import hf_mend
 OUTPUT = Path(__file__).with_name("api.md")
 # Beside the package's own names: what README and guides use from its modules.
 FURTHER = {
+    "evaluation": ["evaluate", "State"],
+    "scores": [
+        "bootstrap_interval",
+        "counterfact_scores",
+        "drawdown",
+        "harmonic_score",
+        "held_out_passages",
+        "in_the_wild",
+        "n_gram_entropy",
+        "perplexity",
+        "portability",
+    ],
     "generation": ["answer", "probability"],
     "loading": ["load_model", "load_base"],
     "smollm2": ["load_smollm2"],

@@ -87,10 +87,10 @@ def write_card(
     settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in _NOT_SETTINGS}
     sections = {
         "layers": "\n".join(f"- `{name}`" for name in layers),
-        "settings": _table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),
+        "settings": table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),
     }
     if notes.training:
-        sections["training"] = _table(("setting", "value"), list(notes.training.items()))
+        sections["training"] = table(("setting", "value"), list(notes.training.items()))
     if notes.training or notes.measured:  # what another editor of this folder reached says nothing of this one
         sections |= measured_sections(notes.measured, notes.command, editor_name(config))
         sections["plots"] = _plots(folder, notes)
@@ -151,7 +151,7 @@ def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
         (title, f"{metrics['edits']:.0f}", *(f"{metrics[n]:.3f}" if n in metrics else "" for n in names))
         for title, metrics in measured.items()
     ]
-    return _table(("facts", "edits", *(METRICS[name] for name in names)), rows)
+    return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
 
 
 def model_index(name: str, measured: Mapping[str, Mapping[str, float]]) -> str:
@@ -276,7 +276,8 @@ def _front_matter(text: str, path: Path) -> tuple[dict[str, Any], int]:
     return fields, found.end()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

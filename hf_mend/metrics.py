@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,10 @@ class Measured:
         neighborhood_kl (`float`, *optional*): Mean KL(un-edited || edited) there, nats.
         unrelated_kl (`float`, *optional*): The same on unrelated answers.
         exact_match (`bool`, *optional*): Free greedy decoding from the prompt says the target and then ends the word.
+        drawdown (`float`, *optional*): What the edit costs in accuracy on unrelated questions, all tokens of an
+            answer counting as one (Mitchell et al. 2022, section 2).
+        rows (`dict[str, int]`): How many rows of each kind there were.
+        further (`dict[str, float]`): What [`evaluate_records`] was asked to measure beyond these.
     """
 
     success: bool
@@ -39,7 +44,9 @@ class Measured:
     neighborhood_kl: float | None = None
     unrelated_kl: float | None = None
     exact_match: bool | None = None
+    drawdown: float | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    further: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate_records(
@@ -53,6 +60,7 @@ def evaluate_records(
     edits_together: int = 1,
     generate: bool = False,
     progress: bool = True,
+    further: Callable[[int], dict[str, float]] | None = None,
 ) -> list[Measured]:
     """
     Edits each record and measures it. A batch's edits run side by side, each row under its own edit, or its group's.
@@ -69,6 +77,8 @@ def evaluate_records(
             or together by a method that joins them, are applied at once while their rows are measured.
         generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
+        further (`Callable[[int], dict[str, float]]`, *optional*): Called with each record's number while the model
+            carries its edit alone, or its group's; what it returns goes into [`Measured`].
     """
     measured: list[Measured] = []
     if not method.trains and not method.is_calibrated:
@@ -79,11 +89,18 @@ def evaluate_records(
             found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
             updates = together(found.updates, edits_together)
             groups = torch.arange(len(chunk)) // edits_together
-            measured += _measure(split, targets, updates, groups, encoder, chunk)
-            if generate:
-                said_freely = _says_freely(split, targets, _for_rows(updates, groups), encoder, chunk)
-                for result, said in zip(measured[-len(chunk) :], said_freely, strict=True):
-                    result.exact_match = said
+
+            def edited(
+                owner: torch.Tensor, updates: dict[str, Update] = updates, groups: torch.Tensor = groups
+            ) -> AbstractContextManager[None]:
+                return applied(targets, _for_rows(updates, groups[owner]))
+
+            results = measure_records(split, encoder, chunk, edited, generate=generate)
+            for i, result in enumerate(results if further is not None else []):
+                with edited(torch.tensor([i])):
+                    assert further is not None
+                    result.further = further(len(measured) + i)
+            measured += results
             bar.update(len(chunk))
     return measured
 
@@ -93,33 +110,61 @@ def summarize(measured: Sequence[Measured]) -> dict[str, float]:
     Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
     is the mean of success, generality and both localities.
     """
-    out = {"edits": float(len(measured)), "edit_success": _mean([float(m.success) for m in measured])}
-    for name in ("generality", "neighborhood", "unrelated", "neighborhood_kl", "unrelated_kl"):
-        kind = name.removesuffix("_kl")
-        pairs = [(getattr(m, name), m.rows.get(kind, 0)) for m in measured if getattr(m, name) is not None]
-        count = sum(rows for _, rows in pairs)
-        if count:
-            out[name] = sum(value * rows for value, rows in pairs) / count
-    exact = [float(m.exact_match) for m in measured if m.exact_match is not None]
-    if exact:
-        out["exact_match"] = _mean(exact)
+    out = {"edits": float(len(measured))}
+    for name, (values, weights) in metric_values(measured).items():
+        out[name] = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
     scored = [out[name] for name in ("edit_success", "generality", "neighborhood", "unrelated") if name in out]
     out["score"] = _mean(scored)
     return out
+
+
+def metric_values(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[int]]]:
+    """Each metric's value on the records that have one, with how many rows each stands for; see [`summarize`]."""
+    found: dict[str, tuple[list[float], list[int]]] = {}
+
+    def note(name: str, value: float | None, rows: int = 1) -> None:
+        if value is not None and rows:
+            values, weights = found.setdefault(name, ([], []))
+            values.append(float(value))
+            weights.append(rows)
+
+    for m in measured:
+        note("edit_success", m.success)
+        for name in ("generality", "neighborhood", "unrelated", "neighborhood_kl", "unrelated_kl"):
+            note(name, getattr(m, name), m.rows.get(name.removesuffix("_kl"), 0))
+        note("exact_match", m.exact_match)
+        note("drawdown", m.drawdown, m.rows.get("unrelated", 0))
+        for name, value in m.further.items():
+            note(name, value)
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _measure(
+@torch.no_grad()
+def measure_records(
     split: SplitModel,
-    targets: Sequence[Target],
-    updates: dict[str, Update],
-    groups: torch.Tensor,
     encoder: Encoder,
     records: Sequence[EditRecord],
+    edited: Callable[[torch.Tensor], AbstractContextManager[None]],
+    unedited: Callable[[], AbstractContextManager[None]] = nullcontext,
+    generate: bool = False,
 ) -> list[Measured]:
+    """
+    Measures edits that are made already, in one batch of each kind of row.
+
+    Args:
+        split ([`SplitModel`]): The base model.
+        encoder ([`Encoder`]): Tokenises and pads.
+        records (`Sequence[EditRecord]`): The facts.
+        edited (`Callable`): A context in which the rows of a batch are under their edits; it is told which record each
+            row belongs to.
+        unedited (`Callable`): A context in which the model carries no edit; none is needed where `edited` alone brings
+            them.
+        generate (`bool`, defaults to `False`): Measure `exact_match` too.
+    """
     results = [Measured(False) for _ in records]
     kinds = {
         "success": [[Query(r.prompt, r.target)] for r in records],
@@ -133,28 +178,47 @@ def _measure(
             continue
         rows = encoder([query for group in queries for query in group]).to(split.device)
         state = split.run_below(rows.inputs)
-        with applied(targets, _for_rows(updates, groups[owner])):
-            edited = logits_of(split, rows, state)
-        local = kind in ("neighborhood", "unrelated")
-        base = logits_of(split, rows, state) if local else None
-        expected = rows.next_tokens[rows.positions] if base is None else base.argmax(-1)
-        right = (edited.argmax(-1) == expected).float()
-        per_row = row_means(right, rows)
-        if base is not None:
-            per_row_kl = row_means(kl_divergence(edited, base), rows)
-        for i, result in enumerate(results):
-            mine = (owner == i).to(per_row.device)
-            if not mine.any():
-                continue
-            result.rows[kind] = int(mine.sum())
-            if kind == "success":
-                result.success = bool(per_row[mine].item() == 1)
-            elif kind == "generality":
-                result.generality = float((per_row[mine] == 1).float().mean())
-            else:
-                setattr(result, kind, float(per_row[mine].mean()))
-                setattr(result, kind + "_kl", float(per_row_kl[mine].mean()))
+        with edited(owner):
+            after = logits_of(split, rows, state)
+        before = None
+        if kind in ("neighborhood", "unrelated"):
+            with unedited():
+                before = logits_of(split, rows, state)
+        for i, values in enumerate(_of_rows(kind, rows, after, before, owner, len(records))):
+            if values:
+                results[i].rows[kind] = int((owner == i).sum())
+            for name, value in values.items():
+                setattr(results[i], name, value)
+    if generate:
+        said = _says_freely(split, encoder, records, edited(torch.arange(len(records))))
+        for result, right in zip(results, said, strict=True):
+            result.exact_match = right
     return results
+
+
+def _of_rows(
+    kind: str, rows: Rows, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
+) -> list[dict[str, float | bool]]:
+    """The metrics of one kind of row, a record at a time."""
+    labels = rows.next_tokens[rows.positions].to(after.device)
+    right = row_means((after.argmax(-1) == (labels if before is None else before.argmax(-1))).float(), rows)
+    found: list[dict[str, float | bool]] = []
+    if before is not None:
+        kl = row_means(kl_divergence(after, before), rows)
+        known, still = (row_means((said.argmax(-1) == labels).float(), rows) == 1 for said in (before, after))
+    for i in range(records):
+        mine = (owner == i).to(right.device)
+        if not mine.any():
+            found.append({})
+        elif kind == "success":
+            found.append({"success": bool(right[mine].item() == 1)})
+        elif kind == "generality":
+            found.append({"generality": float((right[mine] == 1).float().mean())})
+        else:
+            found.append({kind: float(right[mine].mean()), f"{kind}_kl": float(kl[mine].mean())})
+            if kind == "unrelated":
+                found[-1]["drawdown"] = float((known[mine].float() - still[mine].float()).mean())
+    return found
 
 
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
@@ -163,17 +227,16 @@ def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Upda
 
 def _says_freely(
     split: SplitModel,
-    targets: Sequence[Target],
-    updates: dict[str, Update],
     encoder: Encoder,
     records: Sequence[EditRecord],
+    edited: AbstractContextManager[None],
     extra_tokens: int = 3,
 ) -> list[bool]:
     """Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word."""
     prompts = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
     said: list[list[int]] = [[] for _ in records]
     steps = max(len(target) for _, target in prompts) + extra_tokens
-    with applied(targets, updates):
+    with edited:
         for _ in range(steps):
             # The last token stands for the one that comes next: `pad` never puts it in.
             rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])

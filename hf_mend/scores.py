@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pydoc_data.topics import topics
 
 import torch
 
 from .data import EditRecord, Query, batches
 from .generation import answer
 from .model import EditableModel
+from .tracing import logits_of
 
 
 _INSTRUCTION = "Answer the question with the answer alone.\nQuestion: {}\nAnswer:"
 
 
 def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Sequence[float],
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """
     Percentile bootstrap interval of a mean (Efron 1979); the same seed gives the same interval.
@@ -30,6 +35,7 @@ def bootstrap_interval(
         level (`float`, defaults to 0.95): Share of the resampled means that lie inside.
         draws (`int`, defaults to 2000): Resampled means.
         seed (`int`, defaults to 0): Of the resampling.
+        weights (`Sequence[float]`, *optional*): What each value weighs in the mean; records are drawn with theirs.
 
     Raises:
         ValueError: There are fewer than two values, `level` is no share, or there are no draws.
@@ -40,8 +46,15 @@ def bootstrap_interval(
         raise ValueError(f"level is {level}, expected a share between 0 and 1, such as 0.95")
     if draws < 1:
         raise ValueError(f"draws is {draws}, expected at least 1")
-    draw = random.Random(seed)
-    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(draws))
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.ones(len(values)) if weights is None else torch.tensor(weights)
+    weighted = torch.tensor(values, dtype=torch.float64) * weight
+    means: list[float] = []
+    while len(means) < draws:
+        some = min(draws - len(means), max(1, 2_000_000 // len(values)))  # so much is in memory at once
+        index = torch.randint(len(values), (some, len(values)), generator=draw)
+        means += (weighted[index].sum(-1) / weight[index].sum(-1)).tolist()
+    means.sort()
     tail = (1 - level) / 2
     return means[int(tail * (draws - 1))], means[math.ceil((1 - tail) * (draws - 1))]
 
@@ -104,7 +117,7 @@ def mean_log_probabilities(model: EditableModel, queries: Sequence[Query], batch
     found: list[float] = []
     for chunk in batches(queries, batch_size):
         rows = model.encoder(chunk).to(model.device)
-        logits = model(**rows.inputs, use_cache=False).logits[rows.positions]  # (tokens, vocab)
+        logits = logits_of(model.split, rows)  # (tokens, vocab)
         labels = rows.next_tokens[rows.positions].to(logits.device)
         logs = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         found += [float(part.mean()) for part in logs.split(rows.positions.sum(-1).tolist())]
@@ -165,10 +178,40 @@ def portability(model: EditableModel, record: EditRecord) -> float:
     return right / len(record.portability)
 
 
-def perplexity(model: EditableModel, texts: Sequence[str]) -> float:
+def held_out_passages(
+    model: EditableModel, text: str | None = None, passages: int = 12, length: int = 128
+) -> list[list[int]]:
+    """
+    Passages of a text, as token ids. The text by default has nothing to do with anybody's facts and needs no download:
+    Python's documentation, which comes with the interpreter (and differs a little from one version to the next).
+
+    Args:
+        model ([`EditableModel`]): Its tokenizer is used.
+        text (`str`, *optional*): Another text.
+        passages (`int`, defaults to 12): How many, spread evenly over the text; fewer where it is short.
+        length (`int`, defaults to 128): Tokens of each; fewer where the model takes fewer.
+
+    Raises:
+        ValueError: The text has fewer than two tokens.
+    """
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    text = "\n".join(topics[name] for name in sorted(topics)) if text is None else text
+    ids = model.encoder.tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"the text for perplexity has {len(ids)} tokens, expected at least two")
+    passages = max(1, min(passages, len(ids) // length))
+    spread = len(ids) // passages
+    return [ids[i * spread : i * spread + length] for i in range(passages)]
+
+
+def perplexity(model: EditableModel, texts: Sequence[str | Sequence[int]]) -> float:
     """
     Perplexity of held-out texts: the exponential of the mean negative log-likelihood of all tokens but each text's
     first.
+
+    Args:
+        model ([`EditableModel`]): The model, with the edits to be measured.
+        texts (`Sequence[str]` or `Sequence[Sequence[int]]`): The texts, or their token ids.
 
     Raises:
         ValueError: The model is an encoder-decoder, there is no text, or a text has fewer than two tokens.
@@ -180,7 +223,7 @@ def perplexity(model: EditableModel, texts: Sequence[str]) -> float:
         raise ValueError("perplexity needs at least one text, there are none")
     total, count = 0.0, 0
     for text in texts:
-        ids, _ = encoder.tokens(Query(text))
+        ids = encoder.tokens(Query(text))[0] if isinstance(text, str) else list(text)
         if len(ids) < 2:
             raise ValueError(f"{text!r} has {len(ids)} tokens; perplexity needs at least two")
         rows = encoder.pad([(ids[:1], ids[1:])]).to(model.device)

@@ -70,7 +70,7 @@ def test_help_imports_no_torch_and_every_command_shows_an_example():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert {"train", "edit", "chat", "info", "export", "push", "pull"} <= set(names)
+    assert {"train", "edit", "chat", "eval", "compare", "info", "export", "push", "pull"} <= set(names)
     for name in names:
         shown = invoke(name, "--help")
         assert shown.exit_code == 0
@@ -228,6 +228,21 @@ WRONG = {
     "a form that is none": (("export", "editor", "x", "--to", "gguf"), "expected lora or merged"),
     "no edits to export": (("export", "editor", "x"), "edits.safetensors does not exist"),
     "nothing to push": (("push", "base", "me/x"), "holds no editor, no saved edits and no LoRA adapter"),
+    "a metric without its field": (("eval", "editor", "facts.json", "--metrics", "portability"), "needs the field"),
+    "a metric that is none": (("eval", "editor", "facts.json", "--metrics", "taste"), "there is no metric 'taste'"),
+    "edits that are no numbers": (
+        ("eval", "editor", "facts.json", "--edits", "1,many"),
+        "expected numbers with commas",
+    ),
+    "more edits than facts": (("eval", "editor", "facts.json", "--edits", "99"), "need as many facts"),
+    "no data": (("eval", "editor", "none.json"), "there is no file none.json"),
+    "unreadable data": (("eval", "editor", "base/model.safetensors"), "is not valid JSON"),
+    "a method that needs training": (("eval", "mend", "facts.json", "-m", "base"), "hf-mend train --method mend"),
+    "a method's field for an editor": (
+        ("eval", "editor", "facts.json", "--config", "ridge=1"),
+        "--config is for methods",
+    ),
+    "a card of a method": (("eval", "gradient", "facts.json", "--card"), "writes into an editor's folder"),
     "nothing to resume": (("train", "facts.json", "-o", "x", "--resume"), "leave --resume out to begin anew"),
 }
 
@@ -263,6 +278,67 @@ def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world)
                            check=False, env=environment)  # fmt: skip
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "hf-mend: none.json does not exist; give a file of facts\n"
+
+
+def test_an_editor_is_measured(world, tmp_path):
+    shutil.copytree(world / "editor", tmp_path / "editor")
+    arguments = ("eval", tmp_path / "editor", world / "facts.json", "--questions", world / "questions.jsonl",
+                 "--edits", "1,3", "--limit", 4, "--seed", 7, "-o", tmp_path / "out", "--card")  # fmt: skip
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.stderr
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    (result,) = document["results"]
+    assert [(state["edits"], state["measured"]) for state in result["states"]] == [(1, 4), (3, 4)]
+    shares = ("edit_success", "generality", "neighborhood", "unrelated", "drawdown", "exact_match", "perplexity")
+    assert set(shares) <= set(result["states"][0]["metrics"]) and result["method"] == "mend"
+    command = "hf-mend eval editor facts.json --edits 1,3 --limit 4 --seed 7 --questions questions.jsonl"
+    assert document["command"] == command
+    success = result["states"][1]["metrics"]["edit_success"]
+    assert re.search(rf"^\| edit success \| .* \| {success:.3f} \[", done.stdout, re.M)
+    assert (tmp_path / "out" / "results.md").read_text().startswith(done.stdout.partition("\n\n")[0])
+    card = (tmp_path / "editor" / "README.md").read_text()
+    assert command in card and "| facts.json, 3 edits kept at once | 4 |" in card and "model-index" in card
+    lines = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["results"] == [result], "taken from the file, times and all"
+    assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
+
+
+def test_a_method_is_measured_in_calls(world):
+    done = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", 4, "--in-calls-of", 2,
+                  "--metrics", "success", "--config", "margin=1.5", "--json", "--limit", 4)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    (state,) = result["states"]
+    assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, "gradient")
+
+
+def test_editors_and_methods_are_compared(world, tmp_path):
+    arguments = ("compare", f"trained={world / 'editor'}", "gradient", "--data", world / "facts.json", "-m",
+                 world / "base", "--edits", "1,2", "--limit", 2, "-o", tmp_path / "out")  # fmt: skip
+    done = invoke(*arguments, "--metrics", "success,neighborhood")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["name"], r["method"], len(r["states"])) for r in document["results"]] == [
+        ("trained", "mend", 2), ("gradient", "gradient", 2)
+    ]  # fmt: skip
+    assert document["command"] == (
+        "hf-mend compare trained=editor gradient=gradient --data facts.json --edits 1,2 "
+        "--metrics success,neighborhood --limit 2 --output out"
+    )
+    alone = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", "1,2", "--limit", 2,
+                   "--metrics", "success,neighborhood", "--json")  # fmt: skip
+    states = json.loads(alone.stdout)["results"][0]["states"]
+    assert [s["metrics"] for s in states] == [s["metrics"] for s in document["results"][1]["states"]]
+    assert len(re.findall(r"^\| (?:trained|gradient) \| [12] edits? \|", done.stdout, re.M)) == 4
+    assert (tmp_path / "out" / "report.html").read_text().count("<tr>") >= 5
+    lines = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
+    more = invoke(*arguments, "--metrics", "success,neighborhood", "--json")
+    assert json.loads(more.stdout)["results"] == document["results"]
+    assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
+    twice = invoke("compare", "gradient", "gradient", "--data", world / "facts.json", "-o", tmp_path / "x")
+    assert twice.exit_code == 2 and "are called 'gradient'; give them titles" in twice.stderr
 
 
 def test_messages_of_errors_are_one_line():

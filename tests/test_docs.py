@@ -122,6 +122,8 @@ def run_shell(code: str) -> None:
 def run_command(words: list[str], said: str | None) -> None:
     if words[0] == "train":
         words = [*words, "--steps", "2", "--batch-size", "2", "--rank", "4"]
+    if words[0] in ("eval", "compare"):
+        words = [*words, "--edits", "1,2", "--limit", "3", "--max-steps", "1"]
     done = CliRunner().invoke(app, words, input=said)
     # A tiny random model may refuse an edit, which is exit code 1.
     assert done.exit_code in ((0, 1) if words[0] in ("edit", "chat") else (0,)), f"{words}: {done.output}"

@@ -15,7 +15,9 @@ import typer
 from .. import __version__
 from .chat import chat
 from .common import Commands, ReportingCommand
+from .compare import compare
 from .edit import edit
+from .evaluate import evaluate
 from .export import export
 from .info import info
 from .share import pull, push
@@ -30,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
 )
-for command in (train, edit, chat, info, export, push, pull):
-    app.command(cls=ReportingCommand)(command)
+for command in (train, edit, chat, evaluate, compare, info, export, push, pull):
+    app.command("eval" if command is evaluate else None, cls=ReportingCommand)(command)
 
 
 def _show_version(wanted: bool) -> None:

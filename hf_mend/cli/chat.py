@@ -13,16 +13,13 @@ import typer
 
 from .common import (
     AsJson,
-    BaseModel,
-    DeviceMap,
-    Dtype,
     Editor,
-    Quantization,
+    ModelOptions,
     Report,
     Revision,
-    TrustRemoteCode,
     one_line,
     real_stdout,
+    with_options,
 )
 
 
@@ -40,17 +37,15 @@ Write a prompt to see the answer of the un-edited and of the edited model. Comma
   /quit                    leave (or end of input)"""
 
 
+@with_options
 def chat(
-    base_model: BaseModel = None,
+    *,
+    base: ModelOptions,
     editor: Editor = None,
     edits: Annotated[str | None, typer.Option(help="Edits to begin with: a folder or a Hub id.")] = None,
     template: Annotated[bool, typer.Option("--chat", help="Prompts are a user's turns in the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 24,
     revision: Revision = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> Report:
     """
@@ -61,17 +56,7 @@ def chat(
       hf-mend chat --base-model openai-community/gpt2
       printf '/edit The capital of France is => Lyon\\nThe capital of France is\\n' | hf-mend chat --editor my-editor
     """
-    from ..loading import load_model
-
-    model = load_model(
-        editor,
-        base_model,
-        revision=revision,
-        device_map=device_map,
-        dtype=dtype,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-    )
+    model = base.load(editor, revision)
     if edits is not None:
         model.load_edits(edits)
     session = Session(model, template, max_new_tokens)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+
+if TYPE_CHECKING:
+    from ..config import EditorConfig
+    from ..model import EditableModel
 
 
 FAILED, USER_ERROR = 1, 2
@@ -42,6 +50,64 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code on this machine.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+
+
+class Options:
+    """A dataclass of options that several commands share; they take it by [`with_options`]."""
+
+
+@dataclass
+class ModelOptions(Options):
+    """The options that choose a base model and how it is loaded."""
+
+    base_model: BaseModel = None
+    device_map: DeviceMap = None
+    dtype: Dtype = None
+    quantization: Quantization = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(
+        self, editor: str | None = None, revision: str | None = None, config: EditorConfig | None = None
+    ) -> EditableModel:
+        """The model with a trained editor, or a new one as `config` says; see [`~hf_mend.loading.load_model`]."""
+        from ..loading import load_model
+
+        return load_model(
+            editor,
+            self.base_model,
+            revision=revision,
+            config=config,
+            device_map=self.device_map,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def with_options(command: Callable[..., Report]) -> Callable[..., Report]:
+    """Gives a command the options of each parameter that is an [`Options`], in its place."""
+    hints = get_type_hints(command, include_extras=True)
+    shared = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Options)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in shared:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        options = get_type_hints(shared[parameter.name], include_extras=True)
+        for item in fields(shared[parameter.name]):  # type: ignore[arg-type]
+            parameters.append(parameter.replace(name=item.name, default=item.default, annotation=options[item.name]))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Report:
+        for name, kind in shared.items():
+            values[name] = kind(**{item.name: values.pop(item.name) for item in fields(kind)})  # type: ignore[arg-type]
+        return command(**values)
+
+    # Typer reads both; what it reads is the signature with the options, not the command's own.
+    del run.__wrapped__
+    run.__signature__ = inspect.Signature(parameters, return_annotation=Report)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": Report}
+    return run
 
 
 @dataclass
@@ -110,6 +176,26 @@ def check_file(path: Path, content: str) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of {content}")
+
+
+def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any]:
+    """
+    The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text.
+
+    Raises:
+        ValueError: A pair is not of that form, or names no field.
+    """
+    known = {field.name for field in fields(kind)}
+    values = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"{option} is {pair!r}, expected name=value with a field of {kind.__name__}")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
 
 
 def plural(count: int, noun: str) -> str:

@@ -10,16 +10,13 @@ import typer
 
 from .common import (
     AsJson,
-    BaseModel,
-    DeviceMap,
-    Dtype,
     Editor,
-    Quantization,
+    ModelOptions,
     Report,
     Revision,
-    TrustRemoteCode,
     check_file,
     plural,
+    with_options,
 )
 
 
@@ -27,10 +24,12 @@ if TYPE_CHECKING:
     from ..requests import EditResult
 
 
+@with_options
 def edit(
     prompt: Annotated[str | None, typer.Argument(help="What is asked.")] = None,
     target: Annotated[str | None, typer.Argument(help="What the model should answer.")] = None,
-    base_model: BaseModel = None,
+    *,
+    base: ModelOptions,
     editor: Editor = None,
     paraphrase: Annotated[
         list[str] | None, typer.Option(help="The prompt in other words: is the target said there too? Repeatable.")
@@ -46,10 +45,6 @@ def edit(
     save: Annotated[Path | None, typer.Option(help="Folder to keep all edits in.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None,
     revision: Revision = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> Report:
     """
@@ -68,7 +63,6 @@ def edit(
             raise ValueError("--facts brings its own prompts, targets and probes; leave the others out")
     elif prompt is None or target is None:
         raise ValueError("give PROMPT and TARGET, or a file of --facts")
-    from ..loading import load_model
     from ..readers import read_edits
 
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
@@ -77,15 +71,7 @@ def edit(
         asked = {"prompt": list(read_edits(facts))}
     if max_steps is not None:
         asked["max_steps"] = max_steps
-    model = load_model(
-        editor,
-        base_model,
-        revision=revision,
-        device_map=device_map,
-        dtype=dtype,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-    )
+    model = base.load(editor, revision)
     if edits is not None:
         model.load_edits(edits)
     made = model.edit(**asked, chat=chat)

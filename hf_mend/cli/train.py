@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, BaseModel, DeviceMap, Dtype, Quantization, Report, TrustRemoteCode, check_file
+from .common import AsJson, ModelOptions, Report, as_fields, check_file, with_options
 
 
+@with_options
 def train(
     facts: Annotated[Path, typer.Argument(help="Facts to train on; docs/data_format.md has the layouts.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the editor.")],
-    base_model: BaseModel = None,
+    *,
+    base: ModelOptions,
     eval_facts: Annotated[Path | None, typer.Option(help="Other facts, to measure the editor on at the end.")] = None,
     eval_limit: Annotated[int, typer.Option(min=1, help="Measure on so many of them.")] = 200,
     questions: Annotated[
@@ -46,10 +46,6 @@ def train(
     license: Annotated[
         str | None, typer.Option(help="The editor's licence, for its card: apache-2.0, mit, ...")
     ] = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    quantization: Quantization = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> Report:
     """
@@ -67,7 +63,6 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     from ..config import EditorConfig
-    from ..loading import load_model
     from ..readers import read_edits, read_questions
     from ..trainer import EditorTrainer, EditorTrainingArguments
 
@@ -82,7 +77,7 @@ def train(
         if "," in target_modules
         else target_modules,
         layers_to_transform=_indices(layers) if layers else None,
-        **_fields("--config", config, EditorConfig),
+        **as_fields("--config", config, EditorConfig),
     )
     folder = checkpoints or output.with_name(output.name + "-checkpoints")
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -99,10 +94,9 @@ def train(
         "seed": seed,
         "report_to": [],
     }
-    arguments = EditorTrainingArguments(**{**given, **_fields("--training", training, EditorTrainingArguments)})
+    arguments = EditorTrainingArguments(**{**given, **as_fields("--training", training, EditorTrainingArguments)})
     set_seed(seed)
-    options: dict[str, Any] = {"device_map": device_map, "dtype": dtype, "quantization": quantization}
-    model = load_model(start_from, base_model, config=editor_config, trust_remote_code=trust_remote_code, **options)
+    model = base.load(start_from, config=editor_config)
     trainer = EditorTrainer(
         model,
         arguments,
@@ -123,18 +117,3 @@ def _indices(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers is {text!r}, expected block indices with commas, such as 17,18,19") from None
-
-
-def _fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any]:
-    """The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text."""
-    known = {field.name for field in fields(kind)}
-    values = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"{option} is {pair!r}, expected name=value with a field of {kind.__name__}")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
-    return values

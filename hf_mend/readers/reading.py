@@ -202,10 +202,16 @@ def write_edits(path: str | Path, records: Iterable[EditRecord]) -> None:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def check_targets(records: Sequence[EditRecord], encoder: Encoder) -> None:
+def check_targets(records: Sequence[EditRecord], encoder: Encoder, longest: int | None = None) -> None:
     """
+    Args:
+        records (`Sequence[EditRecord]`): The records.
+        encoder ([`Encoder`]): Tokenises.
+        longest (`int`, *optional*): Most tokens that the model takes.
+
     Raises:
-        ValueError: There is no record, or a prompt or target is blank or tokenises to nothing; the message names it.
+        ValueError: There is no record, or a prompt or target is blank, tokenises to nothing, or is too long; the
+            message names it.
     """
     if not len(records):
         raise ValueError("the data set is empty; there is nothing to edit")
@@ -217,3 +223,9 @@ def check_targets(records: Sequence[EditRecord], encoder: Encoder) -> None:
         if not prompt or not target:
             what = record.target if prompt else record.prompt
             raise ValueError(f"record {number} ({record.id or 'no id'}): {what!r} tokenises to nothing")
+        length = max(len(prompt), len(target)) if encoder.is_encoder_decoder else len(prompt) + len(target)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"record {number} ({record.id or 'no id'}) has {length} tokens with its target, the model takes "
+                f"{longest}"
+            )

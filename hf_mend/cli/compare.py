@@ -1,0 +1,65 @@
+"""`hf-mend compare`: several editors and methods on one data set, in one report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, ModelOptions, Report, with_options
+from .evaluate import EvaluationOptions, measure, without_folder
+
+
+@with_options
+def compare(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Trained editors (folders or Hub ids) and methods that need none; title=name gives one a title."
+        ),
+    ],
+    *,
+    data: Annotated[str, typer.Option(help="Facts: a file, or a data set's Hub id.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the results. A run that is cut off goes on from what is there already."
+        ),
+    ],
+    options: EvaluationOptions,
+    base: ModelOptions,
+    as_json: AsJson = False,
+) -> Report:
+    """
+    Measures several editors and methods as hf-mend eval does one, and writes results.json, a Markdown table, plots
+    (with the extra `plots`) and report.html, one file that needs no network.
+
+    \b
+    Example:
+      hf-mend compare trained=my-editor gradient ultraedit --data facts_test.json --edits 1,4 --limit 4 \\
+          --output results
+    """
+    titles = {}
+    for name in names:
+        title, equals, rest = name.partition("=")
+        title, name = (title, rest) if equals and not Path(name).exists() else (without_folder(name), name)
+        if not title or not name:
+            raise ValueError(f"{title}={name} names no editor; write title=name, or a name alone")
+        if title in titles:
+            raise ValueError(f"two of the names are called {title!r}; give them titles: title=name")
+        titles[title] = name
+    records, arguments = options.read(data)
+    from ..reports import comparison_table, write_report, write_results
+
+    results = [
+        measure(name, title, records, arguments, options.config, base, None, output) for title, name in titles.items()
+    ]
+    shown = [f"{title}={without_folder(name)}" for title, name in titles.items()]
+    words = options.words(without_folder(data))
+    command = shlex.join(["hf-mend", "compare", *shown, "--data", *words, "--output", output.name])
+    document = {"data": without_folder(data), "facts": len(records), "command": command, "results": results}
+    text = comparison_table(results)
+    places = [*write_results(output, document, text), *write_report(output, document)]
+    return Report(document, f"{text}\n\nWritten: {', '.join(map(str, places))}")

@@ -1,0 +1,215 @@
+"""`hf-mend eval`: an editor or a method on a data set, by the field's metrics."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import AsJson, ModelOptions, Options, Report, Revision, as_fields, check_file, with_options
+
+
+if TYPE_CHECKING:
+    from ..data import EditRecord
+    from ..model import EditableModel
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder for the results. A run that is cut off goes on from what is there already.",
+    ),
+]
+
+
+@dataclass
+class EvaluationOptions(Options):
+    """The options that say what is measured, and how."""
+
+    edits: Annotated[str, typer.Option(help="How many edits are kept at once, with commas: 1,10,100.")] = "1"
+    in_calls_of: Annotated[
+        int | None, typer.Option(min=1, help="So many edits to a call, one call after another; left out: all in one.")
+    ] = None
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas (docs/evaluation.md), or all. Left out: those that the data allows, but for "
+            "fluency and in_the_wild, which generate long texts."
+        ),
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure so many facts, drawn by the seed.")] = None
+    seed: Annotated[int, typer.Option(help="Of all that is drawn; the same seed gives the same figures.")] = 0
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="Unrelated questions and answers (JSON lines); facts without their own get one each."),
+    ] = None
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text for perplexity. Left out: Python's documentation.")
+    ] = None
+    format: Annotated[str | None, typer.Option(help="The data's layout, if it should not be recognised.")] = None
+    max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Facts in one pass.")] = 10
+    config: Annotated[
+        list[str] | None, typer.Option(help="A field of EditorConfig for a method: name=value, in JSON. Repeatable.")
+    ] = None
+
+    def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:
+        """The facts, and the other arguments of [`~hf_mend.evaluation.evaluate`]."""
+        from ..evaluation import choose_metrics
+        from ..readers import read_edits, read_questions
+
+        for path, content in ((self.questions, "questions"), (self.text, "text")):
+            if path is not None:
+                check_file(path, content)
+        arguments: dict[str, Any] = {
+            "edits": _counts(self.edits),
+            "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
+            "text": None if self.text is None else self.text.read_text(encoding="utf-8"),
+        }
+        names = ("in_calls_of", "limit", "seed", "max_steps", "batch_size")
+        asked = read_questions(self.questions) if self.questions else []
+        records: Any = read_edits(data, self.format, questions=asked, seed=self.seed, keep_in_memory=False)
+        choose_metrics(arguments["metrics"], records)  # what is wrong with them is said before a model is loaded
+        return records, arguments | {name: getattr(self, name) for name in names}
+
+    def words(self, data: str) -> list[str]:
+        """The options that are not at their default, as a shell takes them; files without their folders."""
+        words = [data]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            for part in value if isinstance(value, list) else [] if value == item.default else [value]:
+                name = part.name if isinstance(part, Path) else str(part)
+                words += [f"--{item.name.replace('_', '-')}", name]
+        return words
+
+
+@with_options
+def evaluate(
+    editor: Annotated[
+        str,
+        typer.Argument(help="A trained editor (a folder or a Hub id), or a method that needs none, such as gradient."),
+    ],
+    data: Annotated[
+        str, typer.Argument(help="Facts: a file (docs/data_format.md has the layouts) or a data set's Hub id.")
+    ],
+    *,
+    options: EvaluationOptions,
+    output: Output = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the figures into the editor's card.")] = False,
+    revision: Revision = None,
+    base: ModelOptions,
+    as_json: AsJson = False,
+) -> Report:
+    """
+    Measures an editor, or a method that needs no training: success, generality, locality and what else the data
+    allows, with 95 % bootstrap intervals, for edits made alone or kept together.
+
+    \b
+    Example:
+      hf-mend eval my-editor facts_test.json --edits 1 --limit 4 --output results
+      hf-mend eval gradient facts_test.json --base-model openai-community/gpt2 --edits 1,4 --in-calls-of 2 --limit 4
+    """
+    if card and not (Path(editor) / "editor_config.json").is_file():
+        raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
+    records, arguments = options.read(data)
+    result = measure(editor, editor, records, arguments, options.config, base, revision, output)
+    from ..reports import metrics_table, write_results
+
+    command = shlex.join(["hf-mend", "eval", without_folder(editor), *options.words(without_folder(data))])
+    document = {"data": without_folder(data), "facts": len(records), "command": command, "results": [result]}
+    text = metrics_table(result)
+    places = []
+    if output is not None:
+        places += write_results(output, document, text)
+    if card:
+        _write_card(Path(editor), without_folder(data), result, command)
+        places.append(Path(editor) / "README.md")
+    said = [text, "", "Written: " + ", ".join(map(str, places))] if places else [text]
+    return Report(document, "\n".join(said))
+
+
+def measure(
+    name: str,
+    title: str,
+    records: Sequence[EditRecord],
+    arguments: dict[str, Any],
+    config: list[str] | None,
+    base: ModelOptions,
+    revision: str | None,
+    output: Path | None,
+) -> dict[str, Any]:
+    """One editor or method on a data set; what was measured already is taken from the output folder."""
+    model = load(name, config, base, revision)
+    from ..cards import machine
+    from ..evaluation import evaluate as run
+    from ..reports import as_result
+
+    states = run(model, records, progress_file=None if output is None else output / "progress.jsonl", **arguments)
+    settings = {
+        "method": model.editor_config.method,
+        "base_model": model.editor_config.base_model_name_or_path,
+        "machine": machine(model.device),
+        "settings": {name: value for name, value in arguments.items() if name not in ("text", "edits")},
+    }
+    return as_result(title, settings, states)
+
+
+def load(name: str, config: list[str] | None, base: ModelOptions, revision: str | None = None) -> EditableModel:
+    """
+    The model with a trained editor, or with a method that needs no training.
+
+    Raises:
+        ValueError: The method needs training, or options that are for methods come with an editor.
+    """
+    from dataclasses import replace
+
+    from ..config import EditorConfig
+    from ..methods import get_method, training_free_config
+    from ..methods.base import registered_methods
+
+    if Path(name).is_dir() or name not in registered_methods():
+        if config:
+            raise ValueError(f"--config is for methods, and {name} is an editor, which has its configuration")
+        return base.load(name, revision)
+    if get_method(name).trains:
+        raise ValueError(
+            f"the method {name} needs a trained editor: make one with hf-mend train --method {name}, and give its "
+            "folder in place of the name"
+        )
+    start = training_free_config()
+    fitting = start if start.method == name else EditorConfig(method=name)
+    return base.load(config=replace(fitting, **as_fields("--config", config, EditorConfig)))
+
+
+def without_folder(name: str) -> str:
+    """The name of a file or folder here without the folders above it, which mean nothing elsewhere; other names."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"--edits is {text!r}, expected numbers with commas, such as 1,10,100")
+    return list(dict.fromkeys(counts))
+
+
+def _write_card(folder: Path, data: str, result: dict[str, Any], command: str) -> None:
+    from ..cards import CardNotes, write_card
+    from ..config import EditorConfig
+
+    config = EditorConfig.from_json_file(folder / "editor_config.json")
+    layers = list((config.base_fingerprint or {}).get("layers", {}))
+    measured = {}
+    for state in result["states"]:
+        kept = "" if state["edits"] == 1 else f", {state['edits']} edits kept at once"
+        calls = f" (calls of {state['in_calls_of']})" if state["in_calls_of"] else ""
+        measured[f"{data}{kept}{calls}"] = {**state["metrics"], "edits": float(state["measured"])}
+    write_card(folder, config, layers, CardNotes(measured=measured, command=command))
