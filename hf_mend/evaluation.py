@@ -449,7 +449,8 @@ class _PeakMemory:
 def _hash_of_editor(model: EditableModel) -> str:
     """Of configuration and weights of the editor, and of the base."""
     digest = hashlib.sha256(model.editor_config.to_json().encode())
-    digest.update(json.dumps([fingerprint_of(model.base_model, model.targets), str(model.dtype)]).encode())
+    base = [fingerprint_of(model.base_model, model.targets), str(model.config.name_or_path), str(model.dtype)]
+    digest.update(json.dumps(base).encode())
     for name, tensor in sorted(model.editor.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
