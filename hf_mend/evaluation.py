@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from . import __version__
 from .data import EditRecord, batches
 from .editing import observe_ordinary_text
+from .edits import same_prompt
 from .fingerprint import fingerprint_of
 from .generation import answer
 from .metrics import Measured, evaluate_records, measure_records, metric_values, summarize
@@ -41,6 +43,8 @@ from .scores import (
     portability,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Metric -> the field of a record that it needs. docs/evaluation.md defines each.
 METRICS: dict[str, str | None] = {
@@ -106,7 +110,7 @@ def evaluate(
     With one edit at a time, edits run side by side in one pass, each row of it under its own. With more, each state is
     made by [`~hf_mend.EditableModel.edit`], measured, and undone; its facts are measured, and where it has more edits
     than facts are to be measured, others stand among them. Records of one `group` are edited together and count as
-    one.
+    one. Of facts that want different targets of one prompt, the first alone is in a state with several.
 
     Args:
         model ([`EditableModel`]): The model. It carries no edits, and none afterwards.
@@ -140,10 +144,14 @@ def evaluate(
     check_targets(records, model.encoder, getattr(model.config, "max_position_embeddings", None))
     chosen = choose_metrics(metrics, records, model)
     units = shuffled_units(records, seed)
+    without = without_conflicts(units, records) if max(edits, default=1) > 1 else units
     for count in edits:
-        if count > len(units):
+        if count > len(without):
+            conflicting = len(units) - len(without)
             raise ValueError(
-                f"{count} edits at once need as many facts, and the data set has {len(units)}; ask for fewer"
+                f"{count} edits at once need as many facts, and the data set has {len(without)}"
+                + (f" without {conflicting} that want another target of a prompt" if conflicting else "")
+                + "; ask for fewer"
             )
     method = model.editor
     if not method.trains and not method.is_calibrated:
@@ -164,13 +172,14 @@ def evaluate(
     }
     run = _Run(model, records, chosen, passages, steps, seed, batch_size, Progress(progress_file, settings))
     before = perplexity(model, passages) if passages else None
-    measured = units[:limit]
     states = []
     for count in edits:
+        usable = units if count == 1 else without
+        measured = usable[:limit]
         if count == 1 and all(len(unit) == 1 for unit in measured):
             parts = list(run.alone([unit[0] for unit in measured]))
         else:
-            parts = list(run.kept_together(measured, units[len(measured) :], count, in_calls_of))
+            parts = list(run.kept_together(measured, usable[len(measured) :], count, in_calls_of))
         states.append(_state(parts, count, in_calls_of, before, seed))
     return states
 
@@ -228,6 +237,20 @@ def shuffled_units(records: Sequence[EditRecord], seed: int) -> list[list[int]]:
         last = record.group
     random.Random(seed).shuffle(units)
     return units
+
+
+def without_conflicts(units: Sequence[list[int]], records: Sequence[EditRecord]) -> list[list[int]]:
+    """Those of which no record wants another target than an earlier one's of the same prompt: a model says one."""
+    wanted: dict[Any, list[str]] = {}
+    kept = []
+    for unit in units:
+        pairs = [(same_prompt(records[i].prompt, chat=False), records[i].target.split()) for i in unit]
+        if all(wanted.get(prompt, target) == target for prompt, target in pairs):
+            wanted.update(pairs)
+            kept.append(unit)
+    if len(kept) < len(units):
+        logger.warning(f"{len(units) - len(kept)} facts that want another target of a prompt are not kept together")
+    return kept
 
 
 @dataclass

@@ -114,6 +114,15 @@ def test_more_edits_than_measured_and_calls_one_after_another(model, tokenizer):
     assert state.measured == 5
 
 
+def test_facts_that_want_different_targets_of_a_prompt_are_not_kept_together(model, tokenizer):
+    other, again = replace(RECORDS[0], target="oslo town"), replace(RECORDS[1], id="again")
+    records = [*RECORDS[:3], other, again]
+    alone, four = evaluate(model, records, edits=(1, 4), metrics=["success"])
+    assert (alone.measured, four.measured) == (5, 4)
+    with pytest.raises(ValueError, match="the data set has 4 without 1 that want another target of a prompt"):
+        evaluate(model, records, edits=(5,))
+
+
 def test_a_group_is_edited_and_asked_as_one(model, monkeypatch):
     questions = [("where is the seat?", "rome"), ("who?", "paris")]
     records = [replace(r, group=str(i // 2), portability=questions) for i, r in enumerate(RECORDS)]
