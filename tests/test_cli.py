@@ -305,13 +305,14 @@ def test_an_editor_is_measured(world, tmp_path):
     assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
 
 
-def test_a_method_is_measured_in_calls(world):
-    done = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", 4, "--in-calls-of", 2,
-                  "--metrics", "success", "--config", "margin=1.5", "--json", "--limit", 4)  # fmt: skip
+@pytest.mark.parametrize(("method", "field"), [("gradient", "margin=1.5"), ("ft", "num_steps=3")])
+def test_a_method_is_measured_in_calls(world, method, field):
+    done = invoke("eval", method, world / "facts.json", "-m", world / "base", "--edits", 4, "--in-calls-of", 2,
+                  "--metrics", "success", "--config", field, "--json", "--limit", 4)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     (state,) = result["states"]
-    assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, "gradient")
+    assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, method)
 
 
 def test_editors_and_methods_are_compared(world, tmp_path):
