@@ -4,9 +4,9 @@ Edits models past 10 billion parameters from disk: memory and time against one f
     python benchmarks/large.py --folder DIR --shape llama-13b --shape t5-xxl
 
 Writes each shape with random bfloat16 weights under DIR (26 and 22 GB; kept for the next run), loads it with every
-block on disk, attaches an untrained MEND editor, edits, undoes. Without `--shape` it prints the formula alone. Memory
-is what the process holds for itself (RssAnon) and, beside it, its whole peak with mapped file pages that the system
-may drop at any time (VmHWM).
+block on disk, attaches an untrained MEND editor, edits, undoes. Without `--shape` it prints the formula alone; what
+the results hold of other shapes stays. Memory is what the process holds for itself (RssAnon) and, beside it, its whole
+peak with mapped file pages that the system may drop at any time (VmHWM), which the formula is of.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def empty_model(shape: str) -> Any:
     config = config_of(shape)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with init_empty_weights():
-        return auto.from_config(config, dtype=torch.bfloat16)
+        model = auto.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    return model
 
 
 def write_shape(shape: str, folder: Path, shard_bytes: int = 2**30) -> None:
@@ -197,7 +199,6 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     size = bytes_of(base)
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in base.parameters()), "bytes": size}
     figures["editor bytes"] = sum(t.numel() * t.element_size() for t in model.editor.state_dict().values())
-    figures["editor bytes by the formula"] = formula(shape, arguments.rank)["editor bytes"]
     with torch.no_grad():
         before = base(**rows.inputs, use_cache=False).logits
     first, _ = peak_of(lambda: edit(True))
@@ -219,7 +220,6 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     figures["peak memory / model"] = max(peak["RssAnon"] for peak in peaks) / size
     figures["peak memory with mapped pages / model"] = max(peak["VmHWM"] for peak in peaks) / size
     figures["peak memory, bytes"] = max(peak["RssAnon"] for peak in peaks)
-    figures["peak memory by the formula, bytes"] = formula(shape, arguments.rank)["peak bytes, offloaded"]
     with torch.no_grad():
         figures["undo is exact"] = bool(torch.equal(base(**rows.inputs, use_cache=False).logits, before))
     return figures
@@ -235,7 +235,7 @@ def formula(shape: str, rank: int, tokens: int = 15, choice: str = "paper") -> d
     For each shape `(d_in, d_out)` of the `L` edited layers, with `w = d_in + d_out`, an editor of one hidden layer has
     two low-rank layers of `2 rank w + w + 2 L w` weights and statistics of `L (2 w + 2)` values. An edit's factors are
     `tokens * w` values a layer. An offloaded edit holds one block's weights, what lies around the blocks, and the
-    editor.
+    editor; its blocks above the cut are read and run again for the backward pass, which computes as much once more.
     """
     model = empty_model(shape)
     targets = find_targets(model, EditorConfig(target_modules=choice))
@@ -266,15 +266,24 @@ def formula(shape: str, rank: int, tokens: int = 15, choice: str = "paper") -> d
         "cache bytes a token": 2.0 * getattr(model.config, "hidden_size", 0),
         "share of the model above the cut": f,
         "edit / forward pass, in memory": 1 + f,
-        "edit / forward pass, offloaded (blocks above the cut run twice)": 1 + f,
+        "edit / forward pass, offloaded, where reading takes the time": 1 + f,
+        "edit / forward pass, offloaded, where computing does": 1 + 2 * f,
         "peak bytes, offloaded": block + around + 4.0 * editor,
     }
 
 
 def main() -> None:
     arguments = parse_arguments()
-    measured = {shape: measure(shape, arguments) for shape in arguments.shape}
+    path = arguments.results.with_suffix(".json")
+    measured = json.loads(path.read_text(encoding="utf-8"))["measured"] if path.exists() else {}
+    measured |= {shape: measure(shape, arguments) for shape in arguments.shape}
     paper = {shape: formula(shape, arguments.rank) for shape in SHAPES}
+    for shape, figures in measured.items():
+        figures["editor bytes by the formula"] = paper[shape]["editor bytes"]
+        figures["peak memory by the formula / model"] = paper[shape]["peak bytes, offloaded"] / figures["bytes"]
+        times = ("where reading takes the time", "where computing does")
+        low, high = (paper[shape][f"edit / forward pass, offloaded, {time}"] for time in times)
+        figures |= {"edit by the formula, from": low, "edit by the formula, to": high}
     machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
     lines = []
     if measured:
@@ -289,7 +298,7 @@ def main() -> None:
     if measured:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         result = {"machine": machine, "rank": arguments.rank, "measured": measured, "on paper": paper}
-        arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         arguments.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
