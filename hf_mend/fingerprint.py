@@ -19,7 +19,7 @@ from .targets import Target, named_layers, writable_weight
 logger = logging.get_logger(__name__)
 
 _SAMPLE = 65536
-_EDITOR_SAMPLE = 4096
+_EDITOR_SAMPLE = 256
 
 
 def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, Any]:
