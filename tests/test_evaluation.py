@@ -172,7 +172,12 @@ def same(state) -> dict[str, object]:
 
 
 def test_a_run_that_is_cut_off_goes_on(model, tmp_path, monkeypatch):
-    options = {"edits": (1, 2), "metrics": ["generality", "neighborhood", "perplexity"], "batch_size": 3}
+    options = {
+        "edits": (1, 2),
+        "metrics": ["generality", "neighborhood", "perplexity"],
+        "batch_size": 3,
+        "max_steps": 1,
+    }
     whole = evaluate(model, RECORDS, **options)
     assert [same(state) for state in whole] == [same(state) for state in evaluate(model, RECORDS, **options)]
     path = tmp_path / "out" / "progress.jsonl"
@@ -265,10 +270,10 @@ def test_wrong_records_and_models(model):
 
 def test_an_encoder_decoder_is_evaluated_without_perplexity(tokenizer):
     model = editable(build_model("t5"), tokenizer)
-    states = evaluate(model, RECORDS[:4], edits=(1, 2))
+    states = evaluate(model, RECORDS[:4], edits=(1, 2), max_steps=1)
     for state, size in zip(states, (1, 2), strict=True):
         assert "perplexity" not in state.metrics and state.edits == size
-    direct = evaluate_records(model.split, model.targets, model.editor, model.encoder, RECORDS[:4], max_steps=3)
+    direct = evaluate_records(model.split, model.targets, model.editor, model.encoder, RECORDS[:4])
     assert states[0].metrics["edit_success"] == summarize(direct)["edit_success"]
     with pytest.raises(ValueError, match="this one is an encoder-decoder"):
         choose_metrics(["perplexity"], RECORDS, model)
