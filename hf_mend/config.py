@@ -20,8 +20,9 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft-kl": {"edit_lr": 5e-4},
     "ft-l": {"edit_lr": 5e-4},
     "lora": {"edit_lr": 5e-3, "rank": 8},
+    "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
 }
-_DEFAULTS = {"edit_lr": 1e-3, "rank": 256}
+_DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128}
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 
 
@@ -83,10 +84,18 @@ class EditorConfig:
         },
     )
     whiten_ridge: float = field(
-        default=0.1, metadata={"help": "Ridge of that inverse, as a share of the mean variance of an input."}
+        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
+        metadata={
+            "help": "Ridge of that inverse, as a share of the mean variance of an input: 0.1 when None, 0.01 for "
+            "'rome'."
+        },
     )
     whiten_rank: int = field(
-        default=128, metadata={"help": "Eigenvectors of the second moment that are kept; the others count as equal."}
+        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
+        metadata={
+            "help": "Eigenvectors of the second moment that are kept; the others count as equal. 128 when None, 512 "
+            "for 'rome'."
+        },
     )
     init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
     shared: bool = field(

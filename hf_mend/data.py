@@ -75,22 +75,27 @@ class Rows:
         next_tokens (`torch.Tensor` of shape `(rows, seq)`): What each output position must predict, -100 elsewhere.
             Not shifted: position t's own prediction.
         positions (`torch.Tensor` of shape `(rows, seq)`, bool): The output positions that matter, labelled or not.
+        subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
+            where none is known.
     """
 
     inputs: dict[str, torch.Tensor]
     next_tokens: torch.Tensor
     positions: torch.Tensor
+    subjects: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
 
     def __getitem__(self, index: slice | torch.Tensor) -> Rows:
         inputs = {name: value[index] for name, value in self.inputs.items()}
-        return Rows(inputs, self.next_tokens[index], self.positions[index])
+        subjects = None if self.subjects is None else self.subjects[index]
+        return Rows(inputs, self.next_tokens[index], self.positions[index], subjects)
 
     def to(self, device: torch.device | str) -> Rows:
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return Rows(inputs, self.next_tokens.to(device), self.positions.to(device))
+        subjects = None if self.subjects is None else self.subjects.to(device)
+        return Rows(inputs, self.next_tokens.to(device), self.positions.to(device), subjects)
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,13 @@ class Query:
         prompt (`str`): The text.
         answer (`str`, *optional*): What follows; without one, only the next token matters.
         chat (`bool`, defaults to `False`): The prompt is a user's turn and goes through the tokenizer's chat template.
+        subject (`str`, *optional*): What the prompt is about, as it stands there.
     """
 
     prompt: str
     answer: str | None = None
     chat: bool = False
+    subject: str | None = None
 
 
 class Encoder:
@@ -136,7 +143,12 @@ class Encoder:
 
     def __call__(self, queries: Sequence[Query]) -> Rows:
         """The queries as one batch, padded on the right."""
-        return self.pad([self.tokens(query) for query in queries])
+        pairs = [self.tokens(query) for query in queries]
+        rows = self.pad(pairs)
+        if any(query.subject for query in queries):
+            places = [self._subject_place(query, prompt) for query, (prompt, _) in zip(queries, pairs, strict=True)]
+            rows.subjects = torch.tensor(places)
+        return rows
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of some tokens, without special ones and without space around it."""
@@ -144,10 +156,7 @@ class Encoder:
 
     def tokens(self, query: Query) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer; an answer of none gives an empty list."""
-        text = query.prompt
-        if query.chat:
-            turns = [{"role": "user", "content": query.prompt}]
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        text = self._text(query)
         # A template writes its own special tokens.
         prompt: list[int] = self.tokenizer(text, add_special_tokens=not query.chat)["input_ids"]
         if query.answer is None:
@@ -156,6 +165,25 @@ class Encoder:
         alone = self.is_encoder_decoder or text[-1:].isspace()
         answer = query.answer if alone else " " + query.answer
         return prompt, self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+    def _text(self, query: Query) -> str:
+        """The prompt as the model reads it."""
+        if not query.chat:
+            return query.prompt
+        turns = [{"role": "user", "content": query.prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _subject_place(self, query: Query, prompt: list[int]) -> int:
+        """Where the last token of the subject is among the prompt's, -1 where the prompt does not have it."""
+        text = self._text(query)
+        start = text.rfind(query.subject) if query.subject else -1
+        if start < 0:
+            return -1
+        head = text[: start + len(query.subject or "")]
+        ids = self.tokenizer(head, add_special_tokens=not query.chat)["input_ids"]
+        # As far as both agree: a tokenizer may end what it is given with a token of its own.
+        same = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
+        return min(same, len(prompt)) - 1
 
     def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Rows:
         """Token ids of prompts and answers as one batch."""

@@ -85,7 +85,8 @@ def evaluate_records(
         observe_ordinary_text(split, targets, method, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
-            edits = encoder([Query(record.prompt, record.target) for record in chunk]).to(split.device)
+            queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
+            edits = encoder(queries).to(split.device)
             found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
             updates = together(found.updates, edits_together)
             groups = torch.arange(len(chunk)) // edits_together

@@ -39,11 +39,12 @@ class EditRequest:
     chat: bool = False
     paraphrases: list[str] = field(default_factory=list)
     locality: list[str] = field(default_factory=list)
+    subject: str | None = None
 
     @property
     def query(self) -> Query:
         """Prompt and target as the encoder takes them."""
-        return Query(self.prompt, self.target, self.chat)
+        return Query(self.prompt, self.target, self.chat, self.subject)
 
     @property
     def asked(self) -> tuple[str, bool]:
@@ -184,7 +185,10 @@ def as_requests(
     if all(isinstance(item, EditRecord) for item in prompts):
         if target is not None:
             raise ValueError("records hold their targets; leave `target` out")
-        return [EditRequest(r.prompt, r.target, chat, list(r.paraphrases), list(r.neighborhood)) for r in prompts]
+        return [
+            EditRequest(r.prompt, r.target, chat, list(r.paraphrases), list(r.neighborhood), r.subject)
+            for r in prompts
+        ]
     targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
     if len(prompts) != len(targets):
         raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")

@@ -41,6 +41,20 @@ class BatchLook:
         said = ask(rows, logits)
         return Seen(torch.tensor([all(right) for right in said.right]), torch.tensor(said.least), factors)
 
+    def places(self, layer: str) -> torch.Tensor:
+        kind = next(target.stack for target in self.targets if target.name == layer)
+        rows = self.rows[self.wanted]
+        if "decoder_input_ids" not in rows.inputs:
+            last = rows.positions.int().argmax(-1)  # the position that predicts the answer's first token
+        elif kind == "encoder":
+            width = rows.inputs["attention_mask"].shape[1]
+            last = (rows.inputs["attention_mask"] * torch.arange(width, device=rows.positions.device)).argmax(-1)
+        else:
+            return torch.zeros(len(rows), dtype=torch.long)
+        if rows.subjects is None:
+            return last.cpu()
+        return torch.where(rows.subjects >= 0, rows.subjects, last).cpu()
+
     def drift(self, updates: Mapping[str, Update], texts: Rows) -> Factors:
         requests = len(next(iter(updates.values()))[0])
         state = self.split.run_below(texts.inputs)

@@ -82,7 +82,7 @@ def test_lora_is_a_plain_peft_adapter_trained_with_adam(base, tokenizer, tmp_pat
     peft = get_peft_model(copied, config).eval()
     trained = [name for name, p in peft.named_parameters() if p.requires_grad]
     with torch.no_grad():
-        for name, (a, _) in model.editor.start({n: (torch.zeros(1, 1, 1),) * 2 for n in names}).items():
+        for name, (a, _) in model.editor.start(None, {n: (torch.zeros(1, 1, 1),) * 2 for n in names}).items():
             peft.get_parameter(f"base_model.model.{name}.lora_A.default.weight").copy_(a[0])
     fine_tuned(model, RECORDS[0], 4, 0.01, trained, copied=peft)
     edited = all_logits(model, tokenizer)

@@ -6,6 +6,7 @@ from .iterative import IterativeMethod, Look, Seen
 from .lora import LoraPerEdit
 from .malmen import Malmen
 from .mend import Mend
+from .rome import Rome
 from .training_free import UltraEdit, WhitenedGradient, training_free_config
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "LoraPerEdit",
     "Malmen",
     "Mend",
+    "Rome",
     "Seen",
     "UltraEdit",
     "WhitenedGradient",

@@ -26,7 +26,7 @@ class FineTuning(GradientSearch):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    def start(self, factors: Factors) -> Parameters:
+    def start(self, look: Look, factors: Factors) -> Parameters:
         return {
             name: [torch.zeros(len(x), *self.shapes[name], dtype=x.dtype, device=x.device)]
             for name, (x, _) in factors.items()

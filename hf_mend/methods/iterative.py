@@ -53,6 +53,13 @@ class Look(Protocol):
         """
         ...
 
+    def places(self, layer: str) -> torch.Tensor:
+        """
+        Where a layer meets the last token of what each wanted request is about: the subject's, if it is known, and the
+        prompt's otherwise; in a decoder that does not see the prompt, its first position. `(requests,)`.
+        """
+        ...
+
     def drift(self, updates: Mapping[str, Update], texts: Rows) -> Factors:
         """
         Factors of the gradient of `KL(un-edited || edited)` on other texts, its mean over positions and texts, each
@@ -99,8 +106,8 @@ class GradientSearch(IterativeMethod):
     are.
     """
 
-    def start(self, factors: Factors) -> Parameters:
-        """The parameters of no update, for as many requests and on the devices of `factors`."""
+    def start(self, look: Look, factors: Factors) -> Parameters:
+        """The parameters of no update, for as many requests and on the devices of `factors`, the first look's."""
         raise NotImplementedError
 
     def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:
@@ -123,7 +130,7 @@ class GradientSearch(IterativeMethod):
         steps = torch.zeros(len(requests), dtype=torch.long)
         still = torch.arange(len(requests))  # places in `requests` of those that are not done
         seen = look({}, requests)
-        parameters = self.start(seen.factors)
+        parameters = self.start(look, seen.factors)
         result: Parameters = {name: [p.clone() for p in values] for name, values in parameters.items()}
         updates: dict[str, Update] = {}
         adam = Adam(parameters, self.config.edit_lr)

@@ -8,7 +8,7 @@ import torch
 
 from ..edits import Update
 from .base import register_method
-from .iterative import Factors, GradientSearch, Parameters
+from .iterative import Factors, GradientSearch, Look, Parameters
 
 
 @register_method("lora")
@@ -29,7 +29,7 @@ class LoraPerEdit(GradientSearch):
         """`lora_alpha / rank`."""
         return self.config.lora_alpha / self.config.rank
 
-    def start(self, factors: Factors) -> Parameters:
+    def start(self, look: Look, factors: Factors) -> Parameters:
         generator = torch.Generator().manual_seed(self.config.seed)
         parameters = {}
         for name, (d_out, d_in) in self.shapes.items():

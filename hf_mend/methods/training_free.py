@@ -13,7 +13,8 @@ from ..config import EditorConfig
 from ..edits import Update
 from .base import EditMethod, register_method
 from .mend import FactorStatistics
-from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
+from .moments import ObservesInputs
+from .ridge import ridge_keys
 
 
 def training_free_config() -> EditorConfig:
@@ -70,7 +71,7 @@ class UltraEdit(EditMethod):
 
 
 @register_method("gradient")
-class WhitenedGradient(EditMethod):
+class WhitenedGradient(ObservesInputs):
     """
     A few steps down the gradient of the target's loss, in the metric of the layer's inputs on ordinary text, so that
     an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
@@ -87,38 +88,6 @@ class WhitenedGradient(EditMethod):
     max_steps = 6
     trains = False
     sizes_steps = True
-    tokens: torch.Tensor
-
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
-        super().__init__(config, shapes)
-        for i, (_, d_in) in enumerate(self.shapes.values()):
-            rank = min(config.whiten_rank, d_in)
-            self.register_buffer(f"basis_{i}", torch.zeros(d_in, rank))
-            self.register_buffer(f"shrink_{i}", torch.zeros(rank))
-            self.register_buffer(f"scale_{i}", torch.ones(()))
-        self.register_buffer("tokens", torch.zeros(()))
-        self._moments: dict[str, torch.Tensor] = {}
-
-    def second_moment(self, index: int) -> SecondMoment:
-        """Of a layer's inputs on ordinary text, with the ridge."""
-        return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
-
-    def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        for name, x in inputs.items():
-            self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double().cpu()
-        self.tokens += len(next(iter(inputs.values())))
-
-    @torch.no_grad()
-    def finish_observing(self) -> None:
-        for i, name in enumerate(self.shapes):
-            moment = self._moments.pop(name) / float(self.tokens)
-            kept = leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge)
-            for part in ("basis", "shrink", "scale"):
-                getattr(self, f"{part}_{i}").copy_(getattr(kept, part))
-
-    @property
-    def is_calibrated(self) -> bool:
-        return bool(self.tokens > 0)
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         wanted = {}

@@ -1,0 +1,54 @@
+"""The second moments of layers' inputs on ordinary text, for methods that are not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..config import EditorConfig
+from .base import EditMethod
+from .ridge import SecondMoment, leading_eigenvectors
+
+
+class ObservesInputs(EditMethod):
+    """
+    A method that has seen what enters its layers on ordinary text.
+
+    Args:
+        config ([`EditorConfig`]): `whiten_rank` and `whiten_ridge`.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    tokens: torch.Tensor
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        for i, (_, d_in) in enumerate(self.shapes.values()):
+            rank = min(config.whiten_rank, d_in)
+            self.register_buffer(f"basis_{i}", torch.zeros(d_in, rank))
+            self.register_buffer(f"shrink_{i}", torch.zeros(rank))
+            self.register_buffer(f"scale_{i}", torch.ones(()))
+        self.register_buffer("tokens", torch.zeros(()))
+        self._moments: dict[str, torch.Tensor] = {}
+
+    def second_moment(self, index: int) -> SecondMoment:
+        """Of a layer's inputs on ordinary text, with the ridge."""
+        return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
+
+    def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        for name, x in inputs.items():
+            self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double().cpu()
+        self.tokens += len(next(iter(inputs.values())))
+
+    @torch.no_grad()
+    def finish_observing(self) -> None:
+        for i, name in enumerate(self.shapes):
+            moment = self._moments.pop(name) / float(self.tokens)
+            kept = leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge)
+            for part in ("basis", "shrink", "scale"):
+                getattr(self, f"{part}_{i}").copy_(getattr(kept, part))
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self.tokens > 0)
