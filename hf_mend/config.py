@@ -16,9 +16,9 @@ _LONGEST = 2000
 _MOST = 10_000
 # What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ft": {"edit_lr": 5e-4},
-    "ft-kl": {"edit_lr": 5e-4},
-    "ft-l": {"edit_lr": 5e-4},
+    "ft": {"edit_lr": 3e-4},
+    "ft-kl": {"edit_lr": 3e-4},
+    "ft-l": {"edit_lr": 3e-4},
     "lora": {"edit_lr": 5e-3, "rank": 8},
     "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
 }
