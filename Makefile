@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo space test test-slow quality editor editor-several style clean
+.PHONY: help demo space test test-slow quality editor editor-several editor-seq2seq style clean
 
 help:
 	@echo "make demo       edit a real model: before, after, undo, save, load"
@@ -13,6 +13,7 @@ help:
 	@echo "make quality    ruff and mypy"
 	@echo "make editor     train the shipped editor again (about 80 minutes; DATA=folder of facts)"
 	@echo "make editor-several  go on, to the one that keeps several edits (about 15 minutes)"
+	@echo "make editor-seq2seq  train a small T5 and its editor again (about 35 minutes)"
 	@echo "make style      let ruff format the code"
 	@echo "make clean      remove the virtual environment and caches"
 
@@ -60,6 +61,10 @@ editor-several: $(STAMP)
 		--edits-together 8 \
 		--start-from model_cards/$(EDITOR) --output model_cards/$(EDITOR)-several \
 		--results benchmarks/results/$(EDITOR)-several
+
+# A small T5 that knows facts, and an editor for it.
+editor-seq2seq: $(STAMP)
+	$(BIN)/python benchmarks/seq2seq.py --data $(DATA) --folder build/t5 --output model_cards/t5-closed-book-mend
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .config import EditorConfig
+from .config import STEP_OPTIONS, EditorConfig
 from .plots import CURVE_NAME, METRICS_NAME, can_draw, draw_metrics, draw_training
 
 
@@ -84,7 +84,8 @@ def write_card(
         path.write_text(_new_card(config, metadata or {}), encoding="utf-8")
     elif metadata:
         set_metadata(path, metadata)
-    settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in _NOT_SETTINGS}
+    left_out = _NOT_SETTINGS if config.takes_many_steps else (*_NOT_SETTINGS, *STEP_OPTIONS)
+    settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in left_out}
     sections = {
         "layers": "\n".join(f"- `{name}`" for name in layers),
         "settings": table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),
@@ -92,7 +93,7 @@ def write_card(
     if notes.training:
         sections["training"] = table(("setting", "value"), list(notes.training.items()))
     if notes.training or notes.measured:  # what another editor of this folder reached says nothing of this one
-        sections |= measured_sections(notes.measured, notes.command, editor_name(config))
+        sections |= measured_sections(notes.measured, notes.command, editor_name(config), task_of(config))
         sections["plots"] = _plots(folder, notes)
     update_card(folder, sections)
 
@@ -101,6 +102,11 @@ def editor_name(config: EditorConfig) -> str:
     """What an editor is called where nobody has named it: its base model's name and its method."""
     base = Path(config.base_model_name_or_path or "editor").name
     return f"{base}-{config.method}"
+
+
+def task_of(config: EditorConfig) -> str:
+    """The Hub's name of what the base model is for."""
+    return "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
 
 
 def use_section(name: str) -> str:
@@ -124,7 +130,10 @@ def machine(device: torch.device | None = None) -> str:
 
 
 def measured_sections(
-    measured: Mapping[str, Mapping[str, float]], command: str | None = None, name: str = "editor"
+    measured: Mapping[str, Mapping[str, float]],
+    command: str | None = None,
+    name: str = "editor",
+    task: str = "text-generation",
 ) -> dict[str, str]:
     """
     The sections of a card that hold figures: the table, and the front matter's `model-index`.
@@ -133,6 +142,7 @@ def measured_sections(
         measured (`Mapping[str, Mapping[str, float]]`): Title of a group of facts -> metrics.
         command (`str`, *optional*): The shell line that measures it again.
         name (`str`, defaults to `"editor"`): What the `model-index` calls the editor.
+        task (`str`, defaults to `"text-generation"`): The Hub's name of what the model is for.
     """
     if not measured:
         return {"metrics": _NOT_MEASURED, "results": ""}
@@ -141,7 +151,7 @@ def measured_sections(
         text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
     else:
         text += f"\n\nThis measures it again:\n\n```bash\n{command}\n```"
-    return {"metrics": text, "results": model_index(name, measured)}
+    return {"metrics": text, "results": model_index(name, measured, task)}
 
 
 def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
@@ -154,11 +164,11 @@ def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
     return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
 
 
-def model_index(name: str, measured: Mapping[str, Mapping[str, float]]) -> str:
+def model_index(name: str, measured: Mapping[str, Mapping[str, float]], task: str = "text-generation") -> str:
     """The metrics as the Hub's `model-index`, in YAML; values are rounded to four digits."""
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             task_name="Model editing",
             dataset_type="custom",
             dataset_name=title,

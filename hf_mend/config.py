@@ -15,6 +15,8 @@ CONFIG_NAME = "editor_config.json"
 _LONGEST = 2000
 _MOST = 10_000
 # What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
+# Options that only the methods that take many steps look at.
+STEP_OPTIONS = ("num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound", "lora_alpha", "seed")
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft": {"edit_lr": 3e-4},
     "ft-kl": {"edit_lr": 3e-4},
@@ -207,6 +209,11 @@ class EditorConfig:
         _check(fingerprint is None or isinstance(fingerprint, dict), "base_fingerprint", fingerprint, "an object")
         if isinstance(modules, (set, tuple)):
             self.target_modules = sorted(modules)
+
+    @property
+    def takes_many_steps(self) -> bool:
+        """Whether the method finds an edit by many steps of its own, as fine-tuning does."""
+        return self.method in _METHOD_DEFAULTS
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

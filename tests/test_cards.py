@@ -43,6 +43,7 @@ def test_a_new_card_names_base_layers_and_settings(tmp_path):
     assert "- `a.fc1`" in text and "| `rank` | `7` |" in text
     assert "Nothing was measured" in text
     assert "$" not in text
+    assert "num_steps" not in text, "MEND does not look at it"
 
 
 def test_a_base_that_is_a_folder_is_no_model_of_the_hub(tmp_path):
@@ -104,6 +105,15 @@ def test_what_was_measured_is_in_table_and_model_index(tmp_path):
     write_card(tmp_path, EditorConfig(), ["a"], CardNotes(training={"steps": "9"}))
     assert results_of(tmp_path) == {}, "figures of an editor that was here before say nothing of this one"
     assert "Nothing was measured" in text_of(tmp_path) and "| steps | 9 |" in text_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "task"), [("CAUSAL_LM", "text-generation"), ("SEQ_2_SEQ_LM", "text2text-generation")]
+)
+def test_the_model_index_names_the_hubs_task(tmp_path, task_type, task):
+    write_card(tmp_path, EditorConfig(task_type=task_type), ["a"], CardNotes(measured=MEASURED))
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {result.task_type for result in results} == {task}
 
 
 def test_marked_sections_go_over_from_one_card_to_another(tmp_path):

@@ -55,6 +55,11 @@ def stand_ins(tmp_path, hub, monkeypatch):
         config = EditorConfig.from_json_file(real / "editor_config.json")
         model = editable(build_model("t5" if config.task_type == "SEQ_2_SEQ_LM" else "llama"), tokenizer)
         model.editor_config.base_model_name_or_path = config.base_model_name_or_path
+        if "/" not in config.base_model_name_or_path:  # a base that its benchmark trains
+            model.base_model.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
+            tokenizer.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
+            model.save_pretrained(tmp_path / "model_cards" / real.name)
+            continue
         model.base_model.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
