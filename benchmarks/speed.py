@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--repeat-training", type=int, default=3, help="of training steps and of generation")
     parser.add_argument("--edits-only", action="store_true", help="what one edit costs, and no more")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--sample", type=int, default=2000, help="texts that tell how fast the cache fills")
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -243,7 +243,7 @@ def edit_figures(
 
 def measure(model: EditableModel, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any) -> dict:
     """All figures of one choice of layers."""
-    examples = TrainingExamples(records, questions)
+    examples = TrainingExamples(records, questions, neighborhood_rows=1)  # as EditorTrainer draws by default
     collate = EditCollator(model.encoder)
     many = collate([examples[i] for i in range(arguments.batch_size)])
     record = min(records[:500], key=lambda r: abs(len(sum(model.encoder.tokens(Query(r.prompt, r.target)), [])) - 16))
