@@ -59,6 +59,11 @@ class _Chunk:
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # the same without a step that is being tried
     keys: dict[str, torch.Tensor] = field(default_factory=dict)  # (rows, seq, d_in)
     seen: dict[str, Update] = field(default_factory=dict)  # as `applied` takes it
+    # What the row's group had asked for when it said most, how much that was (-1 before any step), and the steps until
+    # then.
+    top: dict[str, torch.Tensor] = field(default_factory=dict)
+    top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    top_steps: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
 
 
 @torch.no_grad()
@@ -116,9 +121,12 @@ def find_joint_updates(
                 method.observe_edits(_of_rows(factors, wanted))
                 if progress is not None:
                     progress(len(rows))
-            else:
-                _judge(chunks[i], said, method)
             found.append((factors, said))
+        if step:
+            if not method.sizes_steps:
+                _keep_top(chunks, [said for _, said in found], edits_together)
+            for chunk, (_, said) in zip(chunks, found, strict=True):
+                _judge(chunk, said, method)
         if not any(chunk.wanted.any() or chunk.tried.any() for chunk in chunks):
             break
         for chunk, (factors, said) in zip(chunks, found, strict=True):
@@ -134,6 +142,9 @@ def find_joint_updates(
         _show(chunks, edits_together)
     after = [_look(split, targets, chunk) if check else None for chunk in chunks]
     if check and max_steps > 1 and any([_step_back(*pair) for pair in zip(chunks, after, strict=True)]):
+        _show(chunks, edits_together)
+        after = [_look(split, targets, chunk) for chunk in chunks]
+    if check and max_steps > 1 and not method.sizes_steps and _back_to_top(chunks, after, edits_together):
         _show(chunks, edits_together)
         after = [_look(split, targets, chunk) for chunk in chunks]
     return [
@@ -207,6 +218,44 @@ def _step_back(chunk: _Chunk, said: Answers | None) -> bool:
         name: torch.where(_wide(missed, shift), chunk.best[name], shift) for name, shift in chunk.shifts.items()
     }
     return bool(missed.any())
+
+
+def _said_by_group(saids: Sequence[Answers | None], edits_together: int | None) -> list[torch.Tensor]:
+    """Each row's group's number of targets said, counted by their probabilities."""
+    said = [torch.tensor(answers.log_probability).exp() for answers in saids if answers is not None]
+    if edits_together is None:
+        return [sum(values.sum() for values in said) + torch.zeros_like(values) for values in said]
+    groups = [torch.arange(len(values)) // edits_together for values in said]
+    return [
+        torch.zeros(int(group[-1]) + 1).index_add(0, group, values)[group]
+        for group, values in zip(groups, said, strict=True)
+    ]
+
+
+def _keep_top(chunks: Sequence[_Chunk], saids: Sequence[Answers], edits_together: int | None) -> None:
+    """
+    Notes what each group asks for where it says more than ever before. Rows are judged one by one, each among the
+    others' shifts of that step; what is best for each may be bad for all.
+    """
+    for chunk, said in zip(chunks, _said_by_group(saids, edits_together), strict=True):
+        better = said > chunk.top_said
+        for name, shift in chunk.shifts.items():
+            chunk.top[name] = torch.where(_wide(better, shift), shift, chunk.top.get(name, torch.zeros_like(shift)))
+        chunk.top_said = torch.where(better, said, chunk.top_said)
+        chunk.top_steps = torch.where(better, torch.tensor(chunk.steps), chunk.top_steps)
+
+
+def _back_to_top(chunks: Sequence[_Chunk], after: Sequence[Answers | None], edits_together: int | None) -> bool:
+    """Groups that said more at an earlier step go back to it; whether there are any."""
+    found = False
+    for chunk, said in zip(chunks, _said_by_group(after, edits_together), strict=True):
+        worse = said < chunk.top_said
+        for name, shift in chunk.shifts.items():
+            if name in chunk.top:
+                chunk.shifts[name] = torch.where(_wide(worse, shift), chunk.top[name], shift)
+        chunk.steps = torch.where(worse, chunk.top_steps, torch.tensor(chunk.steps)).tolist()
+        found = found or bool(worse.any())
+    return found
 
 
 def _wide(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

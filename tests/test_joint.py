@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import RECORDS, all_logits, build_model, small_config
@@ -10,6 +12,7 @@ from test_trainer import QUESTIONS, arguments, fresh
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, evaluate_records, get_editable_model
 from hf_mend.data import EditCollator, Query, TrainingExamples
 from hf_mend.edits import compacted, dense
+from hf_mend.joint import find_joint_updates
 from hf_mend.losses import editing_loss, kl_divergence
 from hf_mend.methods import get_method
 from hf_mend.methods.ridge import leading_eigenvectors, ridge_keys
@@ -133,6 +136,30 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
         expected = torch.linalg.solve(every.T @ every + penalty, every.T @ shifts).T.float()
         size = float(expected.abs().max())
         torch.testing.assert_close(new[name][1].T @ new[name][0], expected, rtol=1e-2, atol=1e-3 * size)
+
+
+@pytest.mark.parametrize("edits_together", [None, 4])
+def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monkeypatch, edits_together):
+    """An editor's networks have learned the first step; on a model that several edits have bent, another may ruin all."""
+    model = perturbed(tokenizer)
+    rows = model.encoder([Query(r.prompt, r.target) for r in RECORDS])
+    options = {"edits_together": edits_together}
+    once = find_joint_updates(model.split, model.targets, model.editor, [rows], max_steps=1, **options)[0]
+    assert not all(all(right) for right in once.after.right), "nothing would be left for a second step"
+    calls, forward = [], type(model.editor).forward
+
+    def wild(self, factors):
+        calls.append(1)
+        wanted = forward(self, factors)
+        if len(calls) == 1:
+            return wanted
+        return {name: (x, 300 * d.abs().mean() * torch.randn_like(d)) for name, (x, d) in wanted.items()}
+
+    monkeypatch.setattr(type(model.editor), "forward", wild)
+    found = find_joint_updates(model.split, model.targets, model.editor, [rows], max_steps=4, **options)[0]
+    assert len(calls) > 1
+    said, before = (sum(map(math.exp, answers.log_probability)) for answers in (found.after, once.after))
+    assert said >= before * (1 - 1e-5)
 
 
 def test_the_inputs_of_many_edits_become_fewer_rows():
