@@ -140,7 +140,7 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
 
 @pytest.mark.parametrize("edits_together", [None, 4])
 def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monkeypatch, edits_together):
-    """An editor's networks have learned the first step; on a model that several edits have bent, another may ruin all."""
+    """Networks have learned the first step; on a model that several edits have bent, another may ruin all."""
     model = perturbed(tokenizer)
     rows = model.encoder([Query(r.prompt, r.target) for r in RECORDS])
     options = {"edits_together": edits_together}
