@@ -11,13 +11,14 @@ nq_open_test.jsonl. Facts of the held-out relations never enter training; the ta
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import config_options, parse_with_data, write_results
 
 from hf_mend import (
     EditableModel,
@@ -37,6 +38,9 @@ from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
     parser.add_argument(
         "--results", type=Path, default=Path("benchmarks/results/quality"), help="table, without suffix"
@@ -66,7 +70,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--together", default="", help="also apply so many edits at once (3,10)")
     parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parse_with_data(parser)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give the folder of facts with --data or HF_MEND_DATA")
+    arguments.data = Path(arguments.data)
     arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
     return arguments
 
@@ -127,7 +134,7 @@ def main() -> None:
         config = EditorConfig(
             target_modules=modules.split(",") if "," in modules or arguments.layers else modules,
             layers_to_transform=[int(i) for i in arguments.layers.split(",")] if arguments.layers else None,
-            **config_options(arguments.option),
+            **{name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)},
         )
         torch.manual_seed(arguments.seed)
         model = get_editable_model(base, config, tokenizer)
@@ -166,7 +173,9 @@ def main() -> None:
         "machine": machine(model.device),
         "metrics": values,
     }
-    write_results(arguments.results, result, markdown)
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
     print(markdown)
     if not arguments.limit and arguments.facts == "facts_test.json":
         held = f" --hold-out {arguments.hold_out}" if held_out else ""
