@@ -62,7 +62,8 @@ class EditorConfig:
     rank: int = field(
         default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
-            "help": "Rank of the editor networks' weight matrices (paper: 1920; 256 when None), and of 'lora' (8)."
+            "help": "Rank of the editor networks' weight matrices (paper: 1920; 256 when None), and of 'lora' (8); "
+            "width of the networks of 'ke'."
         },
     )
     num_hidden_layers: int = field(

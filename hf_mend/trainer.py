@@ -133,7 +133,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         if not model.editor.trains:
             raise ValueError(
                 f"the method {model.editor_config.method!r} has nothing to train and edits as it is; "
-                "choose 'mend' or 'malmen' in EditorConfig.method to train an editor"
+                "choose 'mend', 'malmen' or 'ke' in EditorConfig.method to train an editor"
             )
         examples: TrainingExamples | None = None
         if train_dataset is not None:

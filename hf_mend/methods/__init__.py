@@ -3,6 +3,7 @@
 from .base import EditMethod, get_method, register_method, state_shapes
 from .fine_tuning import BoundedFineTuning, FineTuning, FineTuningWithPenalty
 from .iterative import IterativeMethod, Look, Seen
+from .ke import KnowledgeEditor
 from .lora import LoraPerEdit
 from .malmen import Malmen
 from .mend import Mend
@@ -16,6 +17,7 @@ __all__ = [
     "FineTuning",
     "FineTuningWithPenalty",
     "IterativeMethod",
+    "KnowledgeEditor",
     "Look",
     "LoraPerEdit",
     "Malmen",

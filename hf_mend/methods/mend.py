@@ -50,6 +50,11 @@ class FactorStatistics(nn.Module):
         self.mean.copy_(self.mean.double() + shift * added / total)
         self.count.copy_(total)
 
+    @property
+    def size(self) -> torch.Tensor:
+        """Root mean square over edits and components, `()`."""
+        return (self.mean.square() + self.variance).mean().sqrt() + 1e-8
+
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """`values` with zero mean and unit variance a component."""
         return (values - self.mean) / (self.variance.sqrt() + 1e-8)

@@ -1,0 +1,68 @@
+"""Gradients of unit size and a learned step a layer, for trained methods that keep the gradient's own direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import EditorConfig
+from .base import EditMethod
+from .mend import FactorStatistics
+
+
+class LearnedSteps(EditMethod):
+    """
+    A method whose factors are divided by their root mean square over some edits, one number a side and layer, so that
+    layers start alike, and whose step each layer learns.
+
+    Args:
+        config ([`EditorConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    # torch types what a module holds as "tensor or module"; these are what they are.
+    x_stats: Any
+    delta_stats: Any
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
+        self.x_stats = nn.ModuleList(FactorStatistics(d_in) for _, d_in in self.shapes.values())
+        self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for d_out, _ in self.shapes.values())
+        self.log_step = nn.Parameter(torch.zeros(len(self.shapes)))
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """Each layer's step, `(layers,)`."""
+        return self.config.edit_lr * self.log_step.exp()
+
+    def unit_factors(
+        self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The factors on the editor's device, with `normalize` each divided by its root mean square."""
+        device = self.log_step.device  # the layers may be on several
+        found = {}
+        for i, name in enumerate(self.shapes):
+            x, delta = (side.to(device) for side in factors[name])
+            if self.config.normalize:
+                x, delta = x / self.x_stats[i].size, delta / self.delta_stats[i].size
+            found[name] = (x, delta)
+        return found
+
+    def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for i, name in enumerate(self.shapes):
+            x, delta = factors[name]
+            present = (delta != 0).any(-1)
+            self.x_stats[i].observe(x[present].to(self.log_step.device))
+            self.delta_stats[i].observe(delta[present].to(self.log_step.device))
+
+    @property
+    def is_calibrated(self) -> bool:
+        return all(bool(stats.count > 0) for stats in self.x_stats)
+
+    @torch.no_grad()
+    def scale_steps(self, factor: float) -> None:
+        self.log_step.add_(math.log(factor))
