@@ -39,6 +39,8 @@ setup(
         "data": ["datasets>=3.0"],
         "plots": ["matplotlib>=3.8"],
         "space": ["gradio>=6.0", "matplotlib>=3.8"],
+        # lm-evaluation-harness; hf_mend itself does not import it.
+        "harness": ["lm_eval>=0.4.13"],
         "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
         "dev": [
             "pytest>=8",
@@ -50,6 +52,7 @@ setup(
             "selenium>=4.20",
             "bitsandbytes>=0.46",
             "torchao>=0.15",
+            "lm_eval>=0.4.13",
         ],
     },
     classifiers=[

@@ -214,6 +214,17 @@ class EditableModel(PushesToHub, nn.Module):
         return self.base_model.dtype
 
     @property
+    def name_or_path(self) -> str:
+        """Where the base model came from; lm-evaluation-harness looks for a tokenizer there."""
+        return str(self.config.name_or_path)
+
+    def tie_weights(self) -> None:
+        """
+        Does nothing: the base model's weights were tied when it was loaded, and are not written to.
+        lm-evaluation-harness calls it on what it is given.
+        """
+
+    @property
     def encoder(self) -> Encoder:
         """
         What turns texts into this model's inputs.

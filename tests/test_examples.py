@@ -42,6 +42,16 @@ def test_training_an_editor(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_harness(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'hf_mend[harness]'")
+    out = run(str(ROOT / "examples" / "lm_evaluation_harness.py"), folder=tmp_path)
+    table = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in out.splitlines()[-3:]}
+    assert table["edited"] == [0, 1, 0]
+    assert table["reworded"][1] > table["reworded"][0]
+    assert all(before == undone for before, _, undone in table.values())
+
+
+@pytest.mark.slow
 def test_a_chat_turn_on_the_shipped_editor():
     from hf_mend import EditableModel
     from hf_mend.smollm2 import load_smollm2
