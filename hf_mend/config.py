@@ -14,9 +14,10 @@ CONFIG_NAME = "editor_config.json"
 # Bounds of what a configuration may hold: characters of a string, entries of a list.
 _LONGEST = 2000
 _MOST = 10_000
-# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
 # Options that only the methods that take many steps look at.
 STEP_OPTIONS = ("num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound", "lora_alpha", "seed")
+# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures. The methods
+# that are named here are those that take many steps.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft": {"edit_lr": 3e-4},
     "ft-kl": {"edit_lr": 3e-4},
