@@ -138,19 +138,21 @@ def prose(thing: Any) -> str:
     text = inspect.getdoc(thing) or ""
     text = re.sub(r"\[`~?([\w.]+)`\]", lambda found: f"`{found[1].removeprefix('hf_mend.')}`", text)
     out: list[str] = []
-    listed = fenced = False
+    listed = fenced = one = taken = False
     for line in text.splitlines():
         fenced ^= line.strip().startswith("```")
         head = re.fullmatch(r"(Args|Arguments|Returns|Raises|Yields|Example):", line)
         if fenced:
             out.append(line)
         elif head:
-            listed = head[1] != "Example"
+            listed, taken = head[1] != "Example", False
+            one = head[1] in ("Returns", "Yields")  # thing, on as many lines as it takes
             out += [f"**{'Arguments' if head[1] == 'Args' else head[1]}**", *([""] if listed else [])]
-        elif listed and re.match(r" {4}\S", line):
+        elif listed and re.match(r" {4}\S", line) and not taken:
             entry = re.match(r"([\w*, ]+?)( \(.*?\))?: (.*)", line.strip())
             out.append(f"- `{entry[1]}`{entry[2] or ''}: {entry[3]}" if entry else f"- {line.strip()}")
-        elif listed and line.startswith("     "):
+            taken = one
+        elif listed and line.startswith("    "):
             out.append(f"  {line.strip()}")
         else:
             listed = listed and not line.strip()
