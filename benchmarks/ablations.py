@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, config_options, parse_with_data, write_results
 
 from hf_mend import (
     EditorConfig,
@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of the facts")
+    parser.add_argument("--data", **DATA)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "ablations")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names from the table, separated by commas")
     parser.add_argument("--paper", action="store_true", help="the paper's layers, no whitening")
@@ -64,10 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-limit", type=int, help="train on this many facts only")
     parser.add_argument("--hidden-states", type=Path, help="where the hidden states are kept (a temporary folder)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of facts with --data or HF_MEND_DATA")
-    arguments.data = Path(arguments.data)
+    arguments = parse_with_data(parser)
     arguments.variants = [name.strip() for name in arguments.variants.split(",")]
     unknown = [name for name in arguments.variants if name not in VARIANTS]
     if unknown:
@@ -78,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def config_of(variant: str, arguments: argparse.Namespace) -> EditorConfig:
     """A variant's configuration."""
     options = {"target_modules": "paper", "whiten": False} if arguments.paper else {}
-    options |= {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)}
+    options |= config_options(arguments.option)
     return EditorConfig(**{**options, **VARIANTS[variant]})
 
 
@@ -130,7 +127,6 @@ def main() -> None:
         if earlier["settings"] != settings:
             raise SystemExit(f"{path} holds variants of other settings, {earlier['settings']}; give other --results")
         result = earlier
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for variant in arguments.variants:
             if variant in result["variants"]:
@@ -140,9 +136,8 @@ def main() -> None:
             result["variants"][variant] = train_and_measure(variant, train, test, folder, arguments)
             print(f"{variant}: {time.perf_counter() - started:.0f} s")
             result["machine"] = machine(torch.device("cpu"))
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             markdown = metrics_table(result["variants"]).replace("| facts |", "| variant |", 1)
-            path.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+            write_results(path, result, markdown)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

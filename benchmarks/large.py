@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from common import write_results
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -296,10 +297,8 @@ def main() -> None:
     lines += [f"| {name} | " + " | ".join(_cell(p[name]) for p in paper.values()) + " |" for name in names]
     print("\n".join(lines))
     if measured:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         result = {"machine": machine, "rank": arguments.rank, "measured": measured, "on paper": paper}
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        arguments.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_results(path, result, "\n".join(lines))
 
 
 def _cell(value: Any) -> str:

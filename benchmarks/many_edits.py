@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from common import DATA, config_options, parse_with_data
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
 from hf_mend.cards import machine
@@ -96,7 +97,7 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of the facts")
+    parser.add_argument("--data", **DATA)
     parser.add_argument("--facts", default="facts_test.json", help="settings are chosen on facts_validation.json")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/many_edits"), help="without suffix")
     parser.add_argument("--methods", default=f"mend={EDITOR},gradient=gradient", help="name=folder or method, ...")
@@ -106,14 +107,12 @@ def main() -> None:
     parser.add_argument("--call", type=int, default=10)
     parser.add_argument("--measured", type=int, default=100, help="facts measured in each state")
     parser.add_argument("--seed", type=int, default=0, help="order of the facts")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of facts with --data or HF_MEND_DATA")
-    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)}
+    arguments = parse_with_data(parser)
+    options = config_options(arguments.option)
     path = arguments.results.with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"states": {}}
-    questions = read_questions(Path(arguments.data) / "nq_open_test.jsonl")
-    read = read_counterfact(Path(arguments.data) / arguments.facts, questions)
+    questions = read_questions(arguments.data / "nq_open_test.jsonl")
+    read = read_counterfact(arguments.data / arguments.facts, questions)
     once = {" ".join(record.prompt.split()): record for record in read}  # one target a prompt
     records = [replace(record, neighborhood=record.neighborhood[:NEIGHBOURS]) for record in once.values()]
     one_call = [(int(count), None) for count in arguments.counts.split(",") if count]

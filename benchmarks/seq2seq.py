@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, config_options, parse_with_data, write_results
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -60,7 +60,7 @@ python benchmarks/seq2seq.py --data DIR --folder build/t5 --output model_cards/t
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of the facts")
+    parser.add_argument("--data", **DATA)
     parser.add_argument("--folder", type=Path, required=True, help="where the question answerer is kept")
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
     parser.add_argument(
@@ -88,10 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of facts with --data or HF_MEND_DATA")
-    arguments.data = Path(arguments.data)
+    arguments = parse_with_data(parser)
     arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
     return arguments
 
@@ -291,9 +288,9 @@ def train_editor(
     return time.perf_counter() - started
 
 
-def measure(model: EditableModel, records: Sequence[EditRecord]) -> dict[str, float]:
+def measure(model: EditableModel, records: Sequence[EditRecord], generate: bool = False) -> dict[str, float]:
     measured = evaluate_records(
-        model.eval().split, model.targets, model.editor, model.encoder, records, max_steps=3, generate=True
+        model.eval().split, model.targets, model.editor, model.encoder, records, max_steps=3, generate=generate
     )
     return summarize(measured)
 
@@ -320,7 +317,7 @@ def main() -> None:
     base.config._name_or_path = base.name_or_path = NAME
 
     torch.manual_seed(arguments.seed)
-    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)}
+    options = config_options(arguments.option)
     config = EditorConfig(target_modules=arguments.target_modules, **options)
     model = get_editable_model(base, config, tokenizer)
     facts = [*test, *train]
@@ -335,7 +332,7 @@ def main() -> None:
     model.load_editor(arguments.output / "editor.safetensors")
 
     started = time.perf_counter()
-    values = {"all": measure(model, with_locality(test[: arguments.limit], known, arguments.seed + 1))}
+    values = {"all": measure(model, with_locality(test[: arguments.limit], known, arguments.seed + 1), generate=True)}
     markdown = metrics_table(values)
     result = {
         "base_model": NAME,
@@ -357,9 +354,7 @@ def main() -> None:
         "machine": machine(model.device),
         "metrics": values,
     }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+    write_results(arguments.results, result, markdown)
     print(markdown)
     if not arguments.limit:
         notes = CardNotes(measured=values, command=COMMAND)

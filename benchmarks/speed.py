@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, parse_with_data, write_results
 from torch.func import functional_call
 
 from hf_mend import (
@@ -44,17 +45,14 @@ from hf_mend.trainer import calibrate
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions")
+    parser.add_argument("--data", **DATA)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "speed")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--repeat-training", type=int, default=3, help="of training steps and of generation")
     parser.add_argument("--edits-only", action="store_true", help="what one edit costs, and no more")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--sample", type=int, default=2000, help="texts that tell how fast the cache fills")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of facts with --data or HF_MEND_DATA")
-    return arguments
+    return parse_with_data(parser)
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeat: int, warm_up: bool = True) -> dict[str, float]:
@@ -290,7 +288,7 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
 
 def main() -> None:
     arguments = parse_arguments()
-    data = Path(arguments.data)
+    data = arguments.data
     records = list(read_counterfact(data / "facts_train.json"))
     questions = read_questions(data / "nq_open_train.jsonl")
     results: dict[str, Any] = {}
@@ -307,10 +305,8 @@ def main() -> None:
     print("\n".join(lines))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     machine = f"{device}, {platform.machine()}, torch {torch.__version__}"
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "figures": results}
-    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    arguments.results.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_results(arguments.results, result, "\n".join(lines))
 
 
 if __name__ == "__main__":
