@@ -11,14 +11,13 @@ nq_open_test.jsonl. Facts of the held-out relations never enter training; the ta
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import DATA, config_options, parse_with_data, write_results
 
 from hf_mend import (
     EditableModel,
@@ -38,9 +37,7 @@ from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=os.environ.get("HF_MEND_DATA"), help="folder of facts and questions"
-    )
+    parser.add_argument("--data", **DATA)
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
     parser.add_argument(
         "--results", type=Path, default=Path("benchmarks/results/quality"), help="table, without suffix"
@@ -60,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--general-rows", type=int, default=1)
     parser.add_argument("--neighborhood-rows", type=int, default=2)
     parser.add_argument("--edits-together", type=int, default=1, help="train on up to this many edits at once")
+    parser.add_argument("--edits-at-once", type=int, help="edits a step whose texts are in memory at a time")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
     parser.add_argument("--layers", help="blocks to edit, separated by commas")
@@ -70,10 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--together", default="", help="also apply so many edits at once (3,10)")
     parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give the folder of facts with --data or HF_MEND_DATA")
-    arguments.data = Path(arguments.data)
+    arguments = parse_with_data(parser)
     arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
     return arguments
 
@@ -94,6 +90,9 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 general_rows=arguments.general_rows,
                 neighborhood_rows=arguments.neighborhood_rows,
                 edits_together=arguments.edits_together,
+                edits_at_once=arguments.edits_at_once,
+                bf16=arguments.bf16,
+                use_cpu=not torch.cuda.is_available(),  # without saying so, no bfloat16 there
                 lr_scheduler_type="linear",
                 warmup_steps=20,
                 logging_steps=25,
@@ -134,7 +133,7 @@ def main() -> None:
         config = EditorConfig(
             target_modules=modules.split(",") if "," in modules or arguments.layers else modules,
             layers_to_transform=[int(i) for i in arguments.layers.split(",")] if arguments.layers else None,
-            **{name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.option)},
+            **config_options(arguments.option),
         )
         torch.manual_seed(arguments.seed)
         model = get_editable_model(base, config, tokenizer)
@@ -161,7 +160,7 @@ def main() -> None:
             model.split, model.targets, model.editor, model.encoder, test,
             max_steps=arguments.max_steps_of_an_edit, edits_together=count,
         )  # fmt: skip
-    values = {title: summarize(group) for title, group in groups.items()}
+    values = {title: summarize(group) for title, group in groups.items() if group}
     markdown = metrics_table(values)
     result = {
         "base_model": SMOLLM2_ID,
@@ -173,9 +172,7 @@ def main() -> None:
         "machine": machine(model.device),
         "metrics": values,
     }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    arguments.results.with_suffix(".md").write_text(markdown + "\n", encoding="utf-8")
+    write_results(arguments.results, result, markdown)
     print(markdown)
     if not arguments.limit and arguments.facts == "facts_test.json":
         held = f" --hold-out {arguments.hold_out}" if held_out else ""
