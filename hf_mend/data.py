@@ -268,8 +268,9 @@ class TrainingExamples(Dataset[TrainingExample]):
     Draws, for each record and epoch, which paraphrases and which locality texts a training step uses.
 
     The draw depends on seed, epoch and record alone, so that a resumed run sees what an unbroken one would have. A
-    record without enough neighbours borrows prompts of the same relation (they make harder locality texts than
-    anything else), then any other record's.
+    record without enough neighbours borrows other prompts of the same relation (they make harder locality texts than
+    anything else), or, where there are none, any other prompts. If the records have one prompt between them, a
+    neighbour is drawn again; without any there are no such rows.
 
     Args:
         records (`Sequence[EditRecord]`): The facts.
@@ -296,10 +297,15 @@ class TrainingExamples(Dataset[TrainingExample]):
         self.unrelated_rows = unrelated_rows if questions or all(record.unrelated for record in records) else 0
         self.seed = seed
         self.epoch = 0
-        self.prompts: dict[str | None, list[str]] = {}
+        prompts: dict[str | None, list[str]] = {}
         for record in records:
-            self.prompts.setdefault(record.relation, []).append(record.prompt)
-        self.all_prompts = [record.prompt for record in records]
+            prompts.setdefault(record.relation, []).append(record.prompt)
+        everything = [record.prompt for record in records]
+        if len({*everything}) == 1:
+            everything = []
+            self.neighborhood_rows = neighborhood_rows if all(record.neighborhood for record in records) else 0
+        # A relation with a single prompt borrows from all.
+        self.borrowed = {name: same if len({*same}) > 1 else everything for name, same in prompts.items()}
 
     def queries(self, epochs: int) -> Iterator[Query]:
         """
@@ -331,9 +337,7 @@ class TrainingExamples(Dataset[TrainingExample]):
         wordings = [record.prompt, *record.paraphrases]
         general = _some(draw, record.paraphrases or wordings, self.general_rows)
         neighborhood = draw.sample(record.neighborhood, min(len(record.neighborhood), self.neighborhood_rows))
-        same = self.prompts[record.relation]
-        borrowed = same if len(same) > 1 else self.all_prompts
-        neighborhood += [draw.choice(borrowed) for _ in range(self.neighborhood_rows - len(neighborhood))]
+        neighborhood += [self._borrow(draw, record) for _ in range(self.neighborhood_rows - len(neighborhood))]
         unrelated = _some(draw, self.questions or record.unrelated, self.unrelated_rows)
         return TrainingExample(
             Query(record.prompt, record.target),
@@ -341,6 +345,13 @@ class TrainingExamples(Dataset[TrainingExample]):
             [Query(prompt) for prompt in neighborhood],
             [Query(prompt, answer) for prompt, answer in unrelated],
         )
+
+    def _borrow(self, draw: random.Random, record: EditRecord) -> str:
+        """Another prompt than the record's own."""
+        prompts = self.borrowed[record.relation] or record.neighborhood
+        while (prompt := draw.choice(prompts)) == record.prompt and self.borrowed[record.relation]:
+            pass
+        return prompt
 
 
 class EditCollator:

@@ -50,6 +50,21 @@ def test_a_record_without_neighbours_borrows_those_of_its_relation():
         assert examples[i].unrelated == [] and [q.prompt for q in examples[i].general] == [record.prompt]
 
 
+def test_a_record_borrows_no_prompt_of_its_own():
+    """What must be said there would have to stay, too."""
+    alone = TrainingExamples([EditRecord("a is", "x")], neighborhood_rows=2)
+    assert alone[0].neighborhood == []
+    with_one = TrainingExamples([EditRecord("a is", "x", neighborhood=["b is"])], neighborhood_rows=2)
+    assert [query.prompt for query in with_one[0].neighborhood] == ["b is", "b is"]
+    same = [EditRecord("a is", target) for target in "xy"]
+    assert [example.neighborhood for example in TrainingExamples(same)] == [[], []]
+    # The relation's only prompt, then one of two of it.
+    records = [*same, EditRecord("b is", "x", relation="r"), EditRecord("c is", "x", relation="r")]
+    examples = TrainingExamples(records, neighborhood_rows=20)
+    for index, others in enumerate([{"b is", "c is"}, {"b is", "c is"}, {"c is"}, {"b is"}]):
+        assert {query.prompt for query in examples[index].neighborhood} == others
+
+
 def test_the_collator_keeps_as_many_rows_for_each_edit(tokenizer):
     examples = TrainingExamples(RECORDS, [("q?", "a b")], general_rows=2, neighborhood_rows=3, unrelated_rows=1)
     batch = EditCollator(Encoder(tokenizer))([examples[i] for i in range(4)])
