@@ -166,9 +166,15 @@ def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:
 def check_apart(edits: Sequence[Edit], ids: set[str]) -> None:
     """
     Raises:
-        ValueError: One of the ids is of an edit that is part of a compressed one, which is not among the ids.
+        ValueError: One of the ids is of an edit that is part of a compressed one, or that others need, which are not
+            among the ids.
     """
     for whole in edits:
+        if whole.needs in ids and whole.id not in ids:
+            raise ValueError(
+                f"the edit {whole.id!r} acts with the change {whole.needs!r}, which stays with it; undo that edit, or "
+                "turn it off"
+            )
         parts = ids.intersection(whole.replaces) if whole.id not in ids else ()
         for part in sorted(parts):
             raise ValueError(

@@ -70,7 +70,7 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
         },
         replaces=replaces,
     )
-    kept = [edit for edit in edits if keep or not edit.enabled]
+    kept = [edit for edit in edits if keep or not edit.enabled or edit.support]
     report = Compression(
         whole.id,
         [edit.id for edit in acting],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import resources
@@ -39,6 +39,7 @@ def find_updates(
     force: bool = True,
     check: bool = True,
     edits_together: int = 1,
+    carried: Mapping[str, Update] | None = None,
 ) -> FoundUpdates:
     """
     The updates that make a batch of rows say their targets, each row's on its own, or for a method that joins them,
@@ -58,6 +59,8 @@ def find_updates(
         force (`bool`, defaults to `True`): Take a step also where the model says the target already.
         check (`bool`, defaults to `True`): Ask the edited model; without it there is one step.
         edits_together (`int`, defaults to 1): Rows a group, for a method that joins.
+        carried (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*): What acts beside an update, from the
+            first step on; the method's own when missing. Give none where the model has it already.
 
     Raises:
         ValueError: A gradient or an update is not finite.
@@ -67,9 +70,11 @@ def find_updates(
     max_steps = 1 if max_steps is None else max_steps
     if method.joins:
         return find_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
+    carried = method.carried() if carried is None else carried
     state = split.run_below(rows.inputs)
-    factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
-    before = ask(rows, logits)
+    with applied(targets, carried):
+        factors, logits = trace(split, targets, rows.inputs, rows.next_tokens, state)
+    before = ask(rows, logits_of(split, rows, state) if carried else logits)
     wanted = torch.tensor([force or not all(right) for right in before.right])
     if not check:
         updates = _scaled(_finite_updates(method, factors), wanted.float()) if wanted.any() else {}
@@ -81,12 +86,12 @@ def find_updates(
         if not wanted.any():
             break
         if step > 0:
-            with applied(targets, total):
+            with applied(targets, carried, total):
                 factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
         more = _finite_updates(method, factors)
 
         def say(shares: torch.Tensor, total: dict[str, Update] = total, more: dict[str, Update] = more) -> Answers:
-            with applied(targets, _joined(total, _scaled(more, shares))):
+            with applied(targets, carried, _joined(total, _scaled(more, shares))):
                 return ask(rows, logits_of(split, rows, state))
 
         if max_steps == 1:
@@ -157,8 +162,11 @@ def make_edits(
     made once.
 
     Raises:
-        ValueError: A gradient or an update is not finite; the stack is as it was.
+        ValueError: A gradient or an update is not finite, or the model carries edits of another editor that changes
+            the base itself; the stack is as it was.
     """
+    made_by = editor_id(method, method.config.method)
+    support = _support(method, made_by, stack)
     if not method.trains and not method.is_calibrated:
         with stack.disabled():
             observe_ordinary_text(split, targets, method, encoder)
@@ -183,10 +191,11 @@ def make_edits(
         stack.replace([edit for edit in earlier if edit.asked not in gone])
         acting = [one for edit in stack.active for one in (edit.replaces or [edit.id])]
         kept = method.inputs_of(acting, waiting=[edit.id for edit in earlier])
+        carried = {} if support is None or support.id in acting else support.updates
         started = time.perf_counter()
         found = _find_in_batches(
             split, targets, method, encoder, [[requests[i] for i in chosen] for chosen in chunks], max_steps, force,
-            check, kept,
+            check, kept, carried,
         )  # fmt: skip
         seconds = (time.perf_counter() - started) / len(requests)
         for chosen, of_rows in zip(chunks, found, strict=True):
@@ -199,10 +208,11 @@ def make_edits(
                     edits[i] = edit
                     if of_rows.inputs:
                         method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
-        made_by = editor_id(method, method.config.method)
         for edit in edits.values():
             edit.metadata["editor"] = made_by
-        stack.replace([*earlier, *(edits[i] for i in sorted(edits))])
+            edit.needs = support.id if support is not None and edit.updates else None
+        supports = [support] if support is not None and any(edit.needs for edit in edits.values()) else []
+        stack.replace([*earlier, *supports, *(edits[i] for i in sorted(edits))])
         # Each was found without the others, unless they were joined: what does the model say with all of them?
         if check and (now or (len(requests) > 1 and not method.joins)):
             for chosen in _batches(requests, made_once, encoder, batch_size):
@@ -216,6 +226,26 @@ def make_edits(
         stack.replace(earlier)
         raise
     return in_order
+
+
+def _support(method: EditMethod, made_by: str, stack: EditStack) -> Edit | None:
+    """What the method's edits need beside them: the stack's own, if it is there."""
+    carried = method.carried()
+    if not carried:
+        return None
+    for edit in stack.active:
+        if edit.support and edit.id != made_by:
+            raise ValueError(
+                f"the model carries edits that act with the change {edit.id!r}, and this editor's is {made_by!r}: "
+                "with both it is a model that neither has learned to edit; undo those edits, or load the editor that "
+                "made them"
+            )
+    known = [edit for edit in stack.edits if edit.support and edit.id == made_by]
+    if known:
+        return known[0]
+    updates = {name: (u.detach().clone(), v.detach().clone()) for name, (u, v) in carried.items()}
+    metadata = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "editor": made_by}
+    return Edit(made_by, "", "", updates, metadata, support=True)
 
 
 def _batches(
@@ -236,6 +266,7 @@ def _find_in_batches(
     force: bool,
     check: bool,
     kept: dict[str, torch.Tensor],
+    carried: dict[str, Update],
 ) -> list[FoundUpdates]:
     """The updates of all requests, a batch of them at a time, or for one another where the method joins them."""
     if not batches:
@@ -248,7 +279,7 @@ def _find_in_batches(
             )
         found = []
         for rows in encoded:
-            found.append(find_updates(split, targets, method, rows, max_steps, force, check))
+            found.append(find_updates(split, targets, method, rows, max_steps, force, check, carried=carried))
             bar.update(len(rows))
         return found
 

@@ -35,6 +35,9 @@ class Edit:
         metadata (`dict[str, str]`): Whatever else is worth keeping: time, editor, chat.
         enabled (`bool`, defaults to `True`): An edit that is turned off stays among a model's edits, without effect.
         replaces (`list[str]`): Ids of the edits whose sum this one is, which have no effect beside it.
+        needs (`str`, *optional*): Id of the support that this edit was found with and acts with.
+        support (`bool`, defaults to `False`): This is no edit of a prompt but a change that others need. It acts,
+            once, while one of them does.
     """
 
     id: str
@@ -44,6 +47,8 @@ class Edit:
     metadata: dict[str, str] = field(default_factory=dict)
     enabled: bool = True
     replaces: list[str] = field(default_factory=list)
+    needs: str | None = None
+    support: bool = False
 
     @property
     def asked(self) -> tuple[str, bool] | None:
@@ -64,15 +69,16 @@ class Edit:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the matrices, as plain JSON values."""
-        state = {"enabled": self.enabled, **({"replaces": self.replaces} if self.replaces else {})}
+        state: dict[str, Any] = {"enabled": self.enabled}
+        state |= {name: value for name in ("replaces", "needs", "support") if (value := getattr(self, name))}
         return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata, **state}
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], updates: dict[str, Update]) -> Edit:
         """The edit that [`describe`] described, which [`is_description`] has checked."""
-        replaces = list(described.get("replaces", []))
         texts = (described["id"], described["prompt"], described["target"])
-        return cls(*texts, updates, dict(described["metadata"]), described.get("enabled", True), replaces)
+        state = {name: described[name] for name in ("enabled", "replaces", "needs", "support") if name in described}
+        return cls(*texts, updates, dict(described["metadata"]), **state)
 
 
 def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
@@ -83,16 +89,39 @@ def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
 def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     """
     The edits that act, among those that are not turned off: of one prompt's only the last, which supersedes the others
-    while it is there, and none that another replaces.
+    while it is there, and none that another replaces; and the supports that these need.
     """
-    enabled = [edit for edit in edits if edit.enabled]
+    enabled = [edit for edit in edits if edit.enabled and not edit.support]
     last = {edit.asked: index for index, edit in enumerate(enabled)}
     replaced = {one for edit in enabled for one in edit.replaces}
-    return [
+    acting = [
         edit
         for index, edit in enumerate(enabled)
         if edit.id not in replaced and (edit.asked is None or last[edit.asked] == index)
     ]
+    needed = {edit.needs for edit in acting} - replaced
+    return [edit for edit in edits if edit.support and edit.id in needed] + acting
+
+
+def each_support_once(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits, of a support that comes several times the first: two collections may bring the same."""
+    first = {edit.id: index for index, edit in reversed([*enumerate(edits)])}
+    return [edit for index, edit in enumerate(edits) if not edit.support or first[edit.id] == index]
+
+
+def check_supported(edits: Sequence[Edit], source: str | Path, among: Sequence[Edit] = ()) -> None:
+    """
+    Raises:
+        ValueError: An edit needs a support that is neither here nor `among` others.
+    """
+    every = [*edits, *among]
+    there = {edit.id for edit in every} | {one for edit in every for one in edit.replaces}
+    for edit in edits:
+        if edit.needs is not None and edit.needs not in there:
+            raise ValueError(
+                f"{source}: the edit {edit.id!r} acts with the change {edit.needs!r} beside it, which is missing; "
+                "take it along from the edits of the model that made it"
+            )
 
 
 def edits_from_tensors(
@@ -123,17 +152,25 @@ def is_description(value: Any) -> bool:
     """Whether a value is what `Edit.describe` gives."""
     if not isinstance(value, dict) or not isinstance(value.get("metadata"), dict):
         return False
-    replaces = value.get("replaces", [])
-    if not isinstance(value.get("enabled", True), bool) or not isinstance(replaces, list):
+    replaces, flags = value.get("replaces", []), (value.get("enabled", True), value.get("support", False))
+    if not all(isinstance(flag, bool) for flag in flags) or not isinstance(replaces, list):
         return False
-    texts = (*map(value.get, ("id", "prompt", "target")), *value["metadata"].values(), *replaces)
-    return all(isinstance(text, str) for text in texts)
+    texts = [*map(value.get, ("id", "prompt", "target")), value.get("needs", ""), *value["metadata"].values()]
+    return all(isinstance(text, str) for text in [*texts, *replaces])
 
 
 def dense(update: Update) -> torch.Tensor:
     """The update as a matrix `(d_out, d_in)`."""
     u, v = update
     return v.T @ u
+
+
+def as_pair(change: torch.Tensor) -> Update:
+    """A change of a weight, `(..., d_out, d_in)`, as a pair of the smaller of the two ranks; what `dense` undoes."""
+    d_out, d_in = change.shape[-2:]
+    identity = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device)
+    identity = identity.expand(*change.shape[:-2], -1, -1)
+    return (change, identity) if d_out <= d_in else (identity, change.transpose(-1, -2))
 
 
 def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
@@ -203,19 +240,20 @@ def _in_groups(factors: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @contextmanager
-def applied(targets: Sequence[Target], updates: Mapping[str, Update]) -> Iterator[None]:
+def applied(targets: Sequence[Target], *updates: Mapping[str, Update]) -> Iterator[None]:
     """
     Within the context, the target layers' outputs carry the updates.
 
     Args:
         targets (`Sequence[Target]`): The layers.
         updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): See [`side_path`]; layers without one stay as they
-            are.
+            are. Of several mappings all count.
     """
     with ExitStack() as hooks:
         for target in targets:
-            if target.name in updates:
-                hooks.callback(_attach(target.module, updates[target.name]).remove)
+            for one in updates:
+                if target.name in one:
+                    hooks.callback(_attach(target.module, one[target.name]).remove)
         yield
 
 

@@ -15,7 +15,7 @@ from .data import EditBatch, Rows
 from .edits import Update, applied, compacted, together
 from .methods import EditMethod
 from .targets import Target
-from .tracing import HiddenState, SplitModel, logits_of, trace
+from .tracing import Factors, HiddenState, SplitModel, logits_of, trace
 
 
 def row_means(values: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -119,22 +119,37 @@ def editing_loss(
     size = math.gcd(edits_together, len(batch))
     if edits_at_once is not None and edits_at_once < len(batch):
         return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
-    factors, _ = trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))
-    return _loss_under(split, targets, method.join(together(method(factors), size)), batch, locality_weights, below)
+    carried = method.carried()
+    factors = _traced(split, targets, batch, below, carried)
+    updates = method.join(together(method(factors), size))
+    return _loss_under(split, targets, (carried, updates), batch, locality_weights, below)
+
+
+def _traced(
+    split: SplitModel,
+    targets: Sequence[Target],
+    batch: EditBatch,
+    below: Callable[[Rows], HiddenState],
+    *carried: Mapping[str, Update],
+) -> Factors:
+    """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
+    fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in carried]
+    with applied(targets, *fixed):
+        return trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))[0]
 
 
 def _loss_under(
     split: SplitModel,
     targets: Sequence[Target],
-    updates: Mapping[str, Update],
+    updates: Sequence[Mapping[str, Update]],
     batch: EditBatch,
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
 ) -> EditingLoss:
-    """The loss of a batch's texts under given updates."""
+    """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
 
     def edited_logits(rows: Rows, state: HiddenState) -> torch.Tensor:
-        with applied(targets, updates):
+        with applied(targets, *updates):
             return logits_of(split, rows, state)
 
     general = batch.general
@@ -161,9 +176,10 @@ def _two_stage_loss(
 ) -> EditingLoss:
     """`editing_loss` with the texts of `edits_at_once` edits in memory at a time."""
     parts = [batch.edits(start, start + edits_at_once) for start in range(0, len(batch), edits_at_once)]
+    carried = method.carried()
     asked: dict[str, list[Update]] = {}
     for part in parts:
-        factors, _ = trace(split, targets, part.edit.inputs, part.edit.next_tokens, below(part.edit))
+        factors = _traced(split, targets, part, below, carried)
         # Checkpointed: of the networks, too, one part's graph is in memory at a time.
         for name, pair in checkpoint(method, factors, use_reentrant=False).items():
             asked.setdefault(name, []).append(pair)
@@ -174,23 +190,26 @@ def _two_stage_loss(
     # Each group's update in its smallest form: where the first stage's graph begins.
     groups = {name: [compacted(pair) for pair in zip(u, v, strict=True)] for name, (u, v) in updates.items()}
     leaves = {name: [(_leaf(u), _leaf(v)) for u, v in pairs] for name, pairs in groups.items()}
+    beside = {name: (_leaf(u), _leaf(v)) for name, (u, v) in carried.items()}
     value, edit = torch.zeros(()), torch.zeros(())
     locality: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts):
         owners = [(number * edits_at_once + i) // size for i in range(len(part))]
         seen = {name: _seen_by(owners, pairs) for name, pairs in leaves.items()}
-        loss = _loss_under(split, targets, seen, part, locality_weights, below)
+        loss = _loss_under(split, targets, (beside, seen), part, locality_weights, below)
         share = len(part) / len(batch)
         if loss.loss.requires_grad:
             (loss.loss * share).backward()
         value, edit = value + loss.loss.detach() * share, edit + loss.edit.detach() * share
         for kind, divergence in loss.locality.items():
             locality[kind] = locality.get(kind, torch.zeros(())) + divergence.detach() * share
-    for name, pairs in groups.items():  # adds nothing to the value, and the first stage's gradient to its own
-        for pair, starts in zip(pairs, leaves[name], strict=True):
-            for side, start in zip(pair, starts, strict=True):
-                if start.grad is not None and side.requires_grad:
-                    value = value + ((side - side.detach()) * start.grad).sum()
+    ends = [pair for pairs in groups.values() for pair in pairs] + [*carried.values()]
+    starts = [pair for pairs in leaves.values() for pair in pairs] + [*beside.values()]
+    for pair, begun in zip(ends, starts, strict=True):
+        for side, start in zip(pair, begun, strict=True):
+            if start.grad is not None and side.requires_grad:
+                # Adds nothing to the value, and the first stage's gradient to its own.
+                value = value + ((side - side.detach()) * start.grad).sum()
     return EditingLoss(value, edit, locality)
 
 
@@ -217,15 +236,14 @@ def sequential_loss(
     """
     each = max(1, len(batch) // calls)
     parts = [batch.edits(start, min(start + each, len(batch))) for start in range(0, len(batch), each)]
+    carried = method.carried()
     made: dict[str, list[Update]] = {}
     inputs: dict[str, list[torch.Tensor]] = {}
     losses: list[EditingLoss] = []
     shares: list[float] = []
     for number, part in enumerate(parts):
-        state = below(part.edit)
-        carried = {name: _side_by_side([(u.detach(), v.detach()) for u, v in pairs]) for name, pairs in made.items()}
-        with applied(targets, carried):
-            factors, _ = trace(split, targets, part.edit.inputs, part.edit.next_tokens, state)
+        earlier_edits = {name: _side_by_side(pairs) for name, pairs in made.items()}
+        factors = _traced(split, targets, part, below, carried, earlier_edits)
         asked = together(method(factors), len(part))
         kept = {name: torch.cat(x) for name, x in inputs.items()} if method.joins else {}
         for name, (u, v) in method.join(asked, kept).items():
@@ -235,7 +253,7 @@ def sequential_loss(
         for earlier, texts in enumerate(parts[: number + 1]):
             weight = look_back ** (number - earlier) * len(texts)
             if weight > 0:
-                losses.append(_loss_under(split, targets, seen, texts, locality_weights, below))
+                losses.append(_loss_under(split, targets, (carried, seen), texts, locality_weights, below))
                 shares.append(weight)
     return _mean_loss(losses, shares)
 

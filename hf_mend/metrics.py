@@ -90,11 +90,15 @@ def evaluate_records(
             found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
             updates = together(found.updates, edits_together)
             groups = torch.arange(len(chunk)) // edits_together
+            edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
 
             def edited(
-                owner: torch.Tensor, updates: dict[str, Update] = updates, groups: torch.Tensor = groups
+                owner: torch.Tensor,
+                updates: dict[str, Update] = updates,
+                groups: torch.Tensor = groups,
+                edit_taken: torch.Tensor = edit_taken,
             ) -> AbstractContextManager[None]:
-                return applied(targets, _for_rows(updates, groups[owner]))
+                return applied(targets, _where(edit_taken[owner], method.carried()), _for_rows(updates, groups[owner]))
 
             results = measure_records(split, encoder, chunk, edited, generate=generate)
             for i, result in enumerate(results if further is not None else []):
@@ -224,6 +228,17 @@ def _of_rows(
 
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
     return {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in updates.items()}
+
+
+def _where(acting: torch.Tensor, carried: dict[str, Update]) -> dict[str, Update]:
+    """What the method carries, for the rows where an edit acts, `(rows,)`."""
+    if acting.all():
+        return carried
+    rows = len(acting)
+    return {
+        name: (u.expand(rows, *u.shape), v * acting.to(v.device, v.dtype)[:, None, None])
+        for name, (u, v) in carried.items()
+    }
 
 
 def _says_freely(

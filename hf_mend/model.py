@@ -19,7 +19,7 @@ from .compression import Compression, compressed
 from .config import CONFIG_NAME, EditorConfig
 from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
-from .edits import Edit, active_edits, edits_from_tensors, stacked, truncated
+from .edits import Edit, active_edits, check_supported, each_support_once, edits_from_tensors, stacked, truncated
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
 from .fingerprint import check_base, check_same_base, fingerprint_of
 from .hub import find_files
@@ -414,8 +414,9 @@ class EditableModel(PushesToHub, nn.Module):
         edits, before = list(store.edits), self._stack.edits
         check_same_base(self.base_model, store.base_fingerprint, str(path))
         self._stack.check_fit(edits, path)
-        store.follow([], before)
-        self._stack.replace([*edits, *before])
+        every = each_support_once([*edits, *before])
+        store.follow(edits, every)
+        self._stack.replace(every)
         self._store = store
         return edits
 
@@ -514,11 +515,13 @@ class EditableModel(PushesToHub, nn.Module):
             `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
 
         Raises:
-            ValueError: There is no edit, or `max_rank` is below 1.
+            ValueError: There is no edit, one needs a support that is missing, or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
-        edits = active_edits(self._stack.edits if edits is None else edits)
+        edits = self._stack.edits if edits is None else edits
+        check_supported(edits, "save_lora")
+        edits = active_edits(edits)
         updates, error = stacked(edits), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .collection import check_apart, check_known
-from .edits import Edit, Update, active_edits, dense, side_path
+from .edits import Edit, Update, active_edits, check_supported, dense, each_support_once, side_path
 from .targets import Target, add_to_weight_, named_layers, writable_weight
 
 
@@ -202,7 +202,7 @@ class EditStack:
 
     def replace(self, edits: Sequence[Edit]) -> None:
         """Makes these the model's edits."""
-        self.edits = list(edits)
+        self.edits = each_support_once(edits)
         for target in self._others(edits):
             self.targets.append(target)
             self._sums[target.name] = LayerSum(target.d_in, target.d_out)
@@ -211,12 +211,14 @@ class EditStack:
     def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
         """
         Raises:
-            ValueError: An edit's layers or shapes are not this model's, or its id is taken.
+            ValueError: An edit's layers or shapes are not this model's, its id is taken, or the support that it needs
+                is missing.
         """
         shapes = {target.name: (target.d_in, target.d_out) for target in [*self.targets, *self._others(edits)]}
-        taken = {edit.id for edit in self.edits}
+        check_supported(edits, source, among=self.edits)
+        taken = {edit.id for edit in self.edits if not edit.support}
         for edit in edits:
-            if edit.id in taken:
+            if edit.id in taken and not edit.support:
                 raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
             taken.add(edit.id)
             for name, (u, v) in edit.updates.items():
@@ -235,7 +237,7 @@ class EditStack:
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
         """
-        Removes edits by id and returns them.
+        Removes edits by id and returns them. A support that no other edit needs goes with them.
 
         Raises:
             KeyError: An id is not among the edits; nothing is removed.
@@ -245,7 +247,9 @@ class EditStack:
         check_known(self.edits, ids)
         check_apart(self.edits, unwanted)
         gone = [edit for edit in self.edits if edit.id in unwanted]
-        self.replace([edit for edit in self.edits if edit.id not in unwanted])
+        left = [edit for edit in self.edits if edit.id not in unwanted]
+        needed = {edit.needs for edit in left}
+        self.replace([edit for edit in left if not edit.support or edit.id in needed])
         return gone
 
     @contextmanager

@@ -133,7 +133,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         if not model.editor.trains:
             raise ValueError(
                 f"the method {model.editor_config.method!r} has nothing to train and edits as it is; "
-                "choose 'mend', 'malmen' or 'ke' in EditorConfig.method to train an editor"
+                "choose 'mend', 'malmen', 'ke' or 'enn' in EditorConfig.method to train an editor"
             )
         examples: TrainingExamples | None = None
         if train_dataset is not None:
@@ -382,7 +382,8 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
     editor = model.editor
     for chunk in tqdm(list(batches(order, batch_size)), desc="Statistics of the factors"):
         batch = collate([examples[i] for i in chunk]).to(model.device)
-        factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
+        with applied(model.targets, editor.carried()):
+            factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
         editor.observe_factors(factors)
         for rows in (batch.edit, *batch.local.values()):
             editor.observe_inputs(record_inputs(model.split, model.targets, rows))
@@ -396,11 +397,13 @@ def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
     for rows in edits:
         rows = rows.to(model.device)
         state = model.split.run_below(rows.inputs)
-        factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
+        carried = model.editor.carried()
+        with applied(model.targets, carried):
+            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
         with torch.no_grad():
             updates = model.editor.join(model.editor(factors))
             for factor in losses:
-                with applied(model.targets, {name: (u, v * factor) for name, (u, v) in updates.items()}):
+                with applied(model.targets, carried, {name: (u, v * factor) for name, (u, v) in updates.items()}):
                     losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0

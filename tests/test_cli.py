@@ -186,6 +186,17 @@ def test_training_gives_an_editor_that_the_other_commands_take(world, tmp_path):
     assert "after 3 steps" in more.stdout
 
 
+@pytest.mark.parametrize("method", ["ke", "enn"])
+def test_training_a_baseline(world, tmp_path, method):
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--method", method,
+                  "--steps", 1, "--batch-size", 2, "--rank", 4, "--layers", "1,2", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    edit = invoke("edit", RECORDS[0].prompt, RECORDS[0].target, "-m", world / "base", "-e", tmp_path / "mine",
+                  "--json")  # fmt: skip
+    assert edit.exit_code in (0, 1), edit.stderr
+    assert json.loads(edit.stdout)["before"]
+
+
 def test_a_file_of_edits_in_one_call(world, tmp_path):
     done = invoke("edit", "--facts", world / "facts.json", "-m", world / "base", "--save", tmp_path / "all", "--json")
     document = json.loads(done.stdout)

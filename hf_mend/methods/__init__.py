@@ -1,6 +1,7 @@
 """One file a method; each maps factors to updates and never sees a model."""
 
 from .base import EditMethod, get_method, register_method, state_shapes
+from .enn import EditableNetwork
 from .fine_tuning import BoundedFineTuning, FineTuning, FineTuningWithPenalty
 from .iterative import IterativeMethod, Look, Seen
 from .ke import KnowledgeEditor
@@ -14,6 +15,7 @@ from .training_free import UltraEdit, WhitenedGradient, training_free_config
 __all__ = [
     "BoundedFineTuning",
     "EditMethod",
+    "EditableNetwork",
     "FineTuning",
     "FineTuningWithPenalty",
     "IterativeMethod",

@@ -55,6 +55,14 @@ class EditMethod(nn.Module):
         """
         raise NotImplementedError
 
+    def carried(self) -> dict[str, Update]:
+        """
+        What the model carries beside the method's edits, once however many there are: a trained change of the base
+        under which gradients are taken and updates act. Layer name -> `(u, v)` of shapes `(rank, d_in)` and
+        `(rank, d_out)`; empty for methods that edit the base as it is. A method that joins edits has none.
+        """
+        return {}
+
     def join(
         self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:

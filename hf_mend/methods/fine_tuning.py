@@ -8,7 +8,7 @@ import torch
 
 from ..config import EditorConfig
 from ..data import Rows
-from ..edits import Update
+from ..edits import Update, as_pair
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
 
@@ -36,7 +36,7 @@ class FineTuning(GradientSearch):
         return {name: [delta.transpose(1, 2) @ x] for name, (x, delta) in factors.items()}
 
     def updates(self, parameters: Parameters) -> dict[str, Update]:
-        return {name: _as_pair(change) for name, (change,) in parameters.items()}
+        return {name: as_pair(change) for name, (change,) in parameters.items()}
 
 
 @register_method("ft-kl")
@@ -82,10 +82,3 @@ class BoundedFineTuning(FineTuning):
     def constrain(self, parameters: Parameters) -> None:
         for (change,) in parameters.values():
             change.clamp_(-self.config.norm_bound, self.config.norm_bound)
-
-
-def _as_pair(change: torch.Tensor) -> Update:
-    """Dense changes, `(requests, d_out, d_in)`, as pairs of the smaller of the two ranks."""
-    requests, d_out, d_in = change.shape
-    identity = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device).expand(requests, -1, -1)
-    return (change, identity) if d_out <= d_in else (identity, change.transpose(1, 2))

@@ -18,8 +18,8 @@ from .steps import LearnedSteps
 @register_method("ke")
 class KnowledgeEditor(LearnedSteps):
     """
-    KnowledgeEditor (De Cao, Aziz and Titov 2021, "Editing Factual Knowledge in Language Models", section 4.2): of each
-    edited matrix's gradient `G`, `(d_out, d_in)`, an LSTM that has read the edit makes the update
+    KnowledgeEditor (De Cao, Aziz and Titov 2021, "Editing Factual Knowledge in Language Models"): of each edited
+    matrix's gradient `G`, `(d_out, d_in)`, an LSTM that has read the edit makes the update
 
         `-step * sigmoid(eta) * (softmax(alpha) gamma^T * G + softmax(beta) delta^T)`
 
