@@ -24,8 +24,9 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft-l": {"edit_lr": 3e-4},
     "lora": {"edit_lr": 5e-3, "rank": 8},
     "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
+    "memit": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512, "ridge": 30.0},
 }
-_DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128}
+_DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128, "ridge": 1.0}
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 
 
@@ -49,7 +50,7 @@ class EditorConfig:
     target_modules: str | list[str] | None = field(
         default="default",
         metadata={
-            "help": "Layers to edit: 'default' (the choice that measured best, by fraction of depth), 'paper' (all "
+            "help": "Layers to edit: 'default' (what measured best for the method, by fraction of depth), 'paper' (all "
             "MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular expression "
             "for whole names, or a list of names or last parts of names."
         },
@@ -91,14 +92,14 @@ class EditorConfig:
         default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
             "help": "Ridge of that inverse, as a share of the mean variance of an input: 0.1 when None, 0.01 for "
-            "'rome'."
+            "'rome' and 'memit'."
         },
     )
     whiten_rank: int = field(
         default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
             "help": "Eigenvectors of the second moment that are kept; the others count as equal. 128 when None, 512 "
-            "for 'rome'."
+            "for 'rome' and 'memit'."
         },
     )
     init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
@@ -133,10 +134,10 @@ class EditorConfig:
     lora_alpha: float = field(default=16, metadata={"help": "'lora' scales its product by this over the rank."})
     seed: int = field(default=0, metadata={"help": "Of what 'lora' draws its first matrix from."})
     ridge: float = field(
-        default=1.0,
+        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
-            "help": "Strength of the ridge with which 'malmen', 'ultraedit' and 'gradient' merge edits made together; "
-            "'malmen' learns it from there, a layer at a time."
+            "help": "Strength of the ridge with which 'malmen', 'ultraedit', 'gradient' and 'memit' merge edits made "
+            "together: 1 when None, 30 for 'memit'. 'malmen' learns it from there, a layer at a time."
         },
     )
     margin: float = field(

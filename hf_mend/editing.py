@@ -19,7 +19,7 @@ from .fingerprint import editor_id
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod, IterativeMethod
 from .requests import Answers, EditRequest, EditResult
-from .searching import search_updates
+from .searching import search_joint_updates, search_updates
 from .stack import EditStack
 from .targets import Target
 from .tracing import SplitModel, logits_of, record_inputs, trace
@@ -66,6 +66,8 @@ def find_updates(
         ValueError: A gradient or an update is not finite.
     """
     if isinstance(method, IterativeMethod):
+        if method.joins:
+            return search_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
         return search_updates(split, targets, method, rows, max_steps, force, check)
     max_steps = 1 if max_steps is None else max_steps
     if method.joins:
@@ -274,9 +276,10 @@ def _find_in_batches(
     encoded = [encoder([request.query for request in batch]).to(split.device) for batch in batches]
     with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) == 1) as bar:
         if method.joins:
-            return find_joint_updates(
-                split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update
-            )
+            find: Callable[..., list[FoundUpdates]] = find_joint_updates
+            if isinstance(method, IterativeMethod):
+                find = search_joint_updates
+            return find(split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update)
         found = []
         for rows in encoded:
             found.append(find_updates(split, targets, method, rows, max_steps, force, check, carried=carried))

@@ -339,9 +339,11 @@ class _Run:
                 peak = _PeakMemory(model.device)
                 began = time.perf_counter()
                 for call in batches(units, in_calls_of or len(units)):
-                    records = [self.records[i] for unit in call for i in unit]
-                    model.edit([r.prompt for r in records], [r.target for r in records],
-                               max_steps=self.max_steps, force=True)  # fmt: skip
+                    # Without the texts that an edit of a record would be asked about.
+                    records = [
+                        replace(self.records[i], paraphrases=[], neighborhood=[]) for unit in call for i in unit
+                    ]
+                    model.edit(records, max_steps=self.max_steps, force=True)
                 yield time.perf_counter() - began, peak.read()
             finally:
                 model.undo_all()

@@ -44,16 +44,16 @@ class FoundUpdates:
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """Rows that run in one pass, what they ask for, and the update that they see so far."""
 
     rows: Rows
     state: HiddenState
     before: Answers
     wanted: torch.Tensor  # (rows,), bool: rows that ask for more
-    level: torch.Tensor  # (rows,): log-probability of the target at `best`
     steps: list[int]
-    tried: torch.Tensor  # (rows,), int: how often the last step was tried and not yet found to lead nearer
+    level: torch.Tensor = field(init=False)  # (rows,): log-probability of the target at `best`
+    tried: torch.Tensor = field(init=False)  # (rows,): how often the last step was tried and not found to lead nearer
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # (rows, seq, d_in), of the first step
     shifts: dict[str, torch.Tensor] = field(default_factory=dict)  # (rows, seq, d_out), summed over the steps
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # the same without a step that is being tried
@@ -64,6 +64,10 @@ class _Chunk:
     top: dict[str, torch.Tensor] = field(default_factory=dict)
     top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     top_steps: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
+
+    def __post_init__(self) -> None:
+        self.level = torch.tensor(self.before.log_probability)
+        self.tried = torch.zeros(len(self.rows))
 
 
 @torch.no_grad()
@@ -105,7 +109,7 @@ def find_joint_updates(
     Raises:
         ValueError: A gradient or an update is not finite.
     """
-    chunks: list[_Chunk] = []
+    chunks: list[Chunk] = []
     for step in range(max_steps if check else 1):
         found = []
         for i, rows in enumerate(batches):
@@ -116,8 +120,7 @@ def find_joint_updates(
             said = ask(rows, logits)
             if step == 0:
                 wanted = torch.tensor([force or not all(right) for right in said.right])
-                level = torch.tensor(said.log_probability)
-                chunks.append(_Chunk(rows, state, said, wanted, level, [0] * len(rows), torch.zeros(len(rows))))
+                chunks.append(Chunk(rows, state, said, wanted, [0] * len(rows)))
                 method.observe_edits(_of_rows(factors, wanted))
                 if progress is not None:
                     progress(len(rows))
@@ -134,21 +137,21 @@ def find_joint_updates(
         if step == 0:
             if not any(chunk.shifts for chunk in chunks):
                 break
-            _set_keys(chunks, method, edits_together, kept)
-        _show(chunks, edits_together)
+            set_keys(chunks, method, edits_together, kept)
+        show(chunks, edits_together)
     if method.sizes_steps:
         for chunk in chunks:
             chunk.shifts = {name: shift * method.config.margin for name, shift in chunk.shifts.items()}
-        _show(chunks, edits_together)
-    after = [_look(split, targets, chunk) if check else None for chunk in chunks]
+        show(chunks, edits_together)
+    after = [look(split, targets, chunk) if check else None for chunk in chunks]
     if check and max_steps > 1 and any([_step_back(*pair) for pair in zip(chunks, after, strict=True)]):
-        _show(chunks, edits_together)
-        after = [_look(split, targets, chunk) for chunk in chunks]
+        show(chunks, edits_together)
+        after = [look(split, targets, chunk) for chunk in chunks]
     if check and max_steps > 1 and not method.sizes_steps and _back_to_top(chunks, after, edits_together):
-        _show(chunks, edits_together)
-        after = [_look(split, targets, chunk) for chunk in chunks]
+        show(chunks, edits_together)
+        after = [look(split, targets, chunk) for chunk in chunks]
     return [
-        FoundUpdates(_updates(chunk), chunk.before, said, chunk.steps, chunk.inputs)
+        FoundUpdates(updates_of(chunk), chunk.before, said, chunk.steps, chunk.inputs)
         for chunk, said in zip(chunks, after, strict=True)
     ]
 
@@ -192,7 +195,7 @@ def _unsettled(said: Answers, method: EditMethod) -> torch.Tensor:
     return torch.tensor([not all(right) for right in said.right])
 
 
-def _judge(chunk: _Chunk, said: Answers, method: EditMethod) -> None:
+def _judge(chunk: Chunk, said: Answers, method: EditMethod) -> None:
     """
     Keeps the steps that led nearer to their targets, tries others again at half their length, up to `_HALVINGS` times,
     and notes which rows are to ask for more.
@@ -209,7 +212,7 @@ def _judge(chunk: _Chunk, said: Answers, method: EditMethod) -> None:
     chunk.wanted = ~worse & _unsettled(said, method) & torch.tensor(chunk.steps).bool()
 
 
-def _step_back(chunk: _Chunk, said: Answers | None) -> bool:
+def _step_back(chunk: Chunk, said: Answers | None) -> bool:
     """Rows that are less sure of their targets in the end go back to where they were best; whether there are any."""
     assert said is not None
     unsure = torch.tensor([least < -_SURE for least in said.least]) & torch.tensor(chunk.steps).bool()
@@ -232,7 +235,7 @@ def _said_by_group(saids: Sequence[Answers | None], edits_together: int | None) 
     ]
 
 
-def _keep_top(chunks: Sequence[_Chunk], saids: Sequence[Answers], edits_together: int | None) -> None:
+def _keep_top(chunks: Sequence[Chunk], saids: Sequence[Answers], edits_together: int | None) -> None:
     """
     Notes what each group asks for where it says more than ever before. Rows are judged one by one, each among the
     others' shifts of that step; what is best for each may be bad for all.
@@ -245,7 +248,7 @@ def _keep_top(chunks: Sequence[_Chunk], saids: Sequence[Answers], edits_together
         chunk.top_steps = torch.where(better, torch.tensor(chunk.steps), chunk.top_steps)
 
 
-def _back_to_top(chunks: Sequence[_Chunk], after: Sequence[Answers | None], edits_together: int | None) -> bool:
+def _back_to_top(chunks: Sequence[Chunk], after: Sequence[Answers | None], edits_together: int | None) -> bool:
     """Groups that said more at an earlier step go back to it; whether there are any."""
     found = False
     for chunk, said in zip(chunks, _said_by_group(after, edits_together), strict=True):
@@ -263,7 +266,7 @@ def _wide(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device)[:, None, None]
 
 
-def _ask_for_more(chunk: _Chunk, method: EditMethod, factors: Factors, said: Answers) -> None:
+def _ask_for_more(chunk: Chunk, method: EditMethod, factors: Factors, said: Answers) -> None:
     """Adds the shifts that the chunk's wanted rows ask for."""
     if not chunk.wanted.any():
         return
@@ -284,8 +287,8 @@ def _ask_for_more(chunk: _Chunk, method: EditMethod, factors: Factors, said: Ans
     chunk.steps = [count + int(share > 0) for count, share in zip(chunk.steps, shares.tolist(), strict=True)]
 
 
-def _set_keys(
-    chunks: Sequence[_Chunk], method: EditMethod, edits_together: int | None, kept: Mapping[str, torch.Tensor]
+def set_keys(
+    chunks: Sequence[Chunk], method: EditMethod, edits_together: int | None, kept: Mapping[str, torch.Tensor]
 ) -> None:
     """The keys of each row's inputs; they do not depend on what is asked for there."""
     asking = [chunk for chunk in chunks if chunk.shifts]
@@ -307,11 +310,11 @@ def _set_keys(
             chunk.keys[name][mask] = own
 
 
-def _show(chunks: Sequence[_Chunk], edits_together: int | None) -> None:
+def show(chunks: Sequence[Chunk], edits_together: int | None) -> None:
     """Lets each chunk's rows see what their group has asked for so far."""
     if edits_together is not None:
         for chunk in chunks:
-            groups = together(_updates(chunk), edits_together)
+            groups = together(updates_of(chunk), edits_together)
             owner = torch.arange(len(chunk.rows)) // edits_together
             chunk.seen = {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in groups.items()}
         return
@@ -323,11 +326,11 @@ def _show(chunks: Sequence[_Chunk], edits_together: int | None) -> None:
             chunk.seen[name] = shared
 
 
-def _updates(chunk: _Chunk) -> dict[str, Update]:
+def updates_of(chunk: Chunk) -> dict[str, Update]:
     return {name: (chunk.keys[name], shift) for name, shift in chunk.shifts.items()}
 
 
-def _look(split: SplitModel, targets: Sequence[Target], chunk: _Chunk) -> Answers:
+def look(split: SplitModel, targets: Sequence[Target], chunk: Chunk) -> Answers:
     """What the model says now."""
     with applied(targets, chunk.seen):
         return ask(chunk.rows, logits_of(split, chunk.rows, chunk.state))

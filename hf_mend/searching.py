@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from .data import Rows
 from .edits import Update, applied
-from .joint import FoundUpdates, ask, check_finite
+from .joint import Chunk, FoundUpdates, ask, check_finite, look, set_keys, show, updates_of
 from .losses import kl_divergence, row_means
 from .methods import IterativeMethod, Seen
 from .requests import Answers
@@ -26,16 +27,26 @@ class BatchLook:
         rows ([`Rows`]): Prompts and targets, a row a request.
         state ([`HiddenState`]): What `run_below` gave for them.
         wanted (`torch.Tensor`): The numbers of the rows that are to be edited.
+        carried (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Updates that the rows are under already, one for
+            all or one for each.
     """
 
     def __init__(
-        self, split: SplitModel, targets: Sequence[Target], rows: Rows, state: HiddenState, wanted: torch.Tensor
+        self,
+        split: SplitModel,
+        targets: Sequence[Target],
+        rows: Rows,
+        state: HiddenState,
+        wanted: torch.Tensor,
+        carried: Mapping[str, Update] = MappingProxyType({}),
     ):
         self.split, self.targets, self.rows, self.state, self.wanted = split, targets, rows, state, wanted
+        self.carried = carried
 
     def __call__(self, updates: Mapping[str, Update], requests: torch.Tensor) -> Seen:
         rows, state = self.rows[requests], self.state.rows(requests)
-        with applied(self.targets, updates):
+        carried = {name: _of_requests(pair, requests) for name, pair in self.carried.items()}
+        with applied(self.targets, carried), applied(self.targets, updates):
             factors, logits = trace(self.split, self.targets, rows.inputs, rows.next_tokens, state)
         check_finite("gradient", factors)
         said = ask(rows, logits)
@@ -77,6 +88,10 @@ class BatchLook:
         }
 
 
+# How often a method that joins lets rows that do not say their targets beside the others ask for more.
+_ROUNDS = 3
+
+
 @torch.no_grad()
 def search_updates(
     split: SplitModel,
@@ -116,6 +131,89 @@ def search_updates(
         with applied(targets, updates):
             after = ask(rows, logits_of(split, rows, state)) if updates else before
     return FoundUpdates(updates, before, after, steps)
+
+
+@torch.no_grad()
+def search_joint_updates(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: IterativeMethod,
+    batches: Sequence[Rows],
+    max_steps: int | None = None,
+    force: bool = True,
+    check: bool = True,
+    edits_together: int | None = None,
+    kept: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    progress: Callable[[int], object] | None = None,
+) -> list[FoundUpdates]:
+    """
+    The updates of an [`~hf_mend.methods.IterativeMethod`] that joins the edits of a call: the shifts are sought for
+    each row on its own and merged. Rows that do not say their targets beside the others then ask for more, on the
+    model as the merged update left it.
+
+    Args:
+        split, targets, method, batches, max_steps, force, check, edits_together, kept, progress: As for
+            [`~hf_mend.joint.find_joint_updates`]; `max_steps` is the method's own number when missing, and without
+            the check no row asks again.
+
+    Raises:
+        ValueError: A gradient or an update is not finite.
+    """
+    chunks = []
+    for rows in batches:
+        state = split.run_below(rows.inputs)
+        before = ask(rows, logits_of(split, rows, state))
+        wanted = torch.tensor([force or not all(right) for right in before.right])
+        chunks.append(Chunk(rows, state, before, wanted, [0] * len(rows)))
+    asked = [chunk.wanted for chunk in chunks]
+    steps = method.max_steps if max_steps is None else max_steps
+    after: list[Answers | None] = [None] * len(chunks)
+    for again in range(_ROUNDS if check else 1):
+        for chunk in chunks:
+            _seek(split, targets, method, chunk, steps)
+            if progress is not None and not again:
+                progress(len(chunk.rows))
+        if not any(chunk.shifts for chunk in chunks):
+            return [FoundUpdates({}, chunk.before, chunk.before if check else None, chunk.steps) for chunk in chunks]
+        set_keys(chunks, method, edits_together, kept)
+        show(chunks, edits_together)
+        if not check:
+            break
+        after = [look(split, targets, chunk) for chunk in chunks]
+        for chunk, rows_asked, said in zip(chunks, asked, after, strict=True):
+            assert said is not None
+            chunk.wanted = rows_asked & torch.tensor([not all(right) for right in said.right])
+        if not any(chunk.wanted.any() for chunk in chunks):
+            break
+    return [
+        FoundUpdates(updates_of(chunk), chunk.before, said, chunk.steps, chunk.inputs)
+        for chunk, said in zip(chunks, after, strict=True)
+    ]
+
+
+def _seek(
+    split: SplitModel, targets: Sequence[Target], method: IterativeMethod, chunk: Chunk, max_steps: int
+) -> None:
+    """Adds the shifts that the chunk's wanted rows ask for, on the model under what they see."""
+    wanted = chunk.wanted.nonzero()[:, 0]
+    if not len(wanted):
+        return
+    found, taken = method.find(BatchLook(split, targets, chunk.rows, chunk.state, wanted, chunk.seen), max_steps)
+    check_finite("update", found)
+    for name, (x, shift) in found.items():
+        chunk.inputs.setdefault(name, torch.zeros_like(_in_place(x, wanted, chunk.rows)))
+        first = ~chunk.inputs[name][wanted.to(x.device)].any(-1, keepdim=True)
+        chunk.inputs[name][wanted.to(x.device)] += first * x
+        shift = _in_place(shift, wanted, chunk.rows)
+        chunk.shifts[name] = chunk.shifts[name] + shift if name in chunk.shifts else shift
+    for i, count in zip(wanted.tolist(), taken, strict=True):
+        chunk.steps[i] += count
+
+
+def _of_requests(update: Update, requests: torch.Tensor) -> Update:
+    """An update for each request, or one for all."""
+    u, v = update
+    return update if u.dim() == 2 else (u[requests.to(u.device)], v[requests.to(v.device)])
 
 
 def _in_place(side: torch.Tensor, wanted: torch.Tensor, rows: Rows) -> torch.Tensor:

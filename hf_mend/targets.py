@@ -32,6 +32,8 @@ _MATCHING_SECONDS = 2.0
 # Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
 # benchmarks/results/ for the measurements behind both.
 _DEFAULT_SPAN = (0.567, 0.767)
+# Methods that write at the subject want the blocks from which what is known of it is read further up.
+_DEFAULT_SPANS = {"memit": (0.267, 0.467)}
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -284,7 +286,8 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
             )
     chosen = config.target_modules
     if chosen is None or chosen in ("default", "paper"):
-        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform))
+        span = _DEFAULT_SPANS.get(config.method, _DEFAULT_SPAN)
+        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform, span))
     else:
         targets = list(_matching(model, stacks, chosen, config.layers_to_transform))
     if not targets:
@@ -302,7 +305,9 @@ def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
     return first.stack, first.block
 
 
-def _named_choice(stacks: list[Stack], choice: str, layers: Sequence[int] | None) -> Iterator[Target]:
+def _named_choice(
+    stacks: list[Stack], choice: str, layers: Sequence[int] | None, span: tuple[float, float]
+) -> Iterator[Target]:
     paper_blocks = _PAPER_BLOCKS["encoder_decoder" if len(stacks) > 1 else "decoder_only"]
     for stack in stacks:
         depth = len(stack.blocks)
@@ -311,7 +316,7 @@ def _named_choice(stacks: list[Stack], choice: str, layers: Sequence[int] | None
         elif choice == "paper":
             blocks = list(range(max(0, depth - paper_blocks), depth))
         else:
-            first, last = (round(fraction * depth) for fraction in _DEFAULT_SPAN)
+            first, last = (round(fraction * depth) for fraction in span)
             blocks = list(range(min(first, depth - 1), max(last, first + 1)))
         for index in blocks:
             names = mlp_layers(stack.blocks[index])

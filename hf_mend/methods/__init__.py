@@ -7,6 +7,7 @@ from .iterative import IterativeMethod, Look, Seen
 from .ke import KnowledgeEditor
 from .lora import LoraPerEdit
 from .malmen import Malmen
+from .memit import Memit
 from .mend import Mend
 from .rome import Rome
 from .training_free import UltraEdit, WhitenedGradient, training_free_config
@@ -23,6 +24,7 @@ __all__ = [
     "Look",
     "LoraPerEdit",
     "Malmen",
+    "Memit",
     "Mend",
     "Rome",
     "Seen",

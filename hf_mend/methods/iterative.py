@@ -91,7 +91,8 @@ class IterativeMethod(EditMethod):
 
         Returns:
             `tuple`: Layer name -> `(u, v)` of shapes `(requests, rank, d_in)` and `(requests, rank, d_out)`, for the
-            requests in `look.wanted`, in their order; and the steps that each took.
+            requests in `look.wanted`, in their order, or what `join` takes where the method joins; and the steps that
+            each took.
         """
         raise NotImplementedError
 
@@ -125,6 +126,13 @@ class GradientSearch(IterativeMethod):
     def constrain(self, parameters: Parameters) -> None:
         """Brings parameters back, in place, to where they may be."""
 
+    def follow(self, parameters: Parameters, factors: Factors) -> None:
+        """Adapts, in place, what the parameters hold of the layers' inputs, which steps on lower layers move."""
+
+    def found(self, parameters: Parameters) -> dict[str, Update]:
+        """What the search returns: the updates, or for a method that joins them, inputs and shifts wanted there."""
+        return self.updates(parameters)
+
     def find(self, look: Look, max_steps: int) -> tuple[dict[str, Update], list[int]]:
         requests = look.wanted
         steps = torch.zeros(len(requests), dtype=torch.long)
@@ -154,12 +162,13 @@ class GradientSearch(IterativeMethod):
                     own_x, own_delta = seen.factors[name]
                     seen.factors[name] = (torch.cat([own_x, x], 1), torch.cat([own_delta, delta], 1))
             adam.step(parameters, self.gradients(parameters, seen.factors))
+            self.follow(parameters, seen.factors)
             self.constrain(parameters)
             steps[still] += 1
             updates = self.updates(parameters)
         if len(still):
             _put(result, parameters, still, torch.ones(len(still), dtype=torch.bool))
-        return self.updates(result), steps.tolist()
+        return self.found(result), steps.tolist()
 
 
 class Adam:
