@@ -24,7 +24,7 @@ LAYERS = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "t5": ["wo"]}
 
 
 def memit(base, tokenizer, **options) -> EditableModel:
-    values = {"edit_lr": 0.1, "num_steps": 10, "stop_loss": NEVER, "whiten_rank": 100, "ridge": 0.01, **options}
+    values = {"edit_lr": 0.1, "num_steps": 10, "stop_loss": NEVER, "whiten_rank": 100, "ridge": 0.01, "margin": 1.0, **options}
     values["target_modules"] = LAYERS[base.config.model_type]
     return EditableModel(base, small_config(method="memit", **values), tokenizer)
 
@@ -53,7 +53,7 @@ def subject_inputs(model, plain, records) -> dict[str, torch.Tensor]:
 def test_one_step_asks_for_adams_step_and_merges_by_ridge_regression(base, tokenizer):
     """The shift is down the sign of autograd's own gradient; all edits' are merged as the normal equations say."""
     plain = copy.deepcopy(base)
-    model = memit(base, tokenizer, num_steps=1, edit_lr=0.3, ridge=3.0)
+    model = memit(base, tokenizer, num_steps=1, edit_lr=0.3, ridge=3.0, margin=2.0)
     records = [replace(record, subject=record.prompt.split()[3]) for record in RECORDS[:3]]  # the country
     results = model.edit(records, force=True, max_steps=1, check=False)
     assert [result.steps for result in results] == [1, 1, 1]
@@ -74,7 +74,7 @@ def test_one_step_asks_for_adams_step_and_merges_by_ridge_regression(base, token
         nll(copied, model.encoder([Query(record.prompt, record.target)])).backward()
         for name, shift in shifts.items():
             assert shift.grad.abs().max() > 0
-            wanted[name].append(-0.3 * shift.grad / (shift.grad.abs() + 1e-8))
+            wanted[name].append(2.0 * -0.3 * shift.grad / (shift.grad.abs() + 1e-8))
     for index, (name, x) in enumerate(inputs.items()):
         moment = model.editor.second_moment(index).matrix().double()
         gram = x.double().T @ x.double() + 3.0 * moment

@@ -32,7 +32,8 @@ class Memit(ObservesInputs, GradientSearch):
 
     Args:
         config ([`EditorConfig`]): `edit_lr` is Adam's learning rate on the shifts; `num_steps` and `stop_loss` say
-            when to end; `ridge`, `whiten_rank` and `whiten_ridge` are of the regression.
+            when to end; what was found is asked for `margin` times; `ridge`, `whiten_rank` and `whiten_ridge` are of
+            the regression.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -73,7 +74,8 @@ class Memit(ObservesInputs, GradientSearch):
         }
 
     def found(self, parameters: Parameters) -> dict[str, Update]:
-        return {name: (key.unsqueeze(1), shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
+        margin = self.config.margin
+        return {name: (key.unsqueeze(1), margin * shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
 
     def join(
         self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
