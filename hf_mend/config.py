@@ -50,9 +50,9 @@ class EditorConfig:
     target_modules: str | list[str] | None = field(
         default="default",
         metadata={
-            "help": "Layers to edit: 'default' (what measured best for the method, by fraction of depth), 'paper' (all "
-            "MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular expression "
-            "for whole names, or a list of names or last parts of names."
+            "help": "Layers to edit: 'default' (what measured best for the method, by fraction of depth), 'paper' "
+            "(all MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular "
+            "expression for whole names, or a list of names or last parts of names."
         },
     )
     layers_to_transform: list[int] | None = field(
@@ -143,8 +143,8 @@ class EditorConfig:
     margin: float = field(
         default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
-            "help": "How far 'gradient' and 'memit' go past the step that suffices for their own prompt, so that other "
-            "words lead to the target too: 1 stops there. 2 when None, 1.25 for 'memit'."
+            "help": "How far 'gradient' and 'memit' go past the step that suffices for their own prompt, so that "
+            "other words lead to the target too: 1 stops there. 2 when None, 1.25 for 'memit'."
         },
     )
     base_fingerprint: dict[str, Any] | None = field(

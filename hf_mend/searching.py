@@ -191,9 +191,7 @@ def search_joint_updates(
     ]
 
 
-def _seek(
-    split: SplitModel, targets: Sequence[Target], method: IterativeMethod, chunk: Chunk, max_steps: int
-) -> None:
+def _seek(split: SplitModel, targets: Sequence[Target], method: IterativeMethod, chunk: Chunk, max_steps: int) -> None:
     """Adds the shifts that the chunk's wanted rows ask for, on the model under what they see."""
     wanted = chunk.wanted.nonzero()[:, 0]
     if not len(wanted):

@@ -99,15 +99,23 @@ def test_the_figures_are_those_of_weights_with_the_edits_in_them(model, tokenize
 
 
 def test_more_edits_than_measured_and_calls_one_after_another(model, tokenizer):
-    made = []
+    made, subjects = [], set()
     edit = model.edit
-    model.edit = lambda prompts, targets, **options: made.append(prompts) or edit(prompts, targets, **options)
-    (state,) = evaluate(model, RECORDS, edits=(8,), limit=2, in_calls_of=4, metrics=["success"])
+
+    def noting(records, **options):
+        made.append([record.prompt for record in records])
+        subjects.update(record.subject for record in records)
+        return edit(records, **options)
+
+    model.edit = noting
+    named = [replace(record, subject="capital") for record in RECORDS]
+    (state,) = evaluate(model, named, edits=(8,), limit=2, in_calls_of=4, metrics=["success"])
     units = shuffled_units(RECORDS, 0)
     prompts = [RECORDS[unit[0]].prompt for unit in units]
     # Facts 0 and 1 are measured; the first stands at the beginning of the first half, the second of the second.
     assert made == [[prompts[0], *prompts[2:5]], [prompts[1], *prompts[5:8]]]
     assert state.measured == 2 and state.in_calls_of == 4
+    assert subjects == {"capital"}, "for methods that edit at what a fact is about"
     made.clear()
     (state,) = evaluate(model, RECORDS[:5], edits=(3,), metrics=["success"])
     assert [len(call) for call in made] == [3, 3], "the last state is filled up with facts measured before"

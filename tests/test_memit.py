@@ -24,7 +24,15 @@ LAYERS = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "t5": ["wo"]}
 
 
 def memit(base, tokenizer, **options) -> EditableModel:
-    values = {"edit_lr": 0.1, "num_steps": 10, "stop_loss": NEVER, "whiten_rank": 100, "ridge": 0.01, "margin": 1.0, **options}
+    values = {
+        "edit_lr": 0.1,
+        "num_steps": 10,
+        "stop_loss": NEVER,
+        "whiten_rank": 100,
+        "ridge": 0.01,
+        "margin": 1.0,
+        **options,
+    }
     values["target_modules"] = LAYERS[base.config.model_type]
     return EditableModel(base, small_config(method="memit", **values), tokenizer)
 

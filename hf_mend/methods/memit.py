@@ -1,4 +1,4 @@
-"""MEMIT: MLP matrices of several blocks as one memory, in which many keys get new values at once (Meng et al. 2023)."""
+"""MEMIT: MLP matrices of some blocks as one memory, in which many keys get new values at once (Meng et al. 2023)."""
 
 from __future__ import annotations
 
