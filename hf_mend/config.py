@@ -19,10 +19,10 @@ STEP_OPTIONS = ("num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound",
 # What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures. The methods
 # that are named here are those that take many steps.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ft": {"edit_lr": 3e-4},
-    "ft-kl": {"edit_lr": 3e-4},
-    "ft-l": {"edit_lr": 3e-4},
-    "lora": {"edit_lr": 5e-3, "rank": 8},
+    "ft": {"edit_lr": 1e-4},
+    "ft-kl": {"edit_lr": 1e-4},
+    "ft-l": {"edit_lr": 1e-4},
+    "lora": {"edit_lr": 1e-3, "rank": 8},
     "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
     "memit": {"edit_lr": 0.05, "whiten_ridge": 0.01, "whiten_rank": 512, "ridge": 30.0, "margin": 1.25},
 }
@@ -117,7 +117,7 @@ class EditorConfig:
         },
     )
     num_steps: int = field(
-        default=100, metadata={"help": "The most steps of an edit, for methods that take many: 'ft', 'lora' and kin."}
+        default=50, metadata={"help": "The most steps of an edit, for methods that take many: 'ft', 'lora' and kin."}
     )
     stop_loss: float = field(
         default=0.1,
@@ -129,8 +129,8 @@ class EditorConfig:
     kl_weight: float = field(
         default=1.0, metadata={"help": "Weight of the KL divergence on ordinary text in 'ft-kl'."}
     )
-    kl_texts: int = field(default=4, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
-    norm_bound: float = field(default=1e-3, metadata={"help": "The most that 'ft-l' changes any weight by."})
+    kl_texts: int = field(default=2, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
+    norm_bound: float = field(default=2e-3, metadata={"help": "The most that 'ft-l' changes any weight by."})
     lora_alpha: float = field(default=16, metadata={"help": "'lora' scales its product by this over the rank."})
     seed: int = field(default=0, metadata={"help": "Of what 'lora' draws its first matrix from."})
     ridge: float = field(

@@ -33,7 +33,7 @@ _MATCHING_SECONDS = 2.0
 # benchmarks/results/ for the measurements behind both.
 _DEFAULT_SPAN = (0.567, 0.767)
 # Methods that write at the subject want the blocks from which what is known of it is read further up.
-_DEFAULT_SPANS = {"memit": (0.267, 0.467)}
+_DEFAULT_SPANS = {"memit": (0.267, 0.467), "rome": (0.333, 0.367)}
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
