@@ -32,6 +32,7 @@ from hf_mend import (
     summarize,
 )
 from hf_mend.cards import CardNotes, machine, metrics_table, write_card
+from hf_mend.files import read_tensors
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
 
@@ -72,6 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parse_with_data(parser)
     arguments.results = arguments.results or Path(__file__).parent / "results" / arguments.output.name
     return arguments
+
+
+def start_from(model: EditableModel, folder: Path) -> None:
+    """Takes a saved editor's weights; a MEND editor's are MALMEN's, whose ridges then begin as they are configured."""
+    tensors = dict(read_tensors(folder / "editor.safetensors")[0])
+    if model.editor_config.method == "malmen":
+        tensors.setdefault("log_ridge", model.editor.log_ridge.detach())
+    model.editor.load_state_dict(tensors)
 
 
 def train(model: EditableModel, records: list[EditRecord], arguments: argparse.Namespace) -> float:
@@ -138,7 +147,7 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         model = get_editable_model(base, config, tokenizer)
         if arguments.start_from:
-            model.load_editor(arguments.start_from / "editor.safetensors")
+            start_from(model, arguments.start_from)
         seconds = train(model, records, arguments)
         model.editor.scale_steps(arguments.scale_steps)
         # Measured as it is shared: in bfloat16, read from its file.
