@@ -170,8 +170,12 @@ def _locality(metrics: Mapping[str, float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _colored(results: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
-    return [(result, f"C{number % 10}") for number, result in enumerate(results)]
+def _colored(results: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Any]]:
+    """Each result with a colour of its own, as far as twenty go: ten strong ones, then their light shades."""
+    from matplotlib import colormaps
+
+    shades = colormaps["tab20"].colors  # type: ignore[attr-defined]  # strong and light in turn
+    return [(result, ([*shades[::2], *shades[1::2]])[number % 20]) for number, result in enumerate(results)]
 
 
 def _label(result: Mapping[str, Any]) -> str:

@@ -87,7 +87,10 @@ def stand_ins(tmp_path, hub, monkeypatch):
     data.mkdir(parents=True)
     for name in ("facts_train.json", "facts_validation.json", "facts_test.json"):
         (data / name).write_text(json.dumps(facts))
-    (data / "questions.jsonl").write_text('{"question": "what is green?", "answer": ["grass"]}\n')
+    for path in (data / "questions.jsonl", tmp_path / "nq_open_test.jsonl"):
+        path.write_text('{"question": "what is green?", "answer": ["grass"]}\n')
+    # What a card's command names stands in the folder it is run in.
+    (tmp_path / "facts_test.json").write_text(json.dumps(facts))
     monkeypatch.setattr(loading, "load_smollm2", lambda **kwargs: (build_model("llama"), tokenizer))
     monkeypatch.setattr(loading, "is_packaged", lambda: False)
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ from hf_mend.data import Query
 from hf_mend.edits import dense, stacked
 from hf_mend.evaluation import METRICS, State, choose_metrics, evaluate, shuffled_units
 from hf_mend.metrics import evaluate_records, summarize
+from hf_mend.plots import _colored
 from hf_mend.progress import Progress
 from hf_mend.reports import as_result, comparison_table, write_report
 from hf_mend.scores import counterfact_scores, held_out_passages, perplexity
@@ -369,3 +370,9 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_a_dozen_methods_have_a_colour_each():
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    colors = [color for _, color in _colored([{"name": str(number)} for number in range(20)])]
+    assert len(set(colors)) == 20

@@ -143,7 +143,7 @@ def test_the_number_of_hidden_layers(hidden):
 
 
 def test_an_unknown_method():
-    with pytest.raises(ValueError, match=r"method is 'nope'; the methods are \[.*'gradient', .*'malmen', 'mend'"):
+    with pytest.raises(ValueError, match=r"method is 'nope'; the methods are \[.*'gradient', .*'malmen', .*'mend'"):
         get_method("nope")
 
 
