@@ -24,8 +24,10 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft-l": {"edit_lr": 1e-4},
     "lora": {"edit_lr": 1e-3, "rank": 8},
     "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
+    "ultraedit": {"edit_lr": 1e-4},
     "memit": {"edit_lr": 0.05, "whiten_ridge": 0.01, "whiten_rank": 512, "ridge": 30.0, "margin": 1.25},
 }
+_TAKE_MANY_STEPS = frozenset({"ft", "ft-kl", "ft-l", "lora", "rome", "memit"})
 _DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128, "ridge": 1.0, "margin": 2.0}
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 
@@ -112,8 +114,8 @@ class EditorConfig:
     edit_lr: float = field(
         default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
         metadata={
-            "help": "Initial step of an edit, of which each layer learns its own (1e-3 when None); for methods that "
-            "take many steps, Adam's learning rate, where None is what measured best."
+            "help": "Initial step of an edit, of which each layer learns its own (1e-3 when None, 1e-4 for "
+            "'ultraedit'); for methods that take many steps, Adam's learning rate, where None is what measured best."
         },
     )
     num_steps: int = field(
@@ -216,7 +218,7 @@ class EditorConfig:
     @property
     def takes_many_steps(self) -> bool:
         """Whether the method finds an edit by many steps of its own, as fine-tuning does."""
-        return self.method in _METHOD_DEFAULTS
+        return self.method in _TAKE_MANY_STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
