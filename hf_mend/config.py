@@ -16,8 +16,8 @@ _LONGEST = 2000
 _MOST = 10_000
 # Options that only the methods that take many steps look at.
 STEP_OPTIONS = ("num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound", "lora_alpha", "seed")
-# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures. The methods
-# that are named here are those that take many steps.
+_TAKE_MANY_STEPS = frozenset({"ft", "ft-kl", "ft-l", "lora", "rome", "memit"})
+# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ft": {"edit_lr": 1e-4},
     "ft-kl": {"edit_lr": 1e-4},
@@ -27,7 +27,6 @@ _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ultraedit": {"edit_lr": 1e-4},
     "memit": {"edit_lr": 0.05, "whiten_ridge": 0.01, "whiten_rank": 512, "ridge": 30.0, "margin": 1.25},
 }
-_TAKE_MANY_STEPS = frozenset({"ft", "ft-kl", "ft-l", "lora", "rome", "memit"})
 _DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128, "ridge": 1.0, "margin": 2.0}
 TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
 

@@ -65,13 +65,12 @@ def find_updates(
     Raises:
         ValueError: A gradient or an update is not finite.
     """
-    if isinstance(method, IterativeMethod):
-        if method.joins:
-            return search_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
-        return search_updates(split, targets, method, rows, max_steps, force, check)
-    max_steps = 1 if max_steps is None else max_steps
+    if max_steps is None:
+        max_steps = method.max_steps if isinstance(method, IterativeMethod) else 1
     if method.joins:
-        return find_joint_updates(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
+        return _joint_finder(method)(split, targets, method, [rows], max_steps, force, check, edits_together)[0]
+    if isinstance(method, IterativeMethod):
+        return search_updates(split, targets, method, rows, max_steps, force, check)
     carried = method.carried() if carried is None else carried
     state = split.run_below(rows.inputs)
     with applied(targets, carried):
@@ -104,6 +103,11 @@ def find_updates(
         steps = [count + int(share > 0) for count, share in zip(steps, shares.tolist(), strict=True)]
         wanted = (shares > 0) & torch.tensor([not all(right) for right in after.right])
     return FoundUpdates(total, before, after, steps)
+
+
+def _joint_finder(method: EditMethod) -> Callable[..., list[FoundUpdates]]:
+    """How a method that joins finds the updates of batches of rows."""
+    return search_joint_updates if isinstance(method, IterativeMethod) else find_joint_updates
 
 
 def _best_shares(
@@ -276,10 +280,9 @@ def _find_in_batches(
     encoded = [encoder([request.query for request in batch]).to(split.device) for batch in batches]
     with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) == 1) as bar:
         if method.joins:
-            find: Callable[..., list[FoundUpdates]] = find_joint_updates
-            if isinstance(method, IterativeMethod):
-                find = search_joint_updates
-            return find(split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update)
+            return _joint_finder(method)(
+                split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update
+            )
         found = []
         for rows in encoded:
             found.append(find_updates(split, targets, method, rows, max_steps, force, check, carried=carried))

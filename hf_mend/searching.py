@@ -175,7 +175,8 @@ def search_joint_updates(
                 progress(len(chunk.rows))
         if not any(chunk.shifts for chunk in chunks):
             return [FoundUpdates({}, chunk.before, chunk.before if check else None, chunk.steps) for chunk in chunks]
-        set_keys(chunks, method, edits_together, kept)
+        if not again:
+            set_keys(chunks, method, edits_together, kept)
         show(chunks, edits_together)
         if not check:
             break
@@ -199,9 +200,7 @@ def _seek(split: SplitModel, targets: Sequence[Target], method: IterativeMethod,
     found, taken = method.find(BatchLook(split, targets, chunk.rows, chunk.state, wanted, chunk.seen), max_steps)
     check_finite("update", found)
     for name, (x, shift) in found.items():
-        chunk.inputs.setdefault(name, torch.zeros_like(_in_place(x, wanted, chunk.rows)))
-        first = ~chunk.inputs[name][wanted.to(x.device)].any(-1, keepdim=True)
-        chunk.inputs[name][wanted.to(x.device)] += first * x
+        chunk.inputs.setdefault(name, _in_place(x, wanted, chunk.rows))  # rows that ask again were in the first round
         shift = _in_place(shift, wanted, chunk.rows)
         chunk.shifts[name] = chunk.shifts[name] + shift if name in chunk.shifts else shift
     for i, count in zip(wanted.tolist(), taken, strict=True):

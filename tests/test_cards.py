@@ -36,7 +36,7 @@ def results_of(folder: Path) -> dict[tuple[str, str], float]:
 def test_a_new_card_names_base_layers_and_settings(tmp_path):
     write_card(tmp_path, EditorConfig(base_model_name_or_path="me/model", task_type="SEQ_2_SEQ_LM", rank=7), ["a.fc1"])
     data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.library_name, data.base_model) == ("hf-mend", "me/model")
+    assert (data["library_name"], data.base_model) == ("hf-mend", "me/model")
     assert data.tags == ["model-editing", "knowledge-editing", "mend"]
     assert data.eval_results is None
     text = text_of(tmp_path)
@@ -184,7 +184,7 @@ def test_a_published_card_is_as_the_hub_wants_it(folder):
     config = EditorConfig.from_json_file(folder / "editor_config.json")
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == config.base_model_name_or_path
-    assert card.data.library_name == "hf-mend"
+    assert card.data["library_name"] == "hf-mend"
     assert card.data.license and config.method in card.data.tags
     name, results = model_index_to_eval_results(yaml.safe_load(card.data.to_yaml())["model-index"])
     assert name and results

@@ -10,10 +10,12 @@ from conftest import RECORDS, all_logits, small_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hf_mend import EditableModel, evaluate_records
+from hf_mend import EditableModel, EditorConfig, evaluate_records
 from hf_mend.data import Query
 from hf_mend.edits import dense
 from hf_mend.losses import kl_divergence
+from hf_mend.methods import IterativeMethod, get_method
+from hf_mend.methods.base import registered_methods
 from hf_mend.targets import weight_matrix
 
 
@@ -179,6 +181,11 @@ def test_measuring_takes_the_configured_steps_and_shows_the_method_its_texts(lla
         model.split, model.targets, model.editor, model.encoder, RECORDS, max_steps=1, progress=False
     )
     assert not all(one.success for one in fewer)
+
+
+def test_the_configuration_knows_which_methods_take_many_steps():
+    searches = {name for name in registered_methods() if issubclass(get_method(name), IterativeMethod)}
+    assert {name for name in registered_methods() if EditorConfig(method=name).takes_many_steps} == searches
 
 
 def test_no_single_gradient_becomes_an_edit(llama, tokenizer):

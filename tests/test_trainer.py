@@ -392,7 +392,7 @@ def test_only_at_the_end_and_with_the_users_words(hub, tokenizer, tmp_path):
     assert message == "done" and info.oid == hub.repositories["me/trained"].refs["main"]
     assert files["README.md"] == b"---\nlicense: mit\n---\nmy words\n" and files["notes.txt"] == b"mine"
     card = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert card.library_name == "hf-mend" and {"facts", "model-editing"} <= set(card.tags)
+    assert card["library_name"] == "hf-mend" and {"facts", "model-editing"} <= set(card.tags)
     assert (card.language, card.datasets, card.license) == ("en", ["me/facts"], "mit")
     trainer.push_to_hub(blocking=False).result()
 

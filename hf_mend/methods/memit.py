@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 
 from ..edits import Update
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
-from .moments import ObservesInputs
-from .ridge import SecondMoment, ridge_keys
+from .moments import MergesByRidge
 
 
 @register_method("memit")
-class Memit(ObservesInputs, GradientSearch):
+class Memit(MergesByRidge, GradientSearch):
     """
     Mass-editing memory (Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4): at the subject's last
     token, each target layer is asked for a shift of its output, found by gradient steps on the target's loss; one
@@ -77,22 +73,8 @@ class Memit(ObservesInputs, GradientSearch):
         margin = self.config.margin
         return {name: (key.unsqueeze(1), margin * shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
 
-    def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
-    ) -> dict[str, Update]:
-        return {
-            name: (ridge_keys(x, self.config.ridge, self._moment(name), kept.get(name)), d)
-            for name, (x, d) in updates.items()
-        }
-
-    def _moment(self, name: str) -> SecondMoment:
-        return self.second_moment(list(self.shapes).index(name))
-
     def _direction(self, name: str, key: torch.Tensor) -> torch.Tensor:
-        """`M^-1 k / (k^T M^-1 k)` for each row of `key`, `(requests, d_in)`; zero where the key is."""
-        moment = self._moment(name)
-        direction = moment.solve(key.to(moment.scale.device)).to(key.device)
-        return direction / (key * direction).sum(-1, keepdim=True).clamp(min=torch.finfo(key.dtype).tiny)
+        return self.second_moment(list(self.shapes).index(name)).direction(key)
 
 
 def _at(chosen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

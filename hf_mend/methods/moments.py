@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
 from ..config import EditorConfig
+from ..edits import Update
 from .base import EditMethod
-from .ridge import SecondMoment, leading_eigenvectors
+from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
 
 
 class ObservesInputs(EditMethod):
@@ -52,3 +54,16 @@ class ObservesInputs(EditMethod):
     @property
     def is_calibrated(self) -> bool:
         return bool(self.tokens > 0)
+
+
+class MergesByRidge(ObservesInputs):
+    """A method that asks for shifts, which one ridge regression a layer gives: least change on ordinary text."""
+
+    def join(
+        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, Update]:
+        moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
+        return {
+            name: (ridge_keys(x, self.config.ridge, moments[name], kept.get(name)), d)
+            for name, (x, d) in updates.items()
+        }

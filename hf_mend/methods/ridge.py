@@ -32,6 +32,11 @@ class SecondMoment:
         x = (x - (x @ self.basis * self.shrink) @ self.basis.T) * self.scale
         return x if self.widths is None else x / self.widths
 
+    def direction(self, x: torch.Tensor) -> torch.Tensor:
+        """`M^-1 x / (x^T M^-1 x)` for each row of `x`, `(..., d_in)`: 1 at `x`, least on ordinary text, 0 for 0."""
+        found = self.solve(x.to(self.scale.device)).to(x.device)
+        return found / (x * found).sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
     def matrix(self) -> torch.Tensor:
         """M itself, `(d_in, d_in)`."""
         identity = torch.eye(self.basis.shape[0], dtype=self.basis.dtype, device=self.basis.device)

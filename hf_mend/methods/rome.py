@@ -49,9 +49,7 @@ class Rome(ObservesInputs, GradientSearch):
                 f"the subject's last token has no influence on the answer through the layer {self.layer!r}, so 'rome' "
                 "cannot edit there; name a lower block with EditorConfig.layers_to_transform"
             )
-        moment = self.second_moment(0)
-        direction = moment.solve(key.to(moment.scale.device)).to(x.device)
-        keys = direction / (key * direction).sum(-1, keepdim=True)
+        keys = self.second_moment(0).direction(key)
         return {self.layer: [keys.unsqueeze(1), torch.zeros_like(delta[:, :1])]}
 
     def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:

@@ -1,4 +1,4 @@
-"""Gradients of unit size and a learned step a layer, for trained methods that keep the gradient's own direction."""
+"""Statistics of the factors, and a learned step a layer, for methods that keep the gradient's own direction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from .base import EditMethod
 from .mend import FactorStatistics
 
 
-class LearnedSteps(EditMethod):
+class ObservesFactors(EditMethod):
     """
-    A method whose factors are divided by their root mean square over some edits, one number a side and layer, so that
-    layers start alike, and whose step each layer learns.
+    A method that knows mean and variance of the factors of the edits it has seen, a layer at a time.
 
     Args:
-        config ([`EditorConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
+        config ([`EditorConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -32,6 +31,28 @@ class LearnedSteps(EditMethod):
         super().__init__(config, shapes)
         self.x_stats = nn.ModuleList(FactorStatistics(d_in) for _, d_in in self.shapes.values())
         self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for d_out, _ in self.shapes.values())
+
+    def take_in(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Adds edits' factors, at the positions that have a gradient, to the statistics."""
+        for i, name in enumerate(self.shapes):
+            x, delta = factors[name]
+            present = (delta != 0).any(-1)
+            self.x_stats[i].observe(x[present].to(self.x_stats[i].mean.device))
+            self.delta_stats[i].observe(delta[present].to(self.delta_stats[i].mean.device))
+
+
+class LearnedSteps(ObservesFactors):
+    """
+    A method whose factors are divided by their root mean square over some edits, one number a side and layer, so that
+    layers start alike, and whose step each layer learns.
+
+    Args:
+        config ([`EditorConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+    """
+
+    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+        super().__init__(config, shapes)
         self.log_step = nn.Parameter(torch.zeros(len(self.shapes)))
 
     @property
@@ -53,11 +74,7 @@ class LearnedSteps(EditMethod):
         return found
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for i, name in enumerate(self.shapes):
-            x, delta = factors[name]
-            present = (delta != 0).any(-1)
-            self.x_stats[i].observe(x[present].to(self.log_step.device))
-            self.delta_stats[i].observe(delta[present].to(self.log_step.device))
+        self.take_in(factors)
 
     @property
     def is_calibrated(self) -> bool:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import EditorConfig
 from ..edits import Update
-from .base import EditMethod, register_method
-from .mend import FactorStatistics
-from .moments import ObservesInputs
+from .base import register_method
+from .moments import MergesByRidge
 from .ridge import ridge_keys
+from .steps import ObservesFactors
 
 
 def training_free_config() -> EditorConfig:
@@ -23,7 +21,7 @@ def training_free_config() -> EditorConfig:
 
 
 @register_method("ultraedit")
-class UltraEdit(EditMethod):
+class UltraEdit(ObservesFactors):
     """
     UltraEdit as published (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing"):
     factors are normalised by statistics over all edits so far, and each token asks for the shift
@@ -35,21 +33,13 @@ class UltraEdit(EditMethod):
     """
 
     trains = False
-    x_stats: Any
-    delta_stats: Any
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
-        self.x_stats = nn.ModuleList(FactorStatistics(d_in) for _, d_in in self.shapes.values())
-        self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for d_out, _ in self.shapes.values())
         self.factor = 1.0
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for i, name in enumerate(self.shapes):
-            x, delta = factors[name]
-            present = (delta != 0).any(-1)
-            self.x_stats[i].observe(x[present].to(self.x_stats[i].mean.device))
-            self.delta_stats[i].observe(delta[present].to(self.x_stats[i].mean.device))
+        self.take_in(factors)
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         wanted = {}
@@ -71,7 +61,7 @@ class UltraEdit(EditMethod):
 
 
 @register_method("gradient")
-class WhitenedGradient(ObservesInputs):
+class WhitenedGradient(MergesByRidge):
     """
     A few steps down the gradient of the target's loss, in the metric of the layer's inputs on ordinary text, so that
     an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
@@ -96,12 +86,3 @@ class WhitenedGradient(ObservesInputs):
             x, delta = (side.to(moment.scale.device) for side in factors[name])
             wanted[name] = (x, -(moment.solve(x) @ x.transpose(-1, -2)) @ delta)
         return wanted
-
-    def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
-    ) -> dict[str, Update]:
-        moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
-        return {
-            name: (ridge_keys(x, self.config.ridge, moments[name], kept.get(name)), d)
-            for name, (x, d) in updates.items()
-        }
