@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="measure on this many facts only")
     parser.add_argument("--train-limit", type=int, help="train on this many facts only")
     parser.add_argument("--hidden-states", type=Path, help="where the hidden states are kept (a temporary folder)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parse_with_data(parser)
     arguments.variants = [name.strip() for name in arguments.variants.split(",")]
@@ -100,6 +101,8 @@ def train_and_measure(
                 save_strategy="no",
                 hidden_states_dir=str(hidden_states),
                 seed=arguments.seed,
+                bf16=arguments.bf16,
+                use_cpu=not torch.cuda.is_available(),
                 report_to=[],
             ),
             train,
@@ -119,7 +122,7 @@ def main() -> None:
     questions = read_questions(arguments.data / "nq_open_test.jsonl")
     test = list(read_counterfact(arguments.data / arguments.facts, questions))[: arguments.limit]
     path = arguments.results.with_suffix(".json")
-    names = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "seed")
+    names = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "bf16", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     result = {"base_model": SMOLLM2_ID, "settings": settings, "variants": {}}
     if path.is_file():
