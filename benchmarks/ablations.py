@@ -122,8 +122,8 @@ def main() -> None:
     questions = read_questions(arguments.data / "nq_open_test.jsonl")
     test = list(read_counterfact(arguments.data / arguments.facts, questions))[: arguments.limit]
     path = arguments.results.with_suffix(".json")
-    names = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "bf16", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
+    kept = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "bf16", "seed")
+    settings = {name: getattr(arguments, name) for name in kept}
     result = {"base_model": SMOLLM2_ID, "settings": settings, "variants": {}}
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))

@@ -50,13 +50,19 @@ def measure_state(
     }
 
 
-def load(method: str, tokenizer: Any, base: Any, options: dict[str, Any]) -> EditableModel:
-    """A model whose editor is a folder's, or a method that needs no training."""
+def load(
+    method: str, tokenizer: Any, base: Any, options: dict[str, Any], texts: Sequence[tuple[str, str]]
+) -> EditableModel:
+    """A model whose editor is a folder's, or a method that needs no training and has seen these texts."""
     if (Path(method) / "editor_config.json").exists():
         return EditableModel.from_pretrained(base, method, tokenizer)
     if method == "gradient" and not options:
-        return EditableModel(base, tokenizer=tokenizer)
-    return EditableModel(base, EditorConfig(method=method, **options), tokenizer)
+        model = EditableModel(base, tokenizer=tokenizer)
+    else:
+        model = EditableModel(base, EditorConfig(method=method, **options), tokenizer)
+    if texts:
+        model.observe(texts)
+    return model
 
 
 def table(states: dict[str, dict[str, Any]], before: float) -> str:
@@ -107,11 +113,15 @@ def main() -> None:
     parser.add_argument("--call", type=int, default=10)
     parser.add_argument("--measured", type=int, default=100, help="facts measured in each state")
     parser.add_argument("--seed", type=int, default=0, help="order of the facts")
+    parser.add_argument(
+        "--observe", type=int, default=0, help="training questions (nq_open_train.jsonl) shown to methods that look"
+    )
     arguments = parse_with_data(parser)
     options = config_options(arguments.option)
     path = arguments.results.with_suffix(".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"states": {}}
     questions = read_questions(arguments.data / "nq_open_test.jsonl")
+    texts = read_questions(arguments.data / "nq_open_train.jsonl")[: arguments.observe] if arguments.observe else []
     read = read_counterfact(arguments.data / arguments.facts, questions)
     once = {" ".join(record.prompt.split()): record for record in read}  # one target a prompt
     records = [replace(record, neighborhood=record.neighborhood[:NEIGHBOURS]) for record in once.values()]
@@ -124,7 +134,7 @@ def main() -> None:
         missing = [s for s in [*one_call, *many] if f"{title}/{s[0]}/{s[1]}" not in states]
         if not missing:
             continue
-        model = load(method, tokenizer, base, options)
+        model = load(method, tokenizer, base, options, texts)
         kept["perplexity_before"] = perplexity(model, held_out_passages(model))
         for count, in_calls_of in missing:
             state = measure_state(model, records, count, in_calls_of, arguments)

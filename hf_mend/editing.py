@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib import resources
 
 import torch
 from tqdm.auto import tqdm
@@ -18,11 +17,12 @@ from .edits import Edit, Update, applied
 from .fingerprint import editor_id
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod, IterativeMethod
+from .ordinary_text import observe_ordinary_text
 from .requests import Answers, EditRequest, EditResult
 from .searching import search_joint_updates, search_updates
 from .stack import EditStack
 from .targets import Target
-from .tracing import SplitModel, logits_of, record_inputs, trace
+from .tracing import SplitModel, logits_of, trace
 
 
 # Most tokens in one pass of edits, padding included: what bounds the memory of long requests.
@@ -288,34 +288,6 @@ def _find_in_batches(
             found.append(find_updates(split, targets, method, rows, max_steps, force, check, carried=carried))
             bar.update(len(rows))
         return found
-
-
-def observe_ordinary_text(
-    split: SplitModel, targets: Sequence[Target], method: EditMethod, encoder: Encoder, batch_size: int = 16
-) -> None:
-    """
-    Shows a method that needs no training what enters the layers on ordinary text: some 160 packaged lines.
-
-    Args:
-        split ([`SplitModel`]): The model.
-        targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Its statistics are set then.
-        encoder ([`Encoder`]): Tokenises and pads.
-        batch_size (`int`, defaults to 16): Lines in one pass.
-    """
-    text = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
-    longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
-    pairs = []
-    for line in text.splitlines():  # in two halves, of which the decoder of an encoder-decoder model sees the second
-        words = line.split(" ")
-        halves = Query(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :]))
-        prompt, answer = encoder.tokens(halves)
-        pairs.append((prompt[:longest], answer[:longest]))
-    for start in range(0, len(pairs), batch_size):
-        rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
-        method.observe_inputs(record_inputs(split, targets, rows))
-        method.observe_texts(rows)
-    method.finish_observing()
 
 
 def _as_result(

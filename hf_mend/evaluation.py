@@ -24,12 +24,12 @@ from transformers.utils import logging
 
 from . import __version__
 from .data import EditRecord, batches
-from .editing import observe_ordinary_text
 from .edits import same_prompt
 from .fingerprint import fingerprint_of
 from .generation import answer
 from .metrics import Measured, evaluate_records, measure_records, metric_values, summarize
 from .model import EditableModel
+from .ordinary_text import observe_ordinary_text
 from .progress import Progress
 from .readers.reading import check_targets
 from .scores import (

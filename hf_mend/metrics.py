@@ -10,10 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import EditRecord, Encoder, Query, Rows, batches
-from .editing import find_updates, observe_ordinary_text
+from .editing import find_updates
 from .edits import Update, applied, together
 from .losses import kl_divergence, row_means
 from .methods import EditMethod
+from .ordinary_text import observe_ordinary_text
 from .targets import Target
 from .tracing import SplitModel, logits_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .hub import find_files
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method, state_shapes, training_free_config
+from .ordinary_text import observe_ordinary_text
 from .requests import EditResult, as_requests, check_requests
 from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
@@ -317,6 +318,32 @@ class EditableModel(PushesToHub, nn.Module):
                     f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result"
                 )
         return results[0] if single else results
+
+    def observe(self, texts: Iterable[str | tuple[str, str]]) -> None:
+        """
+        Shows a method that needs no training text of the kind that must stay, beside the packaged page: a few hundred
+        lines of what the model is used for. Its next edits change the layers' outputs there least. `save_pretrained`
+        keeps what it has seen; another call begins anew.
+
+        Args:
+            texts (`Iterable[str | tuple[str, str]]`): Texts, or prompts with their answers. Each is seen alone, to
+                half the model's context.
+
+        Raises:
+            TypeError: One of the texts is neither.
+            ValueError: There is none, one is empty, or the editor looks at no text: it is a trained one, or of a
+                method such as `"ft"`. The editor is as it was.
+            RuntimeError: The model has been merged.
+        """
+        self._check_usable()
+        if not self.editor.reads_ordinary_text:
+            why = "is trained, on data that say what must stay" if self.editor.trains else "looks at no other text"
+            raise ValueError(f"the method {self.editor_config.method!r} {why}; leave observe out")
+        texts = list(texts)
+        if not texts:
+            raise ValueError("there are no texts to observe; give some of the kind that must stay")
+        with self.disable_edits():
+            observe_ordinary_text(self.split, self.targets, self.editor, self.encoder, texts)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """

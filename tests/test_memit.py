@@ -13,8 +13,9 @@ from test_iterative import NEVER, nll
 
 from hf_mend import EditableModel
 from hf_mend.data import Query
-from hf_mend.editing import find_updates, observe_ordinary_text
+from hf_mend.editing import find_updates
 from hf_mend.edits import dense
+from hf_mend.ordinary_text import observe_ordinary_text
 from hf_mend.targets import weight_matrix
 
 

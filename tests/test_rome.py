@@ -12,9 +12,9 @@ from conftest import RECORDS, all_logits
 from test_iterative import nll, row, searching
 
 from hf_mend.data import Query
-from hf_mend.editing import observe_ordinary_text
 from hf_mend.edits import dense
 from hf_mend.methods import get_method
+from hf_mend.ordinary_text import observe_ordinary_text
 
 
 RECORD = replace(RECORDS[0], subject="france")
@@ -34,10 +34,10 @@ def text_of(tokenizer, ids) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
 
 
-def second_moment(model, target, ridge) -> np.ndarray:
-    """Of the packaged lines, by hand."""
+def second_moment(model, target, ridge, more=()) -> np.ndarray:
+    """Of the packaged lines and more texts, by hand."""
     texts = get_method("ft-kl")(model.editor_config, model.editor.shapes)
-    observe_ordinary_text(model.split, model.targets, texts, model.encoder)
+    observe_ordinary_text(model.split, model.targets, texts, model.encoder, more)
     kept = []
     for rows in texts._texts:
         decoder = "decoder_input_ids" in rows.inputs and target.stack == "decoder"

@@ -26,12 +26,14 @@ class EditMethod(nn.Module):
         max_steps (`int`): Gradient steps that an edit may take where the user does not say.
         trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
             the model from a page of ordinary text, before the first edit.
+        reads_ordinary_text (`bool`): Whether it does that.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
             loss (see [`~hf_mend.joint.find_joint_updates`]).
     """
 
     max_steps: int = 3
     trains: bool = True
+    reads_ordinary_text: bool = False
     sizes_steps: bool = False
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
@@ -120,6 +122,9 @@ class EditMethod(nn.Module):
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Takes the target layers' inputs on ordinary text, name -> `(tokens, d_in)`, into the statistics."""
+
+    def forget_observed(self) -> None:
+        """Begins the statistics anew."""
 
     def observe_texts(self, texts: Rows) -> None:
         """Takes ordinary text itself, for a method that looks at it while it edits."""

@@ -51,9 +51,14 @@ class FineTuningWithPenalty(FineTuning):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    reads_ordinary_text = True
+
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self._texts: list[Rows] = []
+
+    def forget_observed(self) -> None:
+        self._texts.clear()
 
     def observe_texts(self, texts: Rows) -> None:
         count = self.config.kl_texts

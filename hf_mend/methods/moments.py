@@ -22,6 +22,7 @@ class ObservesInputs(EditMethod):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    reads_ordinary_text = True
     tokens: torch.Tensor
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
@@ -37,6 +38,10 @@ class ObservesInputs(EditMethod):
     def second_moment(self, index: int) -> SecondMoment:
         """Of a layer's inputs on ordinary text, with the ridge."""
         return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
+
+    def forget_observed(self) -> None:
+        self.tokens.zero_()
+        self._moments.clear()
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         for name, x in inputs.items():

@@ -1,0 +1,113 @@
+"""Text of the user's, which a method that needs no training is to spare, against moments by hand and plain tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_iterative import searching
+from test_rome import second_moment
+
+from hf_mend import EditableModel, EditorConfig
+from hf_mend.edits import dense
+
+
+TEXTS = ["the capital of france is paris and of italy is rome", ("the capital of spain is", "madrid")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_the_second_moment_is_of_the_page_and_the_texts(base, tokenizer):
+    model = searching(base, tokenizer, "rome", layers_to_transform=[1], whiten_rank=512, whiten_ridge=0.05)
+    model.observe(TEXTS * 30)
+    expected = torch.from_numpy(second_moment(model, model.targets[0], 0.05, TEXTS * 30)).float()
+    alone = torch.from_numpy(second_moment(model, model.targets[0], 0.05)).float()
+    seen = model.editor.second_moment(0).matrix()
+    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(alone, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_second_look_begins_anew(llama, tokenizer):
+    one, other = (searching(llama, tokenizer, method) for method in ("memit", "memit"))
+    one.observe(["something else entirely"] * 5)
+    for model in (one, other):
+        model.observe(TEXTS)
+    for name, buffer in one.editor.named_buffers():
+        torch.testing.assert_close(buffer, dict(other.editor.named_buffers())[name])
+    penalised = searching(llama, tokenizer, "ft-kl")
+    penalised.observe(TEXTS)
+    count = sum(map(len, penalised.editor._texts))
+    penalised.observe(TEXTS)
+    assert sum(map(len, penalised.editor._texts)) == count
+
+
+def test_an_edit_changes_the_texts_less_once_they_were_seen(llama, tokenizer):
+    text = "the queen of england likes blue and green horses"
+    moved = []
+    for seen in (False, True):
+        model = EditableModel(llama, tokenizer=tokenizer)
+        if seen:
+            model.observe([text] * 500)
+        assert model.edit("the capital of france is", "rome", force=True).success
+        updates = model.edits[0].updates
+        rows = model.encoder.pad([model.encoder.tokens(_query(text))])
+        entering = _inputs(model, rows)
+        model.undo_all()
+        moved.append(sum((entering[n] @ dense(pair).T).norm().item() for n, pair in updates.items()))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_what_was_seen_is_saved_with_the_editor(llama, tokenizer, tmp_path):
+    model = EditableModel(llama, EditorConfig(method="gradient"), tokenizer)
+    model.observe(TEXTS)
+    model.save_pretrained(tmp_path)
+    again = EditableModel.from_pretrained(llama, tmp_path, tokenizer)
+    found = []
+    for each in (model, again):
+        each.edit("the capital of france is", "rome", force=True)
+        found.append(each.undo().updates)  # both wrap one base
+    for name, pair in found[0].items():
+        torch.testing.assert_close(dense(pair), dense(found[1][name]))
+
+
+def test_edits_that_are_carried_do_not_show(llama, tokenizer):
+    one, other = (EditableModel(copy.deepcopy(llama), tokenizer=tokenizer) for _ in range(2))
+    one.edit("the capital of france is", "rome", force=True)
+    for model in (one, other):
+        model.observe(TEXTS)
+    for name, buffer in one.editor.named_buffers():
+        torch.testing.assert_close(buffer, dict(other.editor.named_buffers())[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "texts", "error", "message"),
+    [
+        ("mend", TEXTS, ValueError, "the method 'mend' is trained, on data that say what must stay"),
+        ("ft", TEXTS, ValueError, "the method 'ft' looks at no other text"),
+        ("gradient", [], ValueError, "no texts to observe"),
+        ("gradient", ["the king", " "], ValueError, "text 1 is ' ', expected at least two words"),
+        ("gradient", [("the king", 3)], TypeError, r"text 0 is \('the king', 3\), expected a string"),
+        ("gradient", [4], TypeError, "text 0 is 4, expected a string"),
+    ],
+)
+def test_texts_that_cannot_be_observed(llama, tokenizer, method, texts, error, message):
+    model = EditableModel(llama, EditorConfig(method=method), tokenizer)
+    before = {name: buffer.clone() for name, buffer in model.editor.named_buffers()}
+    with pytest.raises(error, match=message):
+        model.observe(texts)
+    for name, buffer in model.editor.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def _query(text):
+    from hf_mend.data import Query
+
+    words = text.split()
+    return Query(" ".join(words[:4]), " ".join(words[4:]))
+
+
+def _inputs(model, rows):
+    from hf_mend.tracing import record_inputs
+
+    with model.disable_edits():
+        return record_inputs(model.split, model.targets, rows)
