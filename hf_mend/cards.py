@@ -240,6 +240,13 @@ def get_metadata(path: str | Path) -> dict[str, Any]:
     return _front_matter(Path(path).read_text(encoding="utf-8"), Path(path))[0]
 
 
+def training_time(path: str | Path) -> str | None:
+    """What a card says of how long its editor's training took; `None` where it says nothing."""
+    section = _section("training").search(Path(path).read_text(encoding="utf-8"))
+    row = re.search(r"^\| time \| (?P<time>.*?) *\|$", section["content"], re.MULTILINE) if section else None
+    return row["time"] if row else None
+
+
 _NOT_MEASURED = (
     "Nothing was measured for this card. `EditorTrainer.evaluate` measures edit success, generality and locality."
 )

@@ -54,7 +54,8 @@ def as_result(name: str, settings: Mapping[str, Any], states: Sequence[State]) -
 
     Args:
         name (`str`): What to call it.
-        settings (`Mapping[str, Any]`): What it is: its method, base model and the like.
+        settings (`Mapping[str, Any]`): What it is: its method, base model and the like; `training_time`, if its card
+            says how long that took, becomes a column of the comparison.
         states (`Sequence[State]`): See [`~hf_mend.evaluation.evaluate`].
     """
     return {"name": name, **settings, "states": [asdict(state) for state in states]}
@@ -80,7 +81,9 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
     """The head and the rows of that table, as plain text."""
     states = [state for result in results for state in result["states"]]
     names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
-    head = ["editor or method", "kept", "measured", *(TITLES[name] for name in names), *COSTS]
+    trained = any(result.get("training_time") for result in results)
+    more = ["training"] if trained else []
+    head = ["editor or method", "kept", "measured", *(TITLES[name] for name in names), *COSTS, *more]
     rows = [
         [
             result["name"],
@@ -88,6 +91,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
             str(state["measured"]),
             *(_with_interval(state, name) for name in names),
             *(cell(state) for cell in COSTS.values()),
+            *([result.get("training_time") or ""] if trained else []),
         ]
         for result in results
         for state in result["states"]

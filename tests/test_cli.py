@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_mend
-from hf_mend import EditableModel
+from hf_mend import EditableModel, EditorTrainer, EditorTrainingArguments, read_edits
 from hf_mend.cli import app
 from hf_mend.cli.chat import side_by_side
 from hf_mend.cli.common import one_line
@@ -324,6 +324,28 @@ def test_a_method_is_measured_in_calls(world, method, field):
     (result,) = json.loads(done.stdout)["results"]
     (state,) = result["states"]
     assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, method)
+
+
+def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):
+    base, tokenizer = (kind.from_pretrained(world / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = EditableModel.from_pretrained(base, world / "editor", tokenizer)
+    records = list(read_edits(world / "facts.json"))
+    trainer = EditorTrainer(
+        model, EditorTrainingArguments(str(tmp_path / "trained"), max_steps=1, report_to=[], use_cpu=True), records
+    )
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "bare").mkdir()
+    for name in ("editor_config.json", "editor.safetensors"):
+        shutil.copy(world / "editor" / name, tmp_path / "bare" / name)
+    done = invoke("compare", tmp_path / "trained", tmp_path / "bare", "gradient", "--data", world / "facts.json", "-m",
+                  world / "base", "--metrics", "success", "--limit", 1, "-o", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [result["training_time"] for result in results] == ["0.0 minutes", None, None]
+    head, _, trained, bare, method = done.stdout.splitlines()[:5]
+    assert head.endswith("| peak memory, MB | training |") and trained.endswith("| 0.0 minutes |")
+    assert bare.endswith("|  |") and method.endswith("|  |")
 
 
 def test_editors_and_methods_are_compared(world, tmp_path):

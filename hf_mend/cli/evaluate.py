@@ -154,9 +154,21 @@ def measure(
         "method": model.editor_config.method,
         "base_model": model.editor_config.base_model_name_or_path,
         "machine": machine(model.device),
+        "training_time": _training_time(name, revision) if model.editor.trains else None,
         "settings": {name: value for name, value in arguments.items() if name not in ("text", "edits")},
     }
     return as_result(title, settings, states)
+
+
+def _training_time(editor: str, revision: str | None) -> str | None:
+    """What an editor's card says of it; a folder or repository may be without a card."""
+    from ..cards import CARD_NAME, training_time
+    from ..hub import find_files
+
+    try:
+        return training_time(find_files(editor, [CARD_NAME], revision=revision)[CARD_NAME])
+    except FileNotFoundError:
+        return None
 
 
 def load(name: str, config: list[str] | None, base: ModelOptions, revision: str | None = None) -> EditableModel:
