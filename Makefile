@@ -34,8 +34,9 @@ space: $(STAMP)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -e '.[space]'
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python examples/space/app.py
 
+# A file's tests stay in one process; each process has one thread.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -44,6 +44,7 @@ setup(
         "quantization": ["bitsandbytes>=0.46", "torchao>=0.15"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "mypy>=1.10",
             "datasets>=3.0",
