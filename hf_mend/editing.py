@@ -19,7 +19,7 @@ from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod, IterativeMethod
 from .ordinary_text import observe_ordinary_text
 from .requests import Answers, EditRequest, EditResult
-from .searching import search_joint_updates, search_updates
+from .searching import BatchLook, search_joint_updates, search_updates
 from .stack import EditStack
 from .targets import Target
 from .tracing import SplitModel, logits_of, trace
@@ -196,6 +196,10 @@ def make_edits(
     try:
         stack.replace([edit for edit in earlier if edit.asked not in gone])
         acting = [one for edit in stack.active for one in (edit.replaces or [edit.id])]
+        if method.joins:
+            _trace_unknown(
+                split, targets, method, encoder, [edit for edit in earlier if edit.id in acting], batch_size
+            )
         kept = method.inputs_of(acting, waiting=[edit.id for edit in earlier])
         carried = {} if support is None or support.id in acting else support.updates
         started = time.perf_counter()
@@ -232,6 +236,39 @@ def make_edits(
         stack.replace(earlier)
         raise
     return in_order
+
+
+def _trace_unknown(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    encoder: Encoder,
+    edits: Sequence[Edit],
+    batch_size: int,
+) -> None:
+    """
+    Has the method know the inputs of edits that came from a file or a store, to spare them as those that it made: as
+    the model is now. An edit without a prompt has none.
+    """
+    edits = [edit for edit in edits if edit.prompt and edit.id not in method.known_inputs]
+    if not edits:
+        return
+    requests = [_as_request(edit) for edit in edits]
+    chunks = _batches(requests, range(len(requests)), encoder, batch_size)
+    for chosen in tqdm(chunks, desc="Inputs of earlier edits", disable=len(chunks) == 1):
+        rows = encoder([requests[i].query for i in chosen]).to(split.device)
+        state = split.run_below(rows.inputs)
+        factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
+        look = BatchLook(split, targets, rows, state, torch.arange(len(rows)))
+        for name, x in method.asked_at(factors, look.places).items():
+            for row, i in enumerate(chosen):
+                known = method.known_inputs.setdefault(edits[i].id, {})
+                known[name] = x[row][x[row].any(-1)]
+
+
+def _as_request(edit: Edit) -> EditRequest:
+    chat = edit.metadata.get("chat") == "true"
+    return EditRequest(edit.prompt, edit.target, chat, subject=edit.metadata.get("subject"))
 
 
 def _support(method: EditMethod, made_by: str, stack: EditStack) -> Edit | None:
@@ -365,6 +402,8 @@ def _as_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
         used = (v != 0).any(-1) & (u != 0).any(-1)
         kept[name] = (u[used].contiguous(), v[used].contiguous())
     metadata = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chat": str(request.chat).lower()}
+    if request.subject:
+        metadata["subject"] = request.subject
     return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, kept, metadata)
 
 

@@ -87,9 +87,7 @@ def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> No
     if stored is None:
         return
     architecture, layers, stored_hash = _parts(stored, source)
-    found = {target.name: target for target in named_layers(base_model, layers)}
-    targets = [found[name] for name in layers if name in found]
-    here = fingerprint_of(base_model, targets)
+    here = fingerprint_of(base_model, _in_order(base_model, list(layers)))
     ours = base_model.config.name_or_path or type(base_model).__name__
     different = [name for name, shape in layers.items() if here["layers"].get(name) != shape]
     same_hash = stored_hash is None or here["sha256"] is None or stored_hash == here["sha256"]
@@ -100,6 +98,27 @@ def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> No
             f"{here['architecture']} that differs in {what}. Load the base model that the edits were made on, or use "
             "another path for this one"
         )
+
+
+def check_edits_base(config: EditorConfig, base_model: PreTrainedModel, stored: Any, source: str) -> None:
+    """
+    [`check_base`] for saved edits, which may be of other layers than the model's editor edits.
+
+    Args:
+        config ([`EditorConfig`]): Of the model's editor; its base model's name is for the message.
+        base_model (`PreTrainedModel`): The model at hand.
+        stored (`str` or `dict`, *optional*): The fingerprint of the edits' base; nothing is checked without one.
+        source (`str`): Where the edits came from.
+    """
+    if stored is not None:
+        targets = _in_order(base_model, list(_parts(stored, source)[1]))
+        check_base(config, base_model, targets, source, stored)
+
+
+def _in_order(base_model: PreTrainedModel, names: Sequence[str]) -> list[Target]:
+    """The model's layers of these names, in the order of the names: their hash depends on it."""
+    found = {target.name: target for target in named_layers(base_model, names)}
+    return [found[name] for name in names if name in found]
 
 
 def check_base(

@@ -21,7 +21,7 @@ from .data import EditBatch, EditRecord, Encoder
 from .editing import make_edits
 from .edits import Edit, active_edits, check_supported, each_support_once, edits_from_tensors, stacked, truncated
 from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
-from .fingerprint import check_base, check_same_base, fingerprint_of
+from .fingerprint import check_base, check_edits_base, check_same_base, fingerprint_of
 from .hub import find_files
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .losses import EditingLoss, editing_loss
@@ -495,7 +495,7 @@ class EditableModel(PushesToHub, nn.Module):
             entries.append(edit.describe())
         metadata = {
             "edits": json.dumps(entries),
-            "base_fingerprint": json.dumps(fingerprint_of(self.base_model, self.targets)),
+            "base_fingerprint": json.dumps(fingerprint_of(self.base_model, self._stack.layers)),
         }
         write_tensors(folder / EDITS_NAME, tensors, metadata)
 
@@ -516,7 +516,7 @@ class EditableModel(PushesToHub, nn.Module):
         path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
         tensors, metadata = read_tensors(path)
         edits = edits_from_tensors(tensors, metadata, path)
-        check_base(self.editor_config, self.base_model, self.targets, str(path), metadata.get("base_fingerprint"))
+        check_edits_base(self.editor_config, self.base_model, metadata.get("base_fingerprint"), str(path))
         self._stack.check_fit(edits, path)
         with self._stored():
             self._stack.replace([*self._stack.edits, *edits])
@@ -619,12 +619,12 @@ class EditableModel(PushesToHub, nn.Module):
     @contextmanager
     def _for_a_while(self) -> Iterator[None]:
         """After the context, the edits are what they were before it; no store knows of it."""
-        before, store = self._stack.edits, self._store
+        before, store, known = self._stack.edits, self._store, dict(self.editor.known_inputs)
         self._store = None
         try:
             yield
         finally:
-            self._store = store
+            self._store, self.editor.known_inputs = store, known
             self._stack.replace(before)
 
     def _check_usable(self) -> None:

@@ -230,6 +230,12 @@ class EditStack:
                         "model or editor"
                     )
 
+    @property
+    def layers(self) -> list[Target]:
+        """The targets, and the other layers that an edit changes."""
+        names = {name for edit in self.edits for name in edit.updates} - {target.name for target in self.targets}
+        return [*self.targets, *([] if self._base_model is None else named_layers(self._base_model, names))]
+
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """The layers that these edits change and none did before."""
         names = {name for edit in edits for name in edit.updates} - self._sums.keys()

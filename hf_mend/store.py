@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save
 
-from .collection import Edits, check_known, turned
+from .collection import Edits, check_apart, check_known, turned
 from .edits import Edit, Update, is_description
 from .files import header_size, read_header, read_json_object, replaced_file, shortened
 from .records import EDIT, MAGIC, NOTE, Record, framed, scan
@@ -107,8 +107,11 @@ class EditStore:
 
         Raises:
             KeyError: An id is not among the edits.
+            ValueError: An edit is part of a compressed one that stays, or the support of one.
         """
-        check_known(self.refresh(), ids)
+        edits = self.refresh()
+        check_known(edits, ids)
+        check_apart(edits, set(ids))
         self._append(undo=list(ids))
 
     def turn_off(self, ids: Sequence[str]) -> None:
@@ -209,9 +212,12 @@ class EditStore:
         self._edits[edit.id] = edit
 
     def _change(self, note: dict[str, list[str]]) -> None:
+        gone = set(note.get("undo", []))
+        # Another process's edit may need what went with the last one here.
+        needed = {edit.needs for edit in self._edits.values() if edit.id not in gone}
         for word, change in _CHANGES.items():
             for one in note.get(word, []):
-                if one in self._edits:  # two processes may both have undone it
+                if one in self._edits and not (word == "undo" and one in needed):  # two may both have undone it
                     change(self._edits, one)
 
     # ---- writing ----

@@ -10,7 +10,7 @@ from conftest import RECORDS, all_logits, build_model, small_config
 from test_ke import gradients
 from test_trainer import QUESTIONS, arguments
 
-from hf_mend import EditableModel, EditorTrainer, evaluate_records, get_editable_model
+from hf_mend import EditableModel, EditorTrainer, EditStore, evaluate_records, get_editable_model
 from hf_mend.data import EditCollator, Query, TrainingExamples
 from hf_mend.editing import find_updates
 from hf_mend.edits import as_pair, dense
@@ -222,3 +222,24 @@ def test_a_pair_stands_for_its_matrix():
         u, v = as_pair(change)
         assert len(u) == len(v) == 3
         torch.testing.assert_close(dense((u, v)), change)
+
+
+def test_an_undo_here_leaves_the_change_that_an_edit_of_another_process_needs(tokenizer, tmp_path):
+    path = tmp_path / "store"
+    one, other = changed(tokenizer), changed(tokenizer)
+    one.open_store(path)
+    first = one.edit(RECORDS[0].prompt, RECORDS[0].target, force=True, max_steps=1)
+    other.open_store(path)
+    second = other.edit(RECORDS[1].prompt, RECORDS[1].target, force=True, max_steps=1)
+    one.undo(first.id)
+    store = EditStore(path)
+    (support,) = [edit.id for edit in store.edits if edit.support]
+    assert store.edits.ids == [support, second.id]
+    again = changed(tokenizer)
+    again.open_store(path)
+    other.undo(first.id)
+    close(all_logits(again, tokenizer), all_logits(other, tokenizer))
+    with pytest.raises(ValueError, match=f"acts with the change '{support}'"):
+        store.undo([support])
+    again.undo(second.id)
+    assert not EditStore(path).edits

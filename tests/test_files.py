@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from hf_mend import EditableModel, EditorConfig, get_editable_model
 from hf_mend.files import read_tensors, replaced_folder
 from hf_mend.fingerprint import fingerprint_of
+from hf_mend.loading import load_edited
 
 
 @pytest.fixture
@@ -121,6 +122,21 @@ def test_the_fingerprint_is_the_same_in_bfloat16(llama, tokenizer):
     with torch.no_grad():
         model.targets[0].module.weight.mul_(1.5)
     assert fingerprint_of(llama, model.targets) != half
+
+
+def test_edits_of_other_layers_load_and_are_exported(llama, tokenizer, tmp_path):
+    """What counts is the base, whatever layers the model's editor would edit."""
+    model = EditableModel(build_model("llama"), tokenizer=tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, force=True)
+    model.save_edits(tmp_path / "one")
+    other = EditableModel(build_model("llama"), EditorConfig(layers_to_transform=[1]), tokenizer)
+    other.load_edits(tmp_path / "one")
+    torch.testing.assert_close(all_logits(other, tokenizer), all_logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+    other.save_edits(tmp_path / "two")
+    build_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = load_edited(str(tmp_path / "two"), str(tmp_path / "base"))
+    torch.testing.assert_close(all_logits(loaded, tokenizer), all_logits(model, tokenizer), rtol=1e-4, atol=1e-4)
 
 
 def test_edits_of_another_model_do_not_load(llama, tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -413,3 +414,48 @@ def test_a_method_without_parameters_is_not_trained(llama, tokenizer, tmp_path):
     model = get_editable_model(llama, EditorConfig(method="ultraedit"), tokenizer)
     with pytest.raises(ValueError, match="method 'ultraedit' has nothing to train"):
         EditorTrainer(model, arguments(tmp_path), RECORDS)
+
+
+@pytest.mark.parametrize("method", ["gradient", "memit"])
+def test_edits_from_a_store_are_spared_like_those_made_here(tokenizer, tmp_path, method):
+    """Their inputs, as hooks on the plain modules see them under the stored edits: memit's at the subject's end."""
+    records = [replace(record, subject="france") if "france" in record.prompt else record for record in RECORDS]
+    model = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    model.open_store(tmp_path / "edits.store")
+    model.edit(records[:3], force=True)
+    again = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    stored = again.open_store(tmp_path / "edits.store")
+    again.close_store()
+    expected: dict[str, dict[str, torch.Tensor]] = {}
+    for edit, record in zip(stored, records, strict=False):
+        query = Query(record.prompt, record.target, subject=record.subject if method == "memit" else None)
+        rows = again.encoder([query])
+        prompt, answer = again.encoder.tokens(query)
+        last = len(prompt) + len(answer) - 1  # the last token of the answer leads to nothing that is asked for
+        place = rows.subjects if rows.subjects is not None and rows.subjects >= 0 else torch.tensor([len(prompt) - 1])
+        found: dict[str, torch.Tensor] = {}
+        hooks = [
+            target.module.register_forward_pre_hook(
+                lambda module, args, name=target.name, found=found: found.update({name: args[0][0].detach()})
+            )
+            for target in again.targets
+        ]
+        with torch.no_grad():
+            again.base_model(**rows.inputs)
+        for hook in hooks:
+            hook.remove()
+        expected[edit.id] = {name: x[place] if method == "memit" else x[:last] for name, x in found.items()}
+    again.edit(records[4], force=True)
+    for edit in stored:
+        for name, x in expected[edit.id].items():
+            torch.testing.assert_close(again.editor.known_inputs[edit.id][name], x, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_carries_for_a_while_makes_it_forget_nothing(tokenizer):
+    model = EditableModel(build_model("llama"), EditorConfig(method="gradient"), tokenizer)
+    model.edit(RECORDS[:2], force=True)
+    known = dict(model.editor.known_inputs)
+    assert set(known) == {edit.id for edit in model.edits}
+    with model.carrying([]):
+        model.edit(RECORDS[4], force=True)
+    assert model.editor.known_inputs == known

@@ -40,7 +40,7 @@ class EditMethod(nn.Module):
         super().__init__()
         self.config = config
         self.shapes = dict(shapes)
-        self._inputs: dict[str, dict[str, torch.Tensor]] = {}  # of the edits made, by their id
+        self.known_inputs: dict[str, dict[str, torch.Tensor]] = {}  # of edits, by their id
         self._merged: tuple[list[str], dict[str, torch.Tensor]] = ([], {})  # those of some ids, in fewer rows
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
@@ -95,19 +95,34 @@ class EditMethod(nn.Module):
     def remember(self, edit_id: str, inputs: Mapping[str, torch.Tensor]) -> None:
         """Keeps the inputs of an edit that was made, layer name -> `(tokens, d_in)`, so that later ones spare it."""
         if self.joins:
-            self._inputs[edit_id] = dict(inputs)
+            self.known_inputs[edit_id] = dict(inputs)
+
+    def asked_at(
+        self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        The inputs at which edits of a method that joins ask for shifts.
+
+        Args:
+            factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the edits.
+            places (`Callable`): Layer name -> where each edit's subject ends there, `(edits,)`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Layer name -> `(edits, positions, d_in)`, zero where nothing is asked for.
+        """
+        return {name: x for name, (x, _) in factors.items()}
 
     def inputs_of(self, edit_ids: Sequence[str], waiting: Iterable[str] = ()) -> dict[str, torch.Tensor]:
         """
         Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known. Where there are many, fewer rows
         with the same `sum x x^T`. All others are forgotten, except those of the edits that are `waiting` to come back.
         """
-        self._inputs = {one: self._inputs[one] for one in (*edit_ids, *waiting) if one in self._inputs}
-        known = [edit_id for edit_id in edit_ids if edit_id in self._inputs]
+        self.known_inputs = {one: self.known_inputs[one] for one in (*edit_ids, *waiting) if one in self.known_inputs}
+        known = [edit_id for edit_id in edit_ids if edit_id in self.known_inputs]
         ids, merged = self._merged
         if known[: len(ids)] != ids:
             ids, merged = [], {}
-        new = [self._inputs[edit_id] for edit_id in known[len(ids) :]]
+        new = [self.known_inputs[edit_id] for edit_id in known[len(ids) :]]
         if new:
             parts = {name: [merged[name]] if merged else [] for name in self.shapes}
             merged = {name: _fewer_rows(torch.cat([*parts[name], *(x[name] for x in new)])) for name in self.shapes}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from ..edits import Update
@@ -72,6 +74,14 @@ class Memit(MergesByRidge, GradientSearch):
     def found(self, parameters: Parameters) -> dict[str, Update]:
         margin = self.config.margin
         return {name: (key.unsqueeze(1), margin * shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
+
+    def asked_at(
+        self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return {
+            name: x[torch.arange(len(x), device=x.device), places(name).to(x.device)].unsqueeze(1)
+            for name, (x, _) in factors.items()
+        }
 
     def _direction(self, name: str, key: torch.Tensor) -> torch.Tensor:
         return self.second_moment(list(self.shapes).index(name)).direction(key)
