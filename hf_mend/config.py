@@ -128,9 +128,9 @@ class EditorConfig:
         },
     )
     kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the KL divergence on ordinary text in 'ft-kl'."}
+        default=10.0, metadata={"help": "Weight of the KL divergence on ordinary text in 'ft-kl'."}
     )
-    kl_texts: int = field(default=2, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
+    kl_texts: int = field(default=1, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
     norm_bound: float = field(default=2e-3, metadata={"help": "The most that 'ft-l' changes any weight by."})
     lora_alpha: float = field(default=16, metadata={"help": "'lora' scales its product by this over the rank."})
     seed: int = field(default=0, metadata={"help": "Of what 'lora' draws its first matrix from."})
