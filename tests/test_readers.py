@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tracemalloc
 
@@ -166,6 +167,77 @@ def test_a_bad_file_names_file_row_and_field(tmp_path, text):
     with pytest.raises(ValueError) as error:
         read_edits(path)
     assert BAD[text] in str(error.value) and str(path) in str(error.value)
+
+
+def places(value, path=()):
+    """Where a row holds anything, itself left out."""
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, name)
+        if isinstance(item, (dict, list)):
+            yield from places(item, (*path, name))
+
+
+def with_other(value, path, other):
+    """A copy that holds another value in a place."""
+    name, *rest = path
+    changed = copy.copy(value)
+    changed[name] = with_other(value[name], rest, other) if rest else other
+    return changed
+
+
+def is_texts(value) -> bool:
+    return type(value) is list and all(type(text) is str and text.strip() for text in value)
+
+
+def is_pairs(value) -> bool:
+    return type(value) is list and all(type(pair) is tuple and len(pair) == 2 and is_texts([*pair]) for pair in value)
+
+
+OTHERS = [5, True, "x", " ", None, [], {}, [5], [None], [["x", 5]], [{}], {"a": 5}]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "knowedit"])
+def test_a_field_of_any_kind_reads_or_is_an_error_that_names_it(tmp_path, layout):
+    rows = KNOWEDIT if layout == "knowedit" else LAYOUTS[layout][0]
+    path, read = tmp_path / "set.json", 0
+    for row in rows if isinstance(rows, list) else [rows]:
+        for place in places(row):
+            for other in OTHERS:
+                path.write_text(json.dumps([with_other(row, place, other)]))
+                try:
+                    records = list(read_edits(path, layout))
+                except ValueError as error:
+                    message = str(error)
+                    if "holds no record that is an edit" not in message:
+                        assert f"{path}, record 0" in message and place[0] in message, (place, other, message)
+                    continue
+                read += 1
+                for record in records:
+                    texts = (record.prompt, record.target, *record.paraphrases, *record.neighborhood)
+                    assert is_texts([*texts, *record.generation]), (place, other, record)
+                    assert is_pairs(record.unrelated) and is_pairs(record.portability), (place, other, record)
+                    named = (record.relation, record.id, record.subject, record.ground_truth, record.group)
+                    assert is_texts([text for text in named if text is not None]), (place, other, record)
+    assert read
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a b", "target": "c", "unrelated": 5}, "the field 'unrelated' holds a int, expected a list"),
+        ({"prompt": "a b", "target": "c", "group": ["x"]}, "the field 'group' holds a list, expected text"),
+        ({**LAYOUTS["zsre"][0][0], "loc": 5}, "the field 'loc' holds a int, expected text"),
+        (with_other(FACT, ("requested_rewrite", "target_true", "str"), ["Lima"]), "target_true.str' holds a list"),
+        (
+            with_other(FACT, ("requested_rewrite", "target_true"), "Lima"),
+            "target_true' holds a str, expected an object",
+        ),
+        (with_other(KNOWEDIT[0], ("portability",), ["x"]), "the field 'portability' holds a list, expected an object"),
+    ],
+)
+def test_a_field_of_another_kind(tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"set.json, record 0: .*{message}"):
+        read_edits(_write(tmp_path / "set.json", [row], False))
 
 
 def test_names_that_lead_nowhere(tmp_path):

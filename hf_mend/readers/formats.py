@@ -67,26 +67,21 @@ def _plain(row: Row, options: FormatOptions) -> list[EditRecord]:
             paraphrases=row.texts("paraphrases"),
             neighborhood=row.texts("neighborhood"),
             unrelated=_pairs(row, "unrelated"),
-            relation=_optional(row, "relation"),
-            id=_optional(row, "id"),
-            subject=_optional(row, "subject"),
-            ground_truth=_optional(row, "ground_truth"),
+            relation=row.label("relation"),
+            id=row.label("id"),
+            subject=row.label("subject"),
+            ground_truth=row.label("ground_truth"),
             portability=_pairs(row, "portability"),
             generation=row.texts("generation"),
-            group=_optional(row, "group"),
+            group=row.label("group"),
         )
     ]
-
-
-def _optional(row: Row, name: str) -> str | None:
-    value = row.get(name)
-    return None if value is None else str(value)
 
 
 def _pairs(row: Row, name: str) -> list[tuple[str, str]]:
     """Pairs of a prompt and an answer, written as two-element lists or as objects."""
     pairs = []
-    for i, item in enumerate(row.get(name, [])):
+    for i, item in enumerate(row.items(name)):
         if isinstance(item, dict):
             inner = Row(item, f"{row.where}: {name}[{i}]")
             pairs.append((inner.text("prompt"), inner.text("answer")))
@@ -100,40 +95,41 @@ def _pairs(row: Row, name: str) -> list[tuple[str, str]]:
 
 
 def _counterfact(row: Row, options: FormatOptions) -> list[EditRecord]:
-    prompt, subject = row.text("requested_rewrite.prompt"), row.text("requested_rewrite.subject")
+    subject = row.text("requested_rewrite.subject")
     return [
         EditRecord(
-            prompt=_filled(row, prompt, subject),
+            prompt=_filled(row, "requested_rewrite.prompt", subject),
             target=row.text("requested_rewrite.target_new.str"),
             paraphrases=row.texts("paraphrase_prompts"),
             neighborhood=row.texts("neighborhood_prompts"),
-            relation=row.get("requested_rewrite.relation_id"),
-            id=_optional(row, "case_id"),
+            relation=row.label("requested_rewrite.relation_id"),
+            id=row.label("case_id"),
             subject=subject,
-            ground_truth=row.get("requested_rewrite.target_true.str"),
+            ground_truth=row.text_or_none("requested_rewrite.target_true.str"),
             generation=row.texts("generation_prompts"),
         )
     ]
 
 
-def _filled(row: Row, prompt: str, subject: str) -> str:
+def _filled(row: Row, path: str, subject: str) -> str:
+    prompt = row.text(path)
     if prompt.count("{}") != 1:
-        raise RowError(f"{row.where}: the prompt {prompt!r} has no single '{{}}' for the subject")
+        raise RowError(f"{row.where}: the field {path!r}, {prompt!r}, has no single '{{}}' for the subject")
     return prompt.replace("{}", subject)
 
 
 def _zsre(row: Row, options: FormatOptions) -> list[EditRecord]:
     true = row.first_text("answers")
-    loc = row.get("loc")
+    loc = row.text_or_none("loc")
     return [
         EditRecord(
             prompt=row.text("src"),
             target=row.text("alt") if options.zsre_target == "alt" else true,
             paraphrases=row.texts("rephrase"),
             unrelated=[(_as_question(loc), row.first_text("loc_ans"))] if loc else [],
-            subject=row.get("subject"),
+            subject=row.text_or_none("subject"),
             ground_truth=true if options.zsre_target == "alt" else None,
-            id=_optional(row, "case_id"),
+            id=row.label("case_id"),
         )
     ]
 
@@ -147,7 +143,7 @@ def _kilt(row: Row, options: FormatOptions) -> list[EditRecord]:
     alternatives = row.texts("alternatives")
     if not alternatives:
         return []
-    answers = [item.get("answer") for item in row.rows("output") if item.get("answer")]
+    answers = [answer for item in row.rows("output") if (answer := item.text_or_none("answer"))]
     prompt = row.text("input")
     return [
         EditRecord(
@@ -155,7 +151,7 @@ def _kilt(row: Row, options: FormatOptions) -> list[EditRecord]:
             target=alternatives[0],
             paraphrases=[text for text in row.texts("filtered_rephrases") if text != prompt],
             ground_truth=answers[0] if answers else None,
-            id=_optional(row, "id"),
+            id=row.label("id"),
         )
     ]
 
@@ -182,7 +178,7 @@ def _kilt_claims(row: Row, options: FormatOptions) -> list[EditRecord]:
                 options.claim_template.replace("{}", text) for text in row.texts("filtered_rephrases") if text != claim
             ],
             ground_truth=_verdict(row, row.text("prediction"), "prediction", options),
-            id=_optional(row, "id"),
+            id=row.label("id"),
         )
     ]
 
@@ -192,7 +188,7 @@ def _fever(row: Row, options: FormatOptions) -> list[EditRecord]:
         EditRecord(
             prompt=options.claim_template.replace("{}", row.text("claim")),
             target=_verdict(row, row.text("label"), "label", options),
-            id=_optional(row, "id"),
+            id=row.label("id"),
         )
     ]
 
@@ -239,19 +235,19 @@ def _wikitext(row: Row, options: FormatOptions) -> list[EditRecord]:
 def _mquake(row: Row, options: FormatOptions) -> list[EditRecord]:
     """A case's rewrites form a group: its multi-hop questions need all of them."""
     questions = [(text, row.first_text("new_answer")) for text in row.texts("questions")]
-    group = row.text("case_id") if isinstance(row.get("case_id"), str) else str(row.get("case_id", row.where))
+    group = row.label("case_id") or row.where
     rewrites = row.rows("requested_rewrite")
     if not rewrites:
         raise RowError(f"{row.where}: the field 'requested_rewrite' is missing or empty")
     return [
         EditRecord(
-            prompt=_filled(rewrite, rewrite.text("prompt"), rewrite.text("subject")),
+            prompt=_filled(rewrite, "prompt", rewrite.text("subject")),
             target=rewrite.text("target_new.str"),
             paraphrases=rewrite.texts("question"),
-            relation=rewrite.get("relation_id"),
+            relation=rewrite.label("relation_id"),
             id=f"{group}/{i}",
             subject=rewrite.text("subject"),
-            ground_truth=rewrite.get("target_true.str"),
+            ground_truth=rewrite.text_or_none("target_true.str"),
             portability=questions,
             group=group,
         )
@@ -261,9 +257,9 @@ def _mquake(row: Row, options: FormatOptions) -> list[EditRecord]:
 
 def _knowedit(row: Row, options: FormatOptions) -> list[EditRecord]:
     """wiki_recent, wiki_counterfact, zsre and wiki_bio; the last calls its fields `text`, `labels` and `concept`."""
-    bio = row.get("prompt") is None
+    bio = "text" in row.values and row.get("prompt") is None
     portability: list[tuple[str, str]] = []
-    for kind in row.get("portability") or {}:
+    for kind in row.names("portability"):
         portability += _questions(row, f"portability.{kind}")
     related = [prompt for prompt, _ in _questions(row, "locality.Relation_Specificity")]
     return [
@@ -273,8 +269,8 @@ def _knowedit(row: Row, options: FormatOptions) -> list[EditRecord]:
             paraphrases=row.texts("rephrase"),
             neighborhood=related,
             unrelated=_questions(row, "locality.Forgetfulness"),
-            id=_optional(row, "case_id"),
-            subject=row.get("concept" if bio else "subject"),
+            id=row.label("case_id"),
+            subject=row.text_or_none("concept" if bio else "subject"),
             ground_truth=next(iter(_questions_answer(row, "ground_truth")), None),
             portability=portability,
         )
@@ -297,19 +293,22 @@ def _questions(row: Row, path: str) -> list[tuple[str, str]]:
 
 
 def _wikibigedit(row: Row, options: FormatOptions) -> list[EditRecord]:
-    portability = [(row.text("mhop"), row.text("mhop_ans"))] if row.get("mhop") and row.get("mhop_ans") else []
-    unrelated = [(row.text("loc"), row.text("loc_ans"))] if row.get("loc") and row.get("loc_ans") else []
     return [
         EditRecord(
             prompt=row.text("update"),
             target=row.first_text("ans"),
             paraphrases=[*row.texts("rephrase"), *row.texts("personas")],
-            unrelated=unrelated,
-            subject=row.get("subject"),
-            portability=portability,
-            relation=row.get("tag"),
+            unrelated=_question_and_answer(row, "loc"),
+            subject=row.text_or_none("subject"),
+            portability=_question_and_answer(row, "mhop"),
+            relation=row.label("tag"),
         )
     ]
+
+
+def _question_and_answer(row: Row, name: str) -> list[tuple[str, str]]:
+    question, answer = row.text_or_none(name), row.text_or_none(f"{name}_ans")
+    return [(question, answer)] if question and answer else []
 
 
 def _nq_open(row: Row, options: FormatOptions) -> list[EditRecord]:

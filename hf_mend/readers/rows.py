@@ -35,9 +35,21 @@ class Row:
         self.where = where
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The field at a path of names joined by dots, or `default` where one is missing or null."""
+        """
+        The field at a path of names joined by dots, or `default` where one is missing or null.
+
+        Raises:
+            RowError: What should hold the next name of the path is no object.
+        """
         value: Any = self.values
-        for name in path.split("."):
+        names = path.split(".")
+        for depth, name in enumerate(names):
+            if depth and value and not isinstance(value, dict):
+                outer = ".".join(names[:depth])
+                raise RowError(
+                    f"{self.where}: the field {outer!r} holds a {type(value).__name__}, expected an object with named "
+                    "fields"
+                )
             value = value.get(name) if isinstance(value, dict) else None
             if value is None:
                 return default
@@ -58,6 +70,28 @@ class Row:
         if not value.strip() and not blank:
             raise RowError(f"{self.where}: the field {path!r} is blank ({value!r})")
         return value
+
+    def text_or_none(self, path: str) -> str | None:
+        """
+        The text at a path, or `None` where it is missing or blank.
+
+        Raises:
+            RowError: It is no text.
+        """
+        value = self.get(path)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        return self.text(path)
+
+    def label(self, path: str) -> str | None:
+        """
+        The text at a path, or the number there as text; `None` where it is missing or blank.
+
+        Raises:
+            RowError: It is neither.
+        """
+        value = self.get(path)
+        return str(value) if type(value) in (int, float) else self.text_or_none(path)
 
     def first_text(self, path: str) -> str:
         """
@@ -84,6 +118,30 @@ class Row:
             raise RowError(f"{self.where}: the field {path!r} holds {str(value)[:60]!r}, expected a list of texts")
         return [item for item in value if item.strip()]
 
+    def items(self, path: str) -> Sequence[Any]:
+        """
+        The list at a path, whatever it holds; an empty one where it is missing.
+
+        Raises:
+            RowError: It is not a list.
+        """
+        value = self.get(path, [])
+        if not isinstance(value, (list, tuple)):
+            raise RowError(f"{self.where}: the field {path!r} holds a {type(value).__name__}, expected a list")
+        return value
+
+    def names(self, path: str) -> list[str]:
+        """
+        The names of the fields of the object at a path; none where it is missing.
+
+        Raises:
+            RowError: It is not an object.
+        """
+        value = self.get(path) or {}
+        if not isinstance(value, dict):
+            raise RowError(f"{self.where}: the field {path!r} holds a {type(value).__name__}, expected an object")
+        return list(value)
+
     def rows(self, path: str) -> list[Row]:
         """
         The list of objects at a path; none where it is missing.
@@ -91,10 +149,7 @@ class Row:
         Raises:
             RowError: It is not a list of objects.
         """
-        value = self.get(path, [])
-        if not isinstance(value, (list, tuple)):
-            raise RowError(f"{self.where}: the field {path!r} holds a {type(value).__name__}, expected a list")
-        return [Row(item, f"{self.where}: {path}[{i}]") for i, item in enumerate(value)]
+        return [Row(item, f"{self.where}: {path}[{i}]") for i, item in enumerate(self.items(path))]
 
 
 def _texts(value: Any) -> Iterator[str]:
