@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, overload
 
@@ -62,8 +62,8 @@ class Edits(Sequence[Edit]):
         *,
         target: str | None = None,
         active: bool | None = None,
-        since: datetime | str | None = None,
-        until: datetime | str | None = None,
+        since: date | str | None = None,
+        until: date | str | None = None,
     ) -> list[Edit]:
         """
         The edits that all of these hold for, oldest first.
@@ -72,8 +72,9 @@ class Edits(Sequence[Edit]):
             text (`str`, *optional*): It is part of the prompt, in capitals or not.
             target (`str`, *optional*): It is part of the target, in capitals or not.
             active (`bool`, *optional*): Whether the edit acts.
-            since, until (`datetime` or `str`, *optional*): Made at this time or later, or before it; a string is in
-                ISO 8601, such as `"2026-05-01"`, and times without a zone are UTC. Edits without a time are left out.
+            since, until (`datetime`, `date` or `str`, *optional*): Made at this time or later, or before it; a string
+                is in ISO 8601, such as `"2026-05-01"`, times without a zone are UTC, and a date is when it begins.
+                Edits without a time are left out.
 
         Raises:
             ValueError: A string is not a time.
@@ -183,9 +184,11 @@ def check_apart(edits: Sequence[Edit], ids: set[str]) -> None:
             )
 
 
-def _time(value: datetime | str | None) -> datetime | None:
+def _time(value: date | str | None) -> datetime | None:
     if value is None:
         return None
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
     try:
         time = datetime.fromisoformat(value) if isinstance(value, str) else value
     except ValueError as error:

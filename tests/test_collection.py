@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 
 import pytest
 import torch
@@ -54,6 +54,7 @@ def test_find():
     assert found(since="2026-05-02") == ["b", "c"] and found(until="2026-05-02T12:00:00") == ["a"]
     day = datetime(2026, 5, 2, 14, tzinfo=timezone(timedelta(hours=2)))
     assert found(since=day, until=day + timedelta(seconds=1)) == ["b"]
+    assert found(since=date(2026, 5, 2)) == ["b", "c"] and found(until=date(2026, 5, 2)) == ["a"]
     with pytest.raises(ValueError, match="'yesterday' is not a time"):
         found(since="yesterday")
 
