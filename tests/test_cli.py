@@ -217,6 +217,14 @@ def test_any_option_of_the_library_can_be_given(world, tmp_path):
     assert (config["whiten"], config["init"]) == (False, "xavier")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "| facts a step | 3 |" in card and "| learning rate | 0.001, constant |" in card
+    # Also what has an option of its own.
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "other", "--steps", 1,
+                  "--config", "rank=3", "--config", "method=malmen", "--config", "layers_to_transform=[2]", "--config",
+                  "target_modules=paper")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "other" / "editor_config.json").read_text())
+    found = [config[name] for name in ("rank", "method", "layers_to_transform", "target_modules")]
+    assert found == [3, "malmen", [2], "paper"]
 
 
 WRONG = {

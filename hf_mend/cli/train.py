@@ -38,10 +38,11 @@ def train(
     save_steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     config: Annotated[
-        list[str] | None, typer.Option(help="Any other field of EditorConfig: name=value, in JSON. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Any field of EditorConfig: name=value, in JSON; goes before an option. Repeatable."),
     ] = None,
     training: Annotated[
-        list[str] | None, typer.Option(help="Any other field of EditorTrainingArguments, the same way.")
+        list[str] | None, typer.Option(help="Any field of EditorTrainingArguments, the same way.")
     ] = None,
     license: Annotated[
         str | None, typer.Option(help="The editor's licence, for its card: apache-2.0, mit, ...")
@@ -70,15 +71,15 @@ def train(
     asked = read_questions(questions) if questions else []
     train_data = read_edits(facts)
     eval_data = list(read_edits(eval_facts, questions=asked))[:eval_limit] if eval_facts else None
-    editor_config = EditorConfig(
-        method=method,
-        rank=rank,
-        target_modules=[name.strip() for name in target_modules.split(",")]
+    named = {
+        "method": method,
+        "rank": rank,
+        "target_modules": [name.strip() for name in target_modules.split(",")]
         if "," in target_modules
         else target_modules,
-        layers_to_transform=_indices(layers) if layers else None,
-        **as_fields("--config", config, EditorConfig),
-    )
+        "layers_to_transform": _indices(layers) if layers else None,
+    }
+    editor_config = EditorConfig(**{**named, **as_fields("--config", config, EditorConfig)})
     folder = checkpoints or output.with_name(output.name + "-checkpoints")
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and last is None:
