@@ -36,6 +36,16 @@ from .tracing import logits_of, record_inputs, trace
 logger = logging.get_logger(__name__)
 
 _LOGARITHMS = ("log_step", "log_ridge")
+# The least that the arguments which count something may be.
+_LEAST = {
+    "general_rows": 1,
+    "neighborhood_rows": 0,
+    "unrelated_rows": 0,
+    "edits_together": 1,
+    "edits_at_once": 1,
+    "calls_in_a_row": 1,
+    "statistics_edits": 1,
+}
 
 
 @dataclass
@@ -100,6 +110,16 @@ class EditorTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value, may_be_none = getattr(self, name), name == "edits_at_once"
+            if not (type(value) is int and value >= least or may_be_none and value is None):
+                expected = f"a whole number of at least {least}" + (", or None" if may_be_none else "")
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if not (isinstance(self.look_back, (int, float)) and 0 <= self.look_back <= 1):
+            raise ValueError(f"look_back is {self.look_back!r}, expected a number from 0 to 1")
+        super().__post_init__()
 
 
 class EditorTrainer(PushesCheckpoints, Trainer):

@@ -222,6 +222,31 @@ def test_bad_training_data(tokenizer, tmp_path):
         EditorTrainer(fresh(tokenizer), arguments(tmp_path), [])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"general_rows": 0}, "general_rows is 0, expected a whole number of at least 1"),
+        ({"neighborhood_rows": -1}, "neighborhood_rows is -1, expected a whole number of at least 0"),
+        ({"unrelated_rows": 1.5}, "unrelated_rows is 1.5, expected a whole number of at least 0"),
+        ({"edits_together": 0}, "edits_together is 0, expected"),
+        ({"edits_at_once": 0}, "edits_at_once is 0, expected a whole number of at least 1, or None"),
+        ({"calls_in_a_row": "two"}, "calls_in_a_row is 'two', expected"),
+        ({"statistics_edits": 0}, "statistics_edits is 0, expected"),
+        ({"look_back": 2}, "look_back is 2, expected a number from 0 to 1"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_the_least_that_arguments_may_be(tokenizer, tmp_path):
+    options = {"neighborhood_rows": 0, "unrelated_rows": 0, "edits_at_once": 1, "statistics_edits": 1, "look_back": 0}
+    trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, max_steps=2, **options), RECORDS)
+    trainer.train()
+    assert len(losses(trainer)) == 2 and not any("neighborhood" in name for name in trainer.state.log_history[0])
+
+
 # ---- metrics ----
 
 
