@@ -189,7 +189,13 @@ class EditorTrainer(PushesCheckpoints, Trainer):
     # ---- training ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's."""
+        """
+        Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's.
+
+        Raises:
+            ValueError: The model carries edits.
+        """
+        self._check_unedited("train")
         if self.examples is not None and not self.model.editor.is_calibrated:
             calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
         if self.examples is not None and self.args.hidden_states_dir:
@@ -277,7 +283,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
         Returns:
             `dict[str, float]`: See [`~hf_mend.metrics.summarize`]; keys carry the prefix.
+
+        Raises:
+            ValueError: There is no evaluation data, or the model carries edits.
         """
+        self._check_unedited("evaluate")
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if data is None:
             raise ValueError("EditorTrainer.evaluate needs an eval_dataset; pass one here or to the trainer")
@@ -299,6 +309,14 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self._note_for_card()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_unedited(self, what: str) -> None:
+        """The base with edits in it is another base than the one whose editor this is."""
+        if self.model.edits:
+            raise ValueError(
+                f"the model carries {len(self.model.edits)} edits, and {what} is about the base without any; undo "
+                "them first"
+            )
 
     # ---- checkpoints ----
 

@@ -247,6 +247,17 @@ def test_the_least_that_arguments_may_be(tokenizer, tmp_path):
     assert len(losses(trainer)) == 2 and not any("neighborhood" in name for name in trainer.state.log_history[0])
 
 
+def test_a_model_that_carries_edits_is_neither_trained_nor_measured(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    trainer = EditorTrainer(model, arguments(tmp_path), RECORDS, RECORDS[:2])
+    with model.edited(RECORDS[0].prompt, RECORDS[0].target, force=True):
+        for call in (trainer.train, trainer.evaluate):
+            with pytest.raises(ValueError, match="the model carries 1 edit.*; undo them first"):
+                call()
+    assert trainer.state.global_step == 0 and not model.editor.is_calibrated
+    assert trainer.evaluate()["eval_edits"] == 2
+
+
 # ---- metrics ----
 
 
