@@ -27,7 +27,7 @@ from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_
 from .losses import EditingLoss, editing_loss
 from .methods import EditMethod, get_method, state_shapes, training_free_config
 from .ordinary_text import observe_ordinary_text
-from .requests import EditResult, as_requests, check_requests
+from .requests import EditResult, as_requests, check_limits, check_requests
 from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
 from .stack import EditStack
@@ -256,8 +256,8 @@ class EditableModel(PushesToHub, nn.Module):
         target: str | Sequence[str] | None = None,
         *,
         chat: bool = False,
-        paraphrases: Sequence[str] = (),
-        locality: Sequence[str] = (),
+        paraphrases: str | Sequence[str] = (),
+        locality: str | Sequence[str] = (),
         max_steps: int | None = None,
         force: bool = False,
         check: bool = True,
@@ -275,8 +275,10 @@ class EditableModel(PushesToHub, nn.Module):
             prompt (`str`, `EditRecord`, or a list of either): What is asked.
             target (`str` or `list[str]`, *optional*): What to answer; left out for records.
             chat (`bool`, defaults to `False`): The prompt is a user's turn in the tokenizer's chat template.
-            paraphrases (`Sequence[str]`): Prompts on which to check that the target is said too (a single edit only).
-            locality (`Sequence[str]`): Prompts on which to check that the answer stays (a single edit only).
+            paraphrases (`str` or `Sequence[str]`): Prompts on which to check that the target is said too, beside a
+                record's own (a single edit only).
+            locality (`str` or `Sequence[str]`): Prompts on which to check that the answer stays, beside a record's
+                own (a single edit only).
             max_steps (`int`, *optional*): A step that does not take is made smaller and followed by another, up to
                 this many; 1 is one whole step, come what may. The method's own number when left out: 3 with MEND, 6
                 without a trained editor.
@@ -290,11 +292,13 @@ class EditableModel(PushesToHub, nn.Module):
             [`EditResult`], or a list of them for lists. An edit that did not take says so there.
 
         Raises:
-            ValueError: A prompt or target is empty or too long, lists differ in length or have two targets for one
-                prompt, there is no tokenizer, or an update is not finite. The model is as it was.
+            ValueError: A prompt, target or probe is empty or too long, lists differ in length or have two targets for
+                one prompt, a limit is below 1, there is no tokenizer, or an update is not finite. The model is as it
+                was.
             RuntimeError: The model has been merged.
         """
         self._check_usable()
+        check_limits(max_steps=max_steps, batch_size=batch_size)
         single = isinstance(prompt, (str, EditRecord))
         requests = as_requests(prompt, target, chat, paraphrases, locality)
         encoder = self.encoder

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .checks import check_query, longest_input
 from .data import EditRecord, Encoder, Query
 from .edits import same_prompt
 
@@ -170,7 +171,7 @@ class EditResult:
 
 
 def as_requests(
-    prompt: Any, target: Any, chat: bool, paraphrases: Sequence[str], locality: Sequence[str]
+    prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
 ) -> list[EditRequest]:
     """
     The requests that the arguments of `edit` stand for.
@@ -179,14 +180,26 @@ def as_requests(
         ValueError: Lists differ in length, or probes come with several edits.
         TypeError: An argument is neither text nor record.
     """
+    said, stays = _texts(paraphrases, "paraphrases"), _texts(locality, "locality")
     prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
     if not prompts:
         raise ValueError("there is no prompt: the list is empty")
     if all(isinstance(item, EditRecord) for item in prompts):
         if target is not None:
             raise ValueError("records hold their targets; leave `target` out")
+        if len(prompts) > 1 and (said or stays):
+            raise ValueError(
+                f"paraphrases and locality probes go with one edit, got {len(prompts)}; put them into the EditRecords"
+            )
         return [
-            EditRequest(r.prompt, r.target, chat, list(r.paraphrases), list(r.neighborhood), r.subject)
+            EditRequest(
+                r.prompt,
+                r.target,
+                chat,
+                _texts(r.paraphrases, "paraphrases") + said,
+                _texts(r.neighborhood, "neighborhood") + stays,
+                r.subject,
+            )
             for r in prompts
         ]
     targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
@@ -195,40 +208,52 @@ def as_requests(
     for item in [*prompts, *targets]:
         if not isinstance(item, str):
             raise TypeError(f"prompts and targets are strings, or prompts are EditRecords; got {type(item).__name__}")
-    if len(prompts) > 1 and (paraphrases or locality):
+    if len(prompts) > 1 and (said or stays):
         raise ValueError(
             f"paraphrases and locality probes go with one edit, got {len(prompts)}; pass EditRecords, which hold "
             "their own"
         )
-    return [EditRequest(p, t, chat, list(paraphrases), list(locality)) for p, t in zip(prompts, targets, strict=True)]
+    return [EditRequest(p, t, chat, said, stays) for p, t in zip(prompts, targets, strict=True)]
+
+
+def _texts(value: str | Sequence[str], name: str) -> list[str]:
+    """A text alone is a list of one."""
+    texts = [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a list of texts; it holds a {type(text).__name__}")
+    return texts
+
+
+def check_limits(**limits: int | None) -> None:
+    """
+    Raises:
+        ValueError: One of them is below 1.
+    """
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: PretrainedConfig) -> None:
     """
     Raises:
-        ValueError: A request is empty, tokenises to nothing, is too long, or asks for a chat template that is not
-            there; or two of them want different targets of one prompt.
+        ValueError: A request or one of its probes is empty, tokenises to nothing, or is too long; or a request asks
+            for a chat template that is not there; or two of them want different targets of one prompt.
     """
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_input(config)
     first_of: dict[tuple[str, bool], int] = {}
     for number, request in enumerate(requests):
         where = f"request {number}" if len(requests) > 1 else "the request"
-        for name, text in (("prompt", request.prompt), ("target", request.target)):
-            if not text.strip():
-                raise ValueError(f"{where} has an empty {name} ({text!r}); an edit needs both a prompt and a target")
         if request.chat and not getattr(encoder.tokenizer, "chat_template", None):
             raise ValueError(
                 "chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False"
             )
-        prompt, target = encoder.tokens(request.query)
-        if not target or not prompt:
-            raise ValueError(f"{where}: {request.target if prompt else request.prompt!r} tokenises to nothing")
-        length = max(len(prompt), len(target)) if encoder.is_encoder_decoder else len(prompt) + len(target)
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"{where} has {length} tokens with its target, the model takes {longest}; shorten the prompt "
-                f"{request.prompt[:60]!r}..."
-            )
+        check_query(request.query, encoder, longest, where)
+        names = [f"paraphrases[{i}]" for i in range(len(request.paraphrases))]
+        names += [f"locality[{i}]" for i in range(len(request.locality))]
+        for name, query in zip(names, request.probes, strict=True):
+            check_query(query, encoder, longest, where, name)
         first = first_of.setdefault(request.asked, number)
         if not request.is_same(requests[first]):
             raise ValueError(

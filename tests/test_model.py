@@ -179,6 +179,14 @@ def test_records_bring_their_probes(llama, tokenizer):
     assert len(single.paraphrases) == len(single.locality) == 1
     probe = single.locality[0]
     assert probe.ok == (probe.before == probe.after)
+    # One string is one probe; those given with a record come after its own.
+    more = model.edit(RECORDS[2], paraphrases="spain has", locality=["the river"])
+    assert [p.prompt for p in more.paraphrases] == [*RECORDS[2].paraphrases, "spain has"]
+    assert [p.prompt for p in more.locality] == [*RECORDS[2].neighborhood, "the river"]
+    with pytest.raises(ValueError, match="probes go with one edit, got 2; put them into the EditRecords"):
+        model.edit(RECORDS[3:5], locality=["the river"])
+    with pytest.raises(TypeError, match="locality is a list of texts; it holds a int"):
+        model.edit(RECORDS[3], locality=["the river", 3])
 
 
 def test_temporary_and_disabled_edits(base, tokenizer):
@@ -319,6 +327,37 @@ def test_bad_requests_name_the_value_and_change_nothing(llama, tokenizer, prompt
     with pytest.raises(ValueError, match=message):
         model.edit(prompt, target)
     assert model.edits == [] and torch.equal(all_logits(model, tokenizer), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paraphrases": ["fine", ""]}, r"the request has an empty paraphrases\[1\] \(''\), expected some text"),
+        ({"locality": " "}, r"the request has an empty locality\[0\] \(' '\)"),
+        (
+            {"paraphrases": ["river " * 80]},
+            r"has \d+ tokens with its target, the model takes 64; shorten the paraphrases",
+        ),
+        ({"locality": ["the " * 200]}, r"has \d+ tokens, the model takes 64; shorten the locality\[0\] 'the the"),
+        ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"batch_size": -1}, "batch_size is -1, expected at least 1"),
+    ],
+)
+def test_bad_probes_and_limits_name_the_value_and_change_nothing(tokenizer, options, message):
+    model = editable(build_model("gpt2"), tokenizer)
+    with pytest.raises(ValueError, match=message):
+        model.edit(PROMPT, TARGET, **options)
+    assert model.edits == []
+
+
+def test_the_longest_probes_that_fit(tokenizer):
+    model = editable(build_model("gpt2"), tokenizer)
+    room = 64 - len(tokenizer(f" {TARGET}")["input_ids"])
+    paraphrase, local = " the" * room, " the" * 64
+    assert len(tokenizer(paraphrase)["input_ids"]) == room and len(tokenizer(local)["input_ids"]) == 64
+    result = model.edit(PROMPT, TARGET, max_steps=1, paraphrases=paraphrase, locality=local)
+    assert len(result.paraphrases) == len(result.locality) == 1
 
 
 def test_strings_without_a_tokenizer(llama):
