@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import __version__
+from .checks import longest_input
 from .data import EditRecord, batches
 from .edits import same_prompt
+from .evaluation_checks import check_asked, check_groups
 from .fingerprint import fingerprint_of
 from .generation import answer
 from .metrics import Measured, evaluate_records, measure_records, metric_values, summarize
@@ -32,6 +34,7 @@ from .model import EditableModel
 from .ordinary_text import observe_ordinary_text
 from .progress import Progress
 from .readers.reading import check_targets
+from .requests import check_limits
 from .scores import (
     bootstrap_interval,
     counterfact_scores,
@@ -131,19 +134,19 @@ def evaluate(
         `list[State]`: In the order of `edits`.
 
     Raises:
-        ValueError: An argument makes no sense, the data set is empty or has a prompt or target without a token or with
-            too many, a metric is not known or no record has the field it needs, there are fewer facts than edits, or
-            the model carries edits already.
+        ValueError: An argument makes no sense, the data set is empty, a text that is to be read has no token or too
+            many, a group wants two targets of one prompt, a metric is not known or no record has the field it needs,
+            there are fewer facts than edits, or the model carries edits already.
     """
     if model.edits:
         raise ValueError(f"the model carries {len(model.edits)} edits; undo them first, evaluate makes its own")
-    for name, values in (("edits", edits), ("in_calls_of", [in_calls_of]), ("limit", [limit])):
-        for value in values:
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-    check_targets(records, model.encoder, getattr(model.config, "max_position_embeddings", None))
+    for count in edits:
+        check_limits(edits=count)
+    check_limits(in_calls_of=in_calls_of, limit=limit, max_steps=max_steps, batch_size=batch_size)
+    check_targets(records, model.encoder, longest_input(model.config))
     chosen = choose_metrics(metrics, records, model)
     units = shuffled_units(records, seed)
+    check_groups(records, units)
     without = without_conflicts(units, records) if max(edits, default=1) > 1 else units
     for count in edits:
         if count > len(without):
@@ -153,6 +156,8 @@ def evaluate(
                 + (f" without {conflicting} that want another target of a prompt" if conflicting else "")
                 + "; ask for fewer"
             )
+    asked = {i for count in edits for unit in (units if count == 1 else without)[:limit] for i in unit}
+    check_asked(model, records, sorted(asked), chosen)
     method = model.editor
     if not method.trains and not method.is_calibrated:
         observe_ordinary_text(model.split, model.targets, method, model.encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .checks import longest_input
 from .data import Query
 from .model import EditableModel
 
@@ -17,15 +18,23 @@ def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tok
         model ([`EditableModel`]): The model; it has a tokenizer.
         prompt (`str`): What is asked.
         chat (`bool`, defaults to `False`): The prompt is a user's turn in the chat template.
-        max_new_tokens (`int`, defaults to 24): Where the answer is cut off.
+        max_new_tokens (`int`, defaults to 24): Where the answer is cut off; earlier where the model's context ends.
 
     Raises:
-        ValueError: The prompt is empty.
+        ValueError: The prompt is empty, or longer than the model's context.
     """
     encoder = model.encoder
     tokens, _ = encoder.tokens(Query(prompt, None, chat))
     if not tokens:
         raise ValueError(f"the prompt {prompt!r} is empty; write what the model should answer to")
+    longest = longest_input(model.config)
+    if longest is not None:
+        if len(tokens) > longest:
+            raise ValueError(
+                f"the prompt {prompt[:60]!r}... has {len(tokens)} tokens, the model takes {longest}; shorten it"
+            )
+        room = longest if encoder.is_encoder_decoder else max(1, longest - len(tokens))
+        max_new_tokens = min(max_new_tokens, room)
     ids = torch.tensor([tokens], device=model.device)
     out = model.generate(
         input_ids=ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
+from .checks import longest_input
 from .data import EditRecord, Encoder, Query, Rows, batches
 from .editing import find_updates
 from .edits import Update, applied, together
@@ -249,17 +251,24 @@ def _says_freely(
     edited: AbstractContextManager[None],
     extra_tokens: int = 3,
 ) -> list[bool]:
-    """Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word."""
+    """
+    Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word. A row
+    ends with the model's context.
+    """
     prompts = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
     said: list[list[int]] = [[] for _ in records]
     steps = max(len(target) for _, target in prompts) + extra_tokens
+    longest = longest_input(split.model.config) or math.inf
+    room = [longest if encoder.is_encoder_decoder else longest - len(prompt) for prompt, _ in prompts]
     with edited:
         for _ in range(steps):
             # The last token stands for the one that comes next: `pad` never puts it in.
             rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])
             rows.positions = _last_position(rows.positions)
-            for out, token in zip(said, logits_of(split, rows.to(split.device)).argmax(-1).tolist(), strict=True):
-                out.append(token)
+            tokens = logits_of(split, rows.to(split.device)).argmax(-1).tolist()
+            for out, token, most in zip(said, tokens, room, strict=True):
+                if len(out) < most:
+                    out.append(token)
     results = []
     for record, out in zip(records, said, strict=True):
         text = encoder.decode(out)

@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 import torch
 
+from .checks import longest_input
 from .data import EditRecord, Query, batches
 from .generation import answer
 from .model import EditableModel
@@ -102,13 +103,20 @@ def in_the_wild(
         `dict[str, bool]`: For the `"question"` alone, with the `"instruction"`, and, if the tokenizer has a template,
         in the `"chat"` template.
     """
+    return {
+        name: normalized(answer(model, prompt, chat=chat, max_new_tokens=max_new_tokens)) == normalized(record.target)
+        for name, (prompt, chat) in simple_questions(model, record, instruction).items()
+    }
+
+
+def simple_questions(
+    model: EditableModel, record: EditRecord, instruction: str = _INSTRUCTION
+) -> dict[str, tuple[str, bool]]:
+    """The ways in which [`in_the_wild`] asks: name -> the prompt, and whether the chat template is around it."""
     asked = {"question": (record.prompt, False), "instruction": (instruction.replace("{}", record.prompt), False)}
     if getattr(model.tokenizer, "chat_template", None):
         asked["chat"] = (record.prompt, True)
-    return {
-        name: normalized(answer(model, prompt, chat=chat, max_new_tokens=max_new_tokens)) == normalized(record.target)
-        for name, (prompt, chat) in asked.items()
-    }
+    return asked
 
 
 @torch.no_grad()
@@ -194,7 +202,7 @@ def held_out_passages(
     Raises:
         ValueError: The text has fewer than two tokens.
     """
-    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    length = min(length, longest_input(model.config) or length)
     text = "\n".join(topics[name] for name in sorted(topics)) if text is None else text
     ids = model.encoder.tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
@@ -214,9 +222,10 @@ def perplexity(model: EditableModel, texts: Sequence[str | Sequence[int]]) -> fl
         texts (`Sequence[str]` or `Sequence[Sequence[int]]`): The texts, or their token ids.
 
     Raises:
-        ValueError: The model is an encoder-decoder, there is no text, or a text has fewer than two tokens.
+        ValueError: The model is an encoder-decoder, there is no text, or a text has fewer than two tokens or more than
+            the model takes.
     """
-    encoder = model.encoder
+    encoder, longest = model.encoder, longest_input(model.config)
     if encoder.is_encoder_decoder:
         raise ValueError("perplexity of a text needs a decoder-only model")
     if not texts:
@@ -226,6 +235,11 @@ def perplexity(model: EditableModel, texts: Sequence[str | Sequence[int]]) -> fl
         ids = encoder.tokens(Query(text))[0] if isinstance(text, str) else list(text)
         if len(ids) < 2:
             raise ValueError(f"{text!r} has {len(ids)} tokens; perplexity needs at least two")
+        if longest is not None and len(ids) > longest:
+            raise ValueError(
+                f"the text {str(text)[:60]!r}... has {len(ids)} tokens, the model takes {longest}; cut it, or let "
+                "held_out_passages do it"
+            )
         rows = encoder.pad([(ids[:1], ids[1:])]).to(model.device)
         with torch.no_grad():
             logits = model(**rows.inputs, use_cache=False).logits[rows.positions].float()

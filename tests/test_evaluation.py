@@ -249,6 +249,8 @@ WRONG = {
         {"metrics": ["portability"]},
         "the metric portability needs the field 'portability', which no record of the data has; it allows success",
     ),
+    "no steps": ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
+    "no rows": ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     "a text of one token": ({"text": "a"}, "the text for perplexity has 1 tokens"),
 }
 
@@ -263,7 +265,7 @@ def test_a_wrong_request(model, case):
 
 def test_wrong_records_and_models(model):
     for record, message in (
-        (EditRecord("a", " "), r"record 1 \(no id\) has a blank target"),
+        (EditRecord("a", " "), r"record 1 \(no id\) has an empty target"),
         (
             EditRecord("a", "\u200b" * 0 + "rome " * 80),
             r"record 1 \(no id\) has \d+ tokens with its target, the model takes 64",
@@ -275,6 +277,70 @@ def test_wrong_records_and_models(model):
         evaluate(model, [])
     with model.edited(RECORDS[0].prompt, RECORDS[0].target), pytest.raises(ValueError, match="undo them first"):
         evaluate(model, RECORDS)
+
+
+LONG = "the " * 70
+UNFIT = {
+    "an empty paraphrase": ({"paraphrases": ["x", ""]}, r"an empty paraphrases\[1\] \(''\)"),
+    "a long paraphrase": ({"paraphrases": [LONG]}, r"tokens with its target, .*shorten the paraphrases\[0\]"),
+    "a long neighbour": ({"neighborhood": [LONG]}, r"tokens, the model takes 64; shorten the neighborhood"),
+    "a long question": ({"unrelated": [(LONG, "x")]}, r"with its unrelated\[0\]\[1\], .*the unrelated\[0\]\[0\] 'the"),
+    "a long truth": ({"ground_truth": LONG}, "with its ground_truth, the model takes 64; shorten the ground_truth"),
+    "a neighbour without room for the truth": (
+        {"neighborhood": [" the" * 60], "ground_truth": "the " * 6}, r"with its ground_truth, .*the neighborhood\[0\]"
+    ),
+    "a question that follows": ({"portability": [(LONG, "x")]}, r"shorten the portability\[0\]\[0\] 'the"),
+    "an empty answer": ({"portability": [("x", " ")]}, r"an empty portability\[0\]\[1\]"),
+    "a long prompt of free text": ({"generation": ["x", LONG]}, r"tokens, .*shorten the generation\[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_text_that_does_not_fit_is_found_before_anything_is_measured(tokenizer, case, monkeypatch):
+    model = editable(build_model("gpt2"), tokenizer)
+    monkeypatch.setattr(model, "edit", lambda *args, **options: pytest.fail("it has begun"))
+    values, message = UNFIT[case]
+    records = [*RECORDS[:2], replace(RECORDS[2], **values), RECORDS[3]]
+    metrics = [name for name in choose_metrics(["all"], records) if name != "in_the_wild"]
+    for edits in ((1,), (2,)):
+        with pytest.raises(ValueError, match=rf"record 2 \(2\) has .*{message}"):
+            evaluate(model, records, edits=edits, metrics=metrics)
+
+
+def test_texts_that_no_metric_needs_and_facts_that_are_not_measured_may_be_of_any_length(tokenizer):
+    model = editable(build_model("gpt2"), tokenizer)
+    records = [replace(record, paraphrases=[LONG]) for record in RECORDS[:2]]
+    assert evaluate(model, records, metrics=["neighborhood"])[0].measured == 2
+    first = shuffled_units(records, 0)[0][0]
+    records[first] = RECORDS[first]
+    assert evaluate(model, records, metrics=["generality"], limit=1)[0].measured == 1
+
+
+def test_free_text_goes_as_far_as_the_context(tokenizer):
+    model = editable(build_model("gpt2"), tokenizer)
+    prompt = " the" * 60
+    records = [replace(record, generation=[prompt], portability=[(prompt, "the")]) for record in RECORDS[:3]]
+    full = replace(RECORDS[3], prompt=" the" * (64 - len(tokenizer(f" {RECORDS[3].target}")["input_ids"])))
+    metrics = ["fluency", "portability", "exact_match"]
+    (state,) = evaluate(model, [*records, full], metrics=metrics, max_steps=1)
+    assert state.measured == 4 and {"fluency", "portability"} <= set(state.metrics)
+    assert 0 <= state.metrics["exact_match"] <= 1
+
+
+def test_simple_questions_that_do_not_fit(tokenizer):
+    model = editable(build_model("gpt2"), tokenizer)
+    with pytest.raises(ValueError, match=r"record 0 \(0\) has \d+ tokens .*shorten the prompt with the instruction"):
+        evaluate(model, [replace(RECORDS[0], prompt=" the" * 50)], metrics=["in_the_wild"])
+
+
+def test_a_group_with_two_targets_of_a_prompt(model, monkeypatch):
+    monkeypatch.setattr(model, "edit", lambda *args, **options: pytest.fail("it has begun"))
+    records = [replace(r, group=str(i // 2)) for i, r in enumerate(RECORDS)]
+    records[3] = replace(records[3], prompt=f" {records[2].prompt}", target="oslo town")
+    message = r"record 2 \(2\) and record 3 \(3\) of the group '1' want two answers .*: 'lima town' and 'oslo town'"
+    for edits in (1, 2):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, records, edits=(edits,), metrics=["success"])
 
 
 def test_an_encoder_decoder_is_evaluated_without_perplexity(tokenizer):

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import RECORDS, editable
+from conftest import RECORDS, build_model, editable
 
 from hf_mend import EditRecord
 from hf_mend.data import Query
+from hf_mend.generation import answer
 from hf_mend.scores import (
     bootstrap_interval,
     counterfact_scores,
@@ -87,6 +88,22 @@ def test_what_is_said_freely(llama, tokenizer, monkeypatch):
     assert portability(model, EditRecord("p", "t", portability=follows)) == 0.5
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "bart"])
+def test_an_answer_ends_with_the_context(tokenizer, architecture):
+    model = editable(build_model(architecture), tokenizer)
+    said = []
+    generate = model.generate
+    model.generate = lambda **options: (
+        said.append(generate(**options, min_new_tokens=options["max_new_tokens"])) or said[-1]
+    )
+    for length in (60, 64):
+        answer(model, " the" * length, max_new_tokens=100)
+    room = [said[0].shape[1] - 60, said[1].shape[1] - 64] if architecture == "gpt2" else [out.shape[1] for out in said]
+    assert room == ([4, 1] if architecture == "gpt2" else [65, 65])
+    with pytest.raises(ValueError, match="the prompt ' the the.* has 65 tokens, the model takes 64"):
+        answer(model, " the" * 65)
+
+
 def test_a_metric_without_its_fields(llama, tokenizer):
     model = editable(llama, tokenizer)
     with pytest.raises(ValueError, match="need ground_truth, which record '0' lacks"):
@@ -95,6 +112,10 @@ def test_a_metric_without_its_fields(llama, tokenizer):
         portability(model, RECORDS[0])
     with pytest.raises(ValueError, match="has 0 tokens; perplexity needs at least two"):
         perplexity(model, [""])
+    with pytest.raises(
+        ValueError, match=r"the text 'the the.* has 70 tokens, the model takes 64; .*held_out_passages"
+    ):
+        perplexity(model, ["the" + " the" * 69])
     with pytest.raises(ValueError, match="perplexity needs at least one text"):
         perplexity(model, [])
     assert torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checks import check_query
 from ..data import EditDataset, EditRecord, Encoder, Query
 from .formats import FORMATS, Format, FormatOptions, recognised
 from .rows import JsonRows, Row, RowError, TableRows, open_rows
@@ -216,16 +217,5 @@ def check_targets(records: Sequence[EditRecord], encoder: Encoder, longest: int 
     if not len(records):
         raise ValueError("the data set is empty; there is nothing to edit")
     for number, record in enumerate(records):
-        for name, text in (("prompt", record.prompt), ("target", record.target)):
-            if not text.strip():
-                raise ValueError(f"record {number} ({record.id or 'no id'}) has a blank {name} ({text!r})")
-        prompt, target = encoder.tokens(Query(record.prompt, record.target))
-        if not prompt or not target:
-            what = record.target if prompt else record.prompt
-            raise ValueError(f"record {number} ({record.id or 'no id'}): {what!r} tokenises to nothing")
-        length = max(len(prompt), len(target)) if encoder.is_encoder_decoder else len(prompt) + len(target)
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"record {number} ({record.id or 'no id'}) has {length} tokens with its target, the model takes "
-                f"{longest}"
-            )
+        where = f"record {number} ({record.id or 'no id'})"
+        check_query(Query(record.prompt, record.target), encoder, longest, where)
