@@ -33,7 +33,8 @@ from hf_mend import (
     read_questions,
     summarize,
 )
-from hf_mend.cards import machine, metrics_table
+from hf_mend.cards import machine, table
+from hf_mend.reports import TITLES
 from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
 
 
@@ -47,6 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smaller only": {"transform": "smaller"},  # which side is narrower, a layer at a time: the paper's one-sided MEND
     "each side on its own": {"transform": "both_separate"},
 }
+
+
+SHOWN = ("edit_success", "generality", "neighborhood", "unrelated", "score")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,6 +118,26 @@ def train_and_measure(
     return {**summarize(measured), "editor_parameters": size, "training_seconds": seconds}
 
 
+def table_of(result: dict[str, Any]) -> str:
+    """The variants as Markdown, with the settings that all share."""
+    rows = [
+        (
+            name,
+            *(
+                f"{found[metric]:.3f}"
+                for metric in ("edit_success", "generality", "neighborhood", "unrelated", "score")
+            ),
+            f"{found['editor_parameters'] / 1e6:.1f} million",
+            f"{found['training_seconds']:.0f}",
+        )
+        for name, found in result["variants"].items()
+    ]
+    head = ("variant", *TITLES, "editor's parameters", "training, s")
+    given = {name: value for name, value in result["settings"].items() if value not in (None, [], False)}
+    shared = ", ".join(f"{name} {value}" for name, value in given.items())
+    return f"{table(head, rows)}\n\n{result['base_model']}, {result['machine']}; {shared}."
+
+
 def main() -> None:
     arguments = parse_arguments()
     train = list(read_counterfact(arguments.data / "facts_train.json"))
@@ -130,6 +154,7 @@ def main() -> None:
         if earlier["settings"] != settings:
             raise SystemExit(f"{path} holds variants of other settings, {earlier['settings']}; give other --results")
         result = earlier
+    write_results(path, result, table_of(result))
     with tempfile.TemporaryDirectory() as temporary:
         for variant in arguments.variants:
             if variant in result["variants"]:
@@ -139,8 +164,7 @@ def main() -> None:
             result["variants"][variant] = train_and_measure(variant, train, test, folder, arguments)
             print(f"{variant}: {time.perf_counter() - started:.0f} s")
             result["machine"] = machine(torch.device("cpu"))
-            markdown = metrics_table(result["variants"]).replace("| facts |", "| variant |", 1)
-            write_results(path, result, markdown)
+            write_results(path, result, table_of(result))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 
