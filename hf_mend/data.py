@@ -22,7 +22,8 @@ class EditRecord:
 
     Args:
         prompt (`str`): What is asked.
-        target (`str`): What the model should answer. One space joins the two.
+        target (`str`): What the model should answer. One space joins the two; other white space around it does not
+            count.
         paraphrases (`list[str]`): The prompt in other words; the answer must be the target there too.
         neighborhood (`list[str]`): Prompts much like this one whose answer must stay.
         unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
@@ -101,7 +102,7 @@ class Rows:
 @dataclass(frozen=True)
 class Query:
     """
-    A prompt, and an answer that follows it after one space.
+    A prompt, and an answer that follows it after one space, or after the white space that the prompt ends with.
 
     Args:
         prompt (`str`): The text.
@@ -155,16 +156,30 @@ class Encoder:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def tokens(self, query: Query) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the answer; an answer of none gives an empty list."""
+        """
+        Token ids of the prompt and of the answer, white space around which does not count. An answer of none gives an
+        empty list.
+        """
         text = self._text(query)
         # A template writes its own special tokens.
-        prompt: list[int] = self.tokenizer(text, add_special_tokens=not query.chat)["input_ids"]
+        prompt = self._ids(text, special=not query.chat)
         if query.answer is None:
             return prompt, []
-        # An answer continues the text in a decoder-only model, and stands alone behind a decoder's start token.
-        alone = self.is_encoder_decoder or text[-1:].isspace()
-        answer = query.answer if alone else " " + query.answer
-        return prompt, self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        answer = query.answer.strip()
+        if self.is_encoder_decoder:  # alone behind a decoder's start token
+            return prompt, self._ids(answer)
+        after = answer if text[-1:].isspace() else f" {answer}"
+        # Some tokenizers begin each text with a space, so that the answer needs something before it: the prompt, or,
+        # where that would then end with another token (or ends with the tokenizer's own), one character for it.
+        for before, special in ((text, not query.chat), ("\n", False), (text.rstrip()[-1:], False)):
+            start, whole = self._ids(before, special), self._ids(before + after, special)
+            if whole[: len(start)] == start:
+                return prompt, whole[len(start) :]
+        return prompt, self._ids(after)
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
 
     def _text(self, query: Query) -> str:
         """The prompt as the model reads it."""
@@ -180,7 +195,7 @@ class Encoder:
         if start < 0:
             return -1
         head = text[: start + len(query.subject or "")]
-        ids = self.tokenizer(head, add_special_tokens=not query.chat)["input_ids"]
+        ids = self._ids(head, special=not query.chat)
         # As far as both agree: a tokenizer may end what it is given with a token of its own.
         same = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
         return min(same, len(prompt)) - 1

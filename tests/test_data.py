@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 from conftest import RECORDS
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from hf_mend import EditRecord
+from hf_mend import EditableModel, EditRecord
 from hf_mend.data import EditCollator, Encoder, Query, TrainingExamples
 
 
@@ -28,6 +34,91 @@ def test_rows_of_an_encoder_decoder_model(tokenizer):
     assert rows.inputs["decoder_input_ids"][0].tolist() == [0, *answer[:-1]]
     assert rows.next_tokens[0].tolist() == answer and rows.positions[0].all()
     assert rows.positions[1].tolist() == [True] + [False] * (len(answer) - 1)
+
+
+def spaced_tokenizer(kind):
+    """One that writes a space as "▁" and puts one before every text, by its pre-tokenizer or by its normaliser."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [text for record in RECORDS for text in (record.prompt, record.target)] + ["user:\nrome"]
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"]))
+    state = json.loads(trained.to_str())
+    if kind == "llama":
+        merges = [tuple(merge) for merge in state["model"]["merges"]]
+        tokenizer = LlamaTokenizer(vocab=state["model"]["vocab"], merges=merges, legacy=False)
+    else:
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        prepend = {"type": "Prepend", "prepend": "▁"}
+        state |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [prepend, space]}}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    tokenizer.chat_template = "{% for m in messages %}user: {{m['content']}}\n{% endfor %}"
+    return tokenizer
+
+
+def said(tokenizer, ids):
+    """Every character of some tokens' text."""
+    words = tokenizer.convert_ids_to_tokens(ids)
+    return "".join(word for word in words if word not in ("<s>", "<bos>")).replace("▁", " ").replace("Ġ", " ")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama", "normaliser"])
+@pytest.mark.parametrize("answer", ["rome town", " rome town", "rome town\n "])
+@pytest.mark.parametrize(
+    ("prompt", "chat", "text"),
+    [
+        ("the capital of france is", False, "the capital of france is rome town"),
+        ("the capital of france is ", False, "the capital of france is rome town"),
+        ("the capital of france is", True, "user: the capital of france is\nrome town"),
+    ],
+)
+def test_one_space_joins_prompt_and_answer(tokenizer, kind, answer, prompt, chat, text):
+    """White space around the answer is none of it, and a tokenizer that begins each text with a space adds none."""
+    if kind == "bytes" and chat:
+        pytest.skip("this tokenizer has no token for a line break")
+    tokenizer = tokenizer if kind == "bytes" else spaced_tokenizer(kind)
+    ids, answer_ids = Encoder(tokenizer).tokens(Query(prompt, answer, chat))
+    assert said(tokenizer, ids + answer_ids).lstrip(" ") == text
+    assert (
+        ids == tokenizer(Encoder(tokenizer)._text(Query(prompt, None, chat)), add_special_tokens=not chat)["input_ids"]
+    )
+    if not text.endswith("\nrome town") and not prompt.endswith(" "):
+        assert ids + answer_ids == tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    else:
+        assert said(tokenizer, answer_ids) == "rome town"
+
+
+def test_a_token_at_the_end_of_every_text_stays_the_prompts():
+    """Of a tokenizer that ends what it is given with a token of its own, the prompt is no beginning of the whole."""
+    ending = spaced_tokenizer("normaliser")
+    ending._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    ids, answer = Encoder(ending).tokens(Query("the capital of france is", "rome town"))
+    assert ids[-1] == 2 and said(ending, answer) == " rome town"
+
+
+def test_tokens_of_a_byte_level_tokenizer_are_those_of_its_parts(tokenizer):
+    """What editors were trained and measured with."""
+    for record in RECORDS:
+        for prompt, answer in [
+            (record.prompt, record.target),
+            *record.unrelated,
+            (f"{record.prompt} ", record.target),
+        ]:
+            parts = [prompt, answer if prompt.endswith(" ") else f" {answer}"]
+            expected = tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+            assert Encoder(tokenizer).tokens(Query(prompt, answer)) == expected
+
+
+def test_an_answer_of_an_encoder_decoder_model_stands_alone():
+    tokenizer = spaced_tokenizer("llama")
+    alone = tokenizer("rome town", add_special_tokens=False)["input_ids"]
+    for answer in ("rome town", " rome town "):
+        assert Encoder(tokenizer, True, 0).tokens(Query("the capital of france is", answer))[1] == alone
+
+
+def test_a_target_with_space_around_it_is_the_same_edit(llama, tokenizer):
+    model = EditableModel(llama, tokenizer=tokenizer)
+    assert model.edit("the capital of france is", " rome town ").success
+    assert model.edit("the capital of france is", "rome town").already_known
 
 
 def test_draws_depend_on_seed_epoch_and_record_alone():

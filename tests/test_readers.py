@@ -255,8 +255,7 @@ def test_names_that_lead_nowhere(tmp_path):
 def test_a_target_that_tokenises_to_nothing(tmp_path, tokenizer):
     class Silent(type(tokenizer)):
         def __call__(self, text, **kwargs):
-            found = super().__call__(text, **kwargs)
-            return {"input_ids": []} if text == " Oslo" else found
+            return super().__call__(text.removesuffix(" Oslo"), **kwargs)
 
     silent = Silent(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="record 0: the target 'Oslo' tokenises to nothing"):
