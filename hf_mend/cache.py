@@ -237,9 +237,9 @@ def token_ids(rows: Rows) -> Iterator[tuple[list[int], list[int]]]:
         for ids, length in zip(inputs, lengths, strict=True):
             yield ids[:length], []
         return
-    starts = rows.positions.sum(-1).tolist()
-    for ids, length, other, start in zip(inputs, lengths, decoder.tolist(), starts, strict=True):
-        yield ids[:length], other[:start]
+    ends = (rows.positions.cpu() * torch.arange(1, rows.positions.shape[1] + 1)).amax(-1).tolist()
+    for ids, length, other, end in zip(inputs, lengths, decoder.tolist(), ends, strict=True):
+        yield ids[:length], other[:end]
 
 
 def _digest(ids: tuple[Sequence[int], Sequence[int]]) -> bytes:

@@ -126,6 +126,10 @@ class Encoder:
         is_encoder_decoder (`bool`): Whether the prompt goes to an encoder and the answer to a decoder.
         decoder_start_token_id (`int`, *optional*): What an encoder-decoder model starts its answers with.
         pad_to (`int`, defaults to 1): Lengths are padded to a multiple of it.
+        forced_bos_token_id (`int`, *optional*): What its `generate` forces after that, before the answer.
+
+    Raises:
+        ValueError: An encoder-decoder model without a start of its answers.
     """
 
     def __init__(
@@ -134,7 +138,14 @@ class Encoder:
         is_encoder_decoder: bool = False,
         decoder_start_token_id: int | None = None,
         pad_to: int = 1,
+        forced_bos_token_id: int | None = None,
     ):
+        if is_encoder_decoder and decoder_start_token_id is None:
+            raise ValueError(
+                "model.config.decoder_start_token_id is not set, and neither is the generation config's; set it to "
+                "the id of the token that the model's answers start with"
+            )
+        self.decoder_prefix = [i for i in (decoder_start_token_id, forced_bos_token_id) if i is not None]
         self.tokenizer = tokenizer
         self.is_encoder_decoder = is_encoder_decoder
         self.decoder_start_token_id = decoder_start_token_id
@@ -203,17 +214,16 @@ class Encoder:
     def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Rows:
         """Token ids of prompts and answers as one batch."""
         if self.is_encoder_decoder:
-            start = self.decoder_start_token_id
-            assert start is not None
             sources = [prompt for prompt, _ in pairs]
-            decoder = [[start, *answer[:-1]] for _, answer in pairs]
-            labels = [answer or [IGNORE] for _, answer in pairs]
+            decoder = [self.decoder_prefix + answer[:-1] for _, answer in pairs]
+            skipped = len(self.decoder_prefix) - 1
+            labels = [[IGNORE] * skipped + (answer or [IGNORE]) for _, answer in pairs]
             inputs = {
                 "input_ids": self._stack(sources, self.pad_token_id),
                 "attention_mask": self._stack([[1] * len(ids) for ids in sources], 0),
                 "decoder_input_ids": self._stack(decoder, self.pad_token_id),
             }
-            positions = self._stack([[1] * len(row) for row in labels], 0).bool()
+            positions = self._stack([[0] * skipped + [1] * (len(row) - skipped) for row in labels], 0).bool()
             return Rows(inputs, self._stack(labels, IGNORE), positions)
         # The answer's last token predicts nothing, so it does not go in.
         texts = [prompt + answer[:-1] for prompt, answer in pairs]

@@ -231,14 +231,18 @@ class EditableModel(PushesToHub, nn.Module):
         What turns texts into this model's inputs.
 
         Raises:
-            ValueError: The model has no tokenizer.
+            ValueError: The model has no tokenizer, or is an encoder-decoder whose configuration does not say what its
+                answers start with.
         """
         if self.tokenizer is None:
             raise ValueError(
                 "editing with strings needs a tokenizer; pass tokenizer=... to EditableModel, or set model.tokenizer"
             )
+        generation = getattr(self.base_model, "generation_config", None)
         start = getattr(self.config, "decoder_start_token_id", None)
-        return Encoder(self.tokenizer, bool(self.config.is_encoder_decoder), start)
+        start = getattr(generation, "decoder_start_token_id", None) if start is None else start
+        forced = getattr(generation, "forced_bos_token_id", None)
+        return Encoder(self.tokenizer, bool(self.config.is_encoder_decoder), start, forced_bos_token_id=forced)
 
     # ---- editing ----
 

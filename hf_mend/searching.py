@@ -55,13 +55,12 @@ class BatchLook:
     def places(self, layer: str) -> torch.Tensor:
         kind = next(target.stack for target in self.targets if target.name == layer)
         rows = self.rows[self.wanted]
-        if "decoder_input_ids" not in rows.inputs:
-            last = rows.positions.int().argmax(-1)  # the position that predicts the answer's first token
-        elif kind == "encoder":
+        last = rows.positions.int().argmax(-1)  # the position that predicts the answer's first token
+        if "decoder_input_ids" in rows.inputs:
+            if kind != "encoder":
+                return last.cpu()
             width = rows.inputs["attention_mask"].shape[1]
             last = (rows.inputs["attention_mask"] * torch.arange(width, device=rows.positions.device)).argmax(-1)
-        else:
-            return torch.zeros(len(rows), dtype=torch.long)
         if rows.subjects is None:
             return last.cpu()
         return torch.where(rows.subjects >= 0, rows.subjects, last).cpu()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import RECORDS, all_logits, build_model, editable, small_config
 
-from hf_mend import EditableModel, EditRecord, get_editable_model
+from hf_mend import EditableModel, EditorConfig, EditRecord, get_editable_model
+from hf_mend.data import Query
 from hf_mend.edits import dense
 
 
@@ -413,3 +414,30 @@ def test_a_merged_model_is_spent(llama, tokenizer):
     for call in (lambda: model.edit("a", "b"), model.undo, model.undo_all, model.merge_and_unload):
         with pytest.raises(RuntimeError, match="merged into the base model's weights"):
             call()
+
+
+def test_the_start_of_answers_may_stand_in_the_generation_config(tokenizer):
+    base = build_model("bart")
+    base.generation_config.decoder_start_token_id = base.config.decoder_start_token_id
+    base.config.decoder_start_token_id = None
+    model = EditableModel(base, EditorConfig(method="ft", edit_lr=0.01), tokenizer)
+    assert model.encoder.decoder_start_token_id == 2
+    assert model.edit(RECORDS[0].prompt, RECORDS[0].target).success
+    base.generation_config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="model.config.decoder_start_token_id is not set"):
+        model.edit(RECORDS[1].prompt, RECORDS[1].target)
+    assert len(model.edits) == 1
+
+
+@pytest.mark.parametrize("architecture", ["bart", "t5"])
+def test_what_took_is_what_is_generated_after_a_forced_token(base, tokenizer):
+    base.generation_config.forced_bos_token_id = forced = tokenizer.convert_tokens_to_ids("Ġthe")
+    model = EditableModel(base, EditorConfig(method="ft", edit_lr=0.01), tokenizer)
+    prompt, answer = model.encoder.tokens(Query(PROMPT, TARGET))
+    rows = model.encoder([Query(PROMPT, TARGET), Query(RECORDS[1].prompt)])
+    assert rows.inputs["decoder_input_ids"][0].tolist() == [base.config.decoder_start_token_id, forced, *answer[:-1]]
+    assert rows.next_tokens[0].tolist() == [-100, *answer]
+    assert rows.positions.nonzero().tolist() == [*([0, 1 + i] for i in range(len(answer))), [1, 1]]
+    assert model.edit(PROMPT, TARGET, force=True).success
+    out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=4 + len(answer), do_sample=False)[0]
+    assert out[: 2 + len(answer)].tolist() == [base.config.decoder_start_token_id, forced, *answer]
