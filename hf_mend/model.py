@@ -339,13 +339,14 @@ class EditableModel(PushesToHub, nn.Module):
 
         Raises:
             TypeError: One of the texts is neither.
-            ValueError: There is none, one is empty, or the editor looks at no text: it is a trained one, or of a
-                method such as `"ft"`. The editor is as it was.
+            ValueError: There is none, one is empty, or the editor takes no text: it is a trained one, or of a method
+                such as `"ft"` or `"ft-kl"`. The editor is as it was.
             RuntimeError: The model has been merged.
         """
         self._check_usable()
-        if not self.editor.reads_ordinary_text:
-            why = "is trained, on data that say what must stay" if self.editor.trains else "looks at no other text"
+        if not self.editor.takes_texts:
+            other = "the packaged text alone" if self.editor.reads_ordinary_text else "no other text"
+            why = "is trained, on data that say what must stay" if self.editor.trains else f"looks at {other}"
             raise ValueError(f"the method {self.editor_config.method!r} {why}; leave observe out")
         texts = list(texts)
         if not texts:

@@ -22,7 +22,8 @@ def observe_ordinary_text(
     batch_size: int = 16,
 ) -> None:
     """
-    Shows a method ordinary text, some 160 packaged lines and the user's own; what it saw before is forgotten.
+    Shows a method ordinary text, some 160 packaged lines and the user's own; what it saw before is then
+    forgotten, and stays on an error.
 
     Args:
         split ([`SplitModel`]): The model.
@@ -41,12 +42,14 @@ def observe_ordinary_text(
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
     pairs = [(prompt[:longest], answer[:longest]) for prompt, answer in map(encoder.tokens, queries)]
-    method.forget_observed()
-    for start in tqdm(range(0, len(pairs), batch_size), desc="Ordinary text", disable=len(pairs) < 1000):
-        rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
-        method.observe_inputs(record_inputs(split, targets, rows))
-        method.observe_texts(rows)
-    method.finish_observing()
+    try:
+        for start in tqdm(range(0, len(pairs), batch_size), desc="Ordinary text", disable=len(pairs) < 1000):
+            rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
+            method.observe_inputs(record_inputs(split, targets, rows))
+            method.observe_texts(rows)
+        method.finish_observing()
+    finally:
+        method.forget_observed()  # what an error left unfinished
 
 
 def _as_query(number: int, text: str | tuple[str, str]) -> Query:

@@ -9,8 +9,9 @@ import torch
 from test_iterative import searching
 from test_rome import second_moment
 
-from hf_mend import EditableModel, EditorConfig
+from hf_mend import EditableModel, EditorConfig, ordinary_text
 from hf_mend.edits import dense
+from hf_mend.tracing import record_inputs
 
 
 TEXTS = ["the capital of france is paris and of italy is rome", ("the capital of spain is", "madrid")]
@@ -34,11 +35,33 @@ def test_a_second_look_begins_anew(llama, tokenizer):
         model.observe(TEXTS)
     for name, buffer in one.editor.named_buffers():
         torch.testing.assert_close(buffer, dict(other.editor.named_buffers())[name])
-    penalised = searching(llama, tokenizer, "ft-kl")
-    penalised.observe(TEXTS)
-    count = sum(map(len, penalised.editor._texts))
-    penalised.observe(TEXTS)
-    assert sum(map(len, penalised.editor._texts)) == count
+
+
+@pytest.mark.parametrize("method", ["gradient", "ft-kl"])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_error_leaves_what_was_seen_before(llama, tokenizer, monkeypatch, method, before, error):
+    model = EditableModel(llama, EditorConfig(method=method), tokenizer)
+    if before:
+        model.edit("the capital of france is", "rome", force=True)
+        model.undo_all()
+    seen = {name: buffer.clone() for name, buffer in model.editor.named_buffers()}
+    texts = list(getattr(model.editor, "_texts", []))
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error("in the middle")
+        return record_inputs(*args)
+
+    monkeypatch.setattr(ordinary_text, "record_inputs", failing)
+    with pytest.raises(error):
+        ordinary_text.observe_ordinary_text(model.split, model.targets, model.editor, model.encoder)
+    assert model.editor.is_calibrated == before
+    assert all(torch.equal(buffer, seen[name]) for name, buffer in model.editor.named_buffers())
+    assert len(getattr(model.editor, "_texts", [])) == len(texts)
+    assert not getattr(model.editor, "_moments", {}) and not getattr(model.editor, "_observed", [])
 
 
 def test_an_edit_changes_the_texts_less_once_they_were_seen(llama, tokenizer):
@@ -84,6 +107,7 @@ def test_edits_that_are_carried_do_not_show(llama, tokenizer):
     [
         ("mend", TEXTS, ValueError, "the method 'mend' is trained, on data that say what must stay"),
         ("ft", TEXTS, ValueError, "the method 'ft' looks at no other text"),
+        ("ft-kl", TEXTS, ValueError, "the method 'ft-kl' looks at the packaged text alone"),
         ("gradient", [], ValueError, "no texts to observe"),
         ("gradient", ["the king", " "], ValueError, "text 1 is ' ', expected at least two words"),
         ("gradient", [("the king", 3)], TypeError, r"text 0 is \('the king', 3\), expected a string"),
@@ -107,7 +131,5 @@ def _query(text):
 
 
 def _inputs(model, rows):
-    from hf_mend.tracing import record_inputs
-
     with model.disable_edits():
         return record_inputs(model.split, model.targets, rows)

@@ -27,6 +27,7 @@ class EditMethod(nn.Module):
         trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
             the model from a page of ordinary text, before the first edit.
         reads_ordinary_text (`bool`): Whether it does that.
+        takes_texts (`bool`): Whether a user's own text goes beside that page.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
             loss (see [`~hf_mend.joint.find_joint_updates`]).
     """
@@ -34,6 +35,7 @@ class EditMethod(nn.Module):
     max_steps: int = 3
     trains: bool = True
     reads_ordinary_text: bool = False
+    takes_texts: bool = False
     sizes_steps: bool = False
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
@@ -139,7 +141,7 @@ class EditMethod(nn.Module):
         """Takes the target layers' inputs on ordinary text, name -> `(tokens, d_in)`, into the statistics."""
 
     def forget_observed(self) -> None:
-        """Begins the statistics anew."""
+        """Forgets what was observed since the statistics were last ended; those stay until they are ended anew."""
 
     def observe_texts(self, texts: Rows) -> None:
         """Takes ordinary text itself, for a method that looks at it while it edits."""

@@ -56,13 +56,17 @@ class FineTuningWithPenalty(FineTuning):
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self._texts: list[Rows] = []
+        self._observed: list[Rows] = []
 
     def forget_observed(self) -> None:
-        self._texts.clear()
+        self._observed = []
 
     def observe_texts(self, texts: Rows) -> None:
         count = self.config.kl_texts
-        self._texts += [texts[start : start + count] for start in range(0, len(texts), count)]
+        self._observed += [texts[start : start + count] for start in range(0, len(texts), count)]
+
+    def finish_observing(self) -> None:
+        self._texts, self._observed = self._observed, []
 
     @property
     def is_calibrated(self) -> bool:

@@ -23,6 +23,7 @@ class ObservesInputs(EditMethod):
     """
 
     reads_ordinary_text = True
+    takes_texts = True
     tokens: torch.Tensor
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
@@ -33,28 +34,32 @@ class ObservesInputs(EditMethod):
             self.register_buffer(f"shrink_{i}", torch.zeros(rank))
             self.register_buffer(f"scale_{i}", torch.ones(()))
         self.register_buffer("tokens", torch.zeros(()))
-        self._moments: dict[str, torch.Tensor] = {}
+        self._moments: dict[str, torch.Tensor] = {}  # of what is being observed
+        self._count = 0
 
     def second_moment(self, index: int) -> SecondMoment:
         """Of a layer's inputs on ordinary text, with the ridge."""
         return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
 
     def forget_observed(self) -> None:
-        self.tokens.zero_()
         self._moments.clear()
+        self._count = 0
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
         for name, x in inputs.items():
             self._moments[name] = self._moments.get(name, 0) + (x.T @ x).double().cpu()
-        self.tokens += len(next(iter(inputs.values())))
+        self._count += len(next(iter(inputs.values())))
 
     @torch.no_grad()
     def finish_observing(self) -> None:
+        found = []
         for i, name in enumerate(self.shapes):
-            moment = self._moments.pop(name) / float(self.tokens)
-            kept = leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge)
+            moment = self._moments.pop(name) / self._count
+            found.append(leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge))
+        for i, kept in enumerate(found):
             for part in ("basis", "shrink", "scale"):
                 getattr(self, f"{part}_{i}").copy_(getattr(kept, part))
+        self.tokens.fill_(self._count)
 
     @property
     def is_calibrated(self) -> bool:
