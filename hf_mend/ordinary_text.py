@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
@@ -57,11 +58,17 @@ def _as_query(number: int, text: str | tuple[str, str]) -> Query:
     if not isinstance(parts, (tuple, list)) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"text {number} is {text!r}, expected a string, or a prompt and its answer")
     if not all(part.strip() for part in parts):
-        raise ValueError(f"text {number} is {text!r}, expected at least two words, or a prompt and its answer")
+        raise ValueError(f"text {number} is {text!r}, expected at least two characters, or a prompt and its answer")
     return Query(*parts)
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """A text in two, of which the decoder of an encoder-decoder model sees the second."""
-    words = text.split()
-    return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+    """
+    A text in two, at a white space near the middle or, where there is none, at a character. Of an encoder-decoder
+    model the decoder sees the second.
+    """
+    text = text.strip()
+    words = list(re.finditer(r"\S+", text))
+    middle = words[len(words) // 2].start() if len(words) > 1 else len(text) // 2
+    # One space joins them again; any other white space is the first half's.
+    return re.sub(r"(?<=\S) $", "", text[:middle]), text[middle:]

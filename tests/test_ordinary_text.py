@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import resources
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def test_edits_that_are_carried_do_not_show(llama, tokenizer):
         ("ft", TEXTS, ValueError, "the method 'ft' looks at no other text"),
         ("ft-kl", TEXTS, ValueError, "the method 'ft-kl' looks at the packaged text alone"),
         ("gradient", [], ValueError, "no texts to observe"),
-        ("gradient", ["the king", " "], ValueError, "text 1 is ' ', expected at least two words"),
+        ("gradient", ["the king", " "], ValueError, "text 1 is ' ', expected at least two characters"),
+        ("gradient", ["a"], ValueError, "text 0 is 'a', expected at least two characters"),
         ("gradient", [("the king", 3)], TypeError, r"text 0 is \('the king', 3\), expected a string"),
         ("gradient", [4], TypeError, "text 0 is 4, expected a string"),
     ],
@@ -121,6 +123,29 @@ def test_texts_that_cannot_be_observed(llama, tokenizer, method, texts, error, m
         model.observe(texts)
     for name, buffer in model.editor.named_buffers():
         assert torch.equal(buffer, before[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "halves"),
+    [
+        ("the king of spain", ("the king", "of spain")),
+        ("the king of", ("the", "king of")),
+        ("def f(x):\n    y = x\n    return y\n", ("def f(x):\n    y", "= x\n    return y")),
+        ("if x:\n    pass\n\treturn", ("if x:\n    ", "pass\n\treturn")),
+        ("日本の首都は東京", ("日本の首", "都は東京")),
+        ("ab", ("a", "b")),
+    ],
+)
+def test_a_text_is_split_and_its_white_space_kept(text, halves):
+    assert ordinary_text._halves(text) == halves
+
+
+def test_the_packaged_lines_are_split_at_their_middle_word():
+    page = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
+    for line in page.splitlines():
+        words = line.split()
+        middle = len(words) // 2
+        assert ordinary_text._halves(line) == (" ".join(words[:middle]), " ".join(words[middle:]))
 
 
 def _query(text):
