@@ -613,6 +613,10 @@ class EditableModel(PushesToHub, nn.Module):
         self._merged = True
         return self.base_model
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: all but the open store, which is one model's."""
+        return {**self.__dict__, "_store": None}
+
     @contextmanager
     def _stored(self) -> Iterator[None]:
         """What changes within the context is kept in the open store; if it cannot be, nothing has changed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,24 @@ class LayerSum:
         self._copies = {}
 
 
+@dataclass(eq=False)
+class AddsToOutput:
+    """
+    A forward hook that adds a layer's sum to its output. No closure: a deep copy of the model takes a sum of its own
+    along, and a pickle the one it was saved with.
+
+    Args:
+        layer_sum ([`LayerSum`]): What to add.
+        edit_ids (`Sequence[str]`): The edits in it.
+    """
+
+    layer_sum: LayerSum
+    edit_ids: Sequence[str]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + self.layer_sum(args[0], output.device).to(output.dtype)
+
+
 class EditStack:
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.
@@ -291,11 +310,5 @@ class EditStack:
             layer_sum = self._sums[target.name]
             layer_sum.replace([edit.updates[target.name] for edit in active if target.name in edit.updates])
             if layer_sum.edits and not self._disabled:
-                self._handles.append(_attach(target.module, layer_sum))
-
-
-def _attach(module: nn.Module, layer_sum: LayerSum) -> Any:
-    def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + layer_sum(args[0], output.device).to(output.dtype)
-
-    return module.register_forward_hook(add)
+                ids = [edit.id for edit in active if target.name in edit.updates and not edit.support]
+                self._handles.append(target.module.register_forward_hook(AddsToOutput(layer_sum, ids)))

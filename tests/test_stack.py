@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
-from conftest import all_logits, build_model, editable
+from conftest import RECORDS, all_logits, build_model, editable
 from test_edits import random_edit
 
 from hf_mend.edits import side_path, stacked
@@ -183,3 +184,51 @@ def test_many_edits_of_a_model_are_undone_to_the_bit(base, tokenizer, architectu
         update = (v.double().T @ u.double()).float()
         weight += update if "Conv1D" not in type(merged.get_submodule(name)).__name__ else update.T
     torch.testing.assert_close(with_sum, all_logits(merged, tokenizer), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_deep_copy_and_its_original_go_their_own_ways(tokenizer, architecture):
+    model = editable(build_model(architecture), tokenizer)
+    plain = all_logits(model, tokenizer)
+    first, second = (random_edit(model, name, seed=seed) for seed, name in enumerate("ab"))
+    model._stack.replace([first])
+    with_first = all_logits(model, tokenizer)
+    twin = copy.deepcopy(model)
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), plain)
+    assert [edit.id for edit in twin.edits] == ["a"] and torch.equal(all_logits(twin, tokenizer), with_first)
+    model._stack.replace([second])
+    with_second = all_logits(model, tokenizer)
+    assert torch.equal(all_logits(twin, tokenizer), with_first)
+    twin.undo()
+    assert torch.equal(all_logits(twin, tokenizer), plain)
+    assert [edit.id for edit in model.edits] == ["b"] and torch.equal(all_logits(model, tokenizer), with_second)
+    twin._stack.replace([first])
+    model.merge_and_unload()
+    assert torch.equal(all_logits(twin, tokenizer), with_first)
+
+
+def test_an_edited_model_can_be_pickled(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    plain = all_logits(model, tokenizer)
+    model._stack.replace([random_edit(model, "a", seed=0)])
+    edited = all_logits(model, tokenizer)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model.base_model, tmp_path / "base.pt")
+    assert torch.equal(all_logits(torch.load(tmp_path / "base.pt", weights_only=False), tokenizer), edited)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(all_logits(loaded, tokenizer), edited)
+    loaded.undo()
+    assert torch.equal(all_logits(loaded, tokenizer), plain)
+    assert torch.equal(all_logits(model, tokenizer), edited)
+
+
+def test_a_copy_keeps_nothing_in_the_originals_store(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.open_store(tmp_path / "store")
+    edit = model.edit(RECORDS[0].prompt, RECORDS[0].target)
+    twin = copy.deepcopy(model)
+    assert [one.id for one in twin.edits] == [edit.id]
+    twin.undo()
+    other = editable(build_model("llama"), tokenizer)
+    assert [one.id for one in other.open_store(tmp_path / "store")] == [edit.id]
