@@ -30,7 +30,7 @@ from .ordinary_text import observe_ordinary_text
 from .requests import EditResult, as_requests, check_limits, check_requests
 from .sharded import load_whole_state, whole_state
 from .sharing import PushesToHub
-from .stack import EditStack
+from .stack import EditStack, acting_edits
 from .store import EditStore
 from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
 from .tracing import SplitModel
@@ -66,6 +66,11 @@ class EditableModel(PushesToHub, nn.Module):
         editor_config = training_free_config() if editor_config is None else editor_config
         base_model = plain_base(base_model)
         keep_gradients(base_model)
+        if others := len(acting_edits(base_model)):
+            logger.warning(
+                f"another EditableModel's edits act in this base model ({others}); this one's are made beside them, and "
+                "it can neither disable nor undo nor merge them. Unless that is meant, undo_all() there first"
+            )
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
         self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)

@@ -189,6 +189,12 @@ class AddsToOutput:
         return output + self.layer_sum(args[0], output.device).to(output.dtype)
 
 
+def acting_edits(model: nn.Module) -> set[str]:
+    """Ids of the edits that act in a model, whichever [`EditStack`] put them there."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return {edit_id for hook in hooks if isinstance(hook, AddsToOutput) for edit_id in hook.edit_ids}
+
+
 class EditStack:
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.

@@ -98,7 +98,7 @@ def stand_ins(tmp_path, hub, monkeypatch):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_block_of_code_runs(path, stand_ins):
+def test_every_block_of_code_runs(path, stand_ins, caplog):
     names: dict[str, object] = {}
     if path.name == "api.md":  # a docstring's example leaves the import out
         names.update({name: getattr(hf_mend, name) for name in hf_mend.__all__})
@@ -111,6 +111,7 @@ def test_every_block_of_code_runs(path, stand_ins):
         for pattern, smaller in SMALLER.items():
             code = re.sub(pattern, smaller, code)
         exec(compile(code, str(path), "exec"), names)
+    assert "another EditableModel" not in caplog.text, "undo_all() first"
 
 
 def run_shell(code: str) -> None:

@@ -83,3 +83,21 @@ def test_a_base_compiled_in_place_says_what_to_do(tokenizer, part):
     base.get_submodule(part).compile()
     with pytest.raises(ValueError, match=r"(Llama|layers\.1).* was compiled in place .* load the base model without"):
         editable(base, tokenizer)
+
+
+def test_a_base_that_carries_another_models_edits_is_said(tokenizer, caplog):
+    first = editable(build_model("llama"), tokenizer)
+    ids = [first.edit(record.prompt, record.target, max_steps=1).id for record in RECORDS[:2]]
+    first.turn_off(ids[0])
+    again = editable(first.base_model, tokenizer)
+    assert caplog.text.count("another EditableModel's edits act in this base model (1)") == 1
+    assert "undo_all() there first" in caplog.text
+    first.turn_on(ids[0])
+    editable(first.base_model, tokenizer)
+    assert caplog.text.count("another EditableModel's edits act in this base model (2)") == 1
+    caplog.clear()
+    with first.disable_edits():
+        editable(first.base_model, tokenizer)
+    first.undo_all()
+    editable(first.base_model, tokenizer)
+    assert again.edits == [] and "another EditableModel" not in caplog.text
