@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,9 +205,22 @@ class EditableModel(PushesToHub, nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> EditableModel:
         """
-        Moves base model and editor. A base placed by a device map or offloading stays, the editor with it.
+        Moves base model and editor, and casts the base model alone: an editor computes in float32. A base placed by a
+        device map or offloading stays, the editor with it.
         """
         return self if is_placed(self.base_model) else super().to(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> EditableModel:
+        """What `to`, `half`, `cuda` and their like go through."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        if recurse:
+            self.base_model._apply(fn)
+            self.editor._apply(move)
+        return self
 
     @property
     def _edit_device(self) -> torch.device:

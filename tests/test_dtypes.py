@@ -7,7 +7,7 @@ import torch
 from conftest import RECORDS, all_logits, build_model, editable, small_config
 from test_trainer import QUESTIONS, arguments, losses
 
-from hf_mend import EditableModel, EditorTrainer, get_editable_model
+from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -74,3 +74,54 @@ def test_an_editor_fits_its_base_in_any_dtype_without_a_warning(tokenizer, tmp_p
     for dtype in HALF:
         EditableModel.from_pretrained(build_model("llama").to(dtype), tmp_path, tokenizer)
     assert "weights differ" not in caplog.text
+
+
+CASTS = {
+    "bfloat16": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+    "half": (lambda model: model.half(), torch.float16),
+    "double": (lambda model: model.double(), torch.float64),
+    "to_both": (lambda model: model.to("cpu", torch.bfloat16), torch.bfloat16),
+    "back": (lambda model: model.bfloat16().float(), torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "cast"),
+    [*((method, "bfloat16") for method in ("gradient", "enn", "memit")), *(("mend", cast) for cast in CASTS)],
+)
+def test_a_cast_is_the_bases_and_the_editor_stays_in_float32(tokenizer, method, cast):
+    convert, dtype = CASTS[cast]
+    torch.manual_seed(0)
+    model = EditableModel(build_model("llama"), EditorConfig(method=method), tokenizer)
+    torch.manual_seed(0)
+    cast_before = EditableModel(convert(build_model("llama")), EditorConfig(method=method), tokenizer)
+    state = {name: value.clone() for name, value in model.editor.state_dict().items()}
+    assert convert(model) is model and model.dtype == dtype
+    for name, value in model.editor.state_dict().items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name])
+    for one in (model, cast_before):
+        one.edit(PROMPT, TARGET, max_steps=2)
+    assert torch.equal(all_logits(model, tokenizer), all_logits(cast_before, tokenizer))
+    model.undo()
+    assert model.edits.find(PROMPT) == []
+
+
+def test_a_cast_after_an_edit_keeps_it_and_what_is_learnt(tokenizer):
+    model = EditableModel(build_model("llama"), tokenizer=tokenizer)
+    model.edit(PROMPT, TARGET)
+    learnt = {name: value.clone() for name, value in model.editor.state_dict().items()}
+    edited = all_logits(model, tokenizer)
+    model.to(torch.bfloat16)
+    assert all(torch.equal(value, learnt[name]) for name, value in model.editor.state_dict().items())
+    torch.testing.assert_close(all_logits(model, tokenizer).float(), edited, rtol=0.1, atol=0.1)
+    assert model.edit(RECORDS[1].prompt, RECORDS[1].target).steps > 0
+
+
+def test_moves_reach_the_editor_and_its_statistics():
+    model = EditableModel(build_model("llama"))
+    assert model.to("cpu") is model.cpu() is model
+    parameters = [*model.base_model.parameters(), *model.editor.buffers()]
+    assert model.to("meta", torch.bfloat16) is model
+    everything = [*model.base_model.parameters(), *model.editor.parameters(), *model.editor.buffers()]
+    assert len(everything) == len(parameters) and all(tensor.is_meta for tensor in everything)
+    assert {tensor.dtype for tensor in model.editor.buffers()} == {torch.float32}
