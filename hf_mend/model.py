@@ -621,10 +621,12 @@ class EditableModel(PushesToHub, nn.Module):
 
     def merge_and_unload(self) -> PreTrainedModel:
         """
-        Adds all edits to the base model's weights and returns the plain transformers model. This object is spent then.
+        Adds all edits to the base model's weights and returns the plain transformers model, with a `PeftModel`'s active
+        adapters in its weights too. This object is spent then.
 
         Raises:
-            TypeError: A weight cannot take an update (a quantised base); nothing has changed then.
+            TypeError: A weight cannot take an update (a quantised base, an output layer tied to the embedding), or an
+                adapter cannot be merged; nothing has changed then.
         """
         self._check_usable()
         self._stack.merge()

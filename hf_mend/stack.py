@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import merge_adapters_
 from .collection import check_apart, check_known
 from .edits import Edit, Update, active_edits, check_supported, dense, each_support_once, side_path
-from .targets import Target, add_to_weight_, named_layers, writable_weight
+from .targets import Target, add_to_weight_, check_own_weight, named_layers, writable_weight
 
 
 # A dense sum is copied after this many edits, and after its square, so that taking back one of the last edits does not
@@ -296,13 +297,19 @@ class EditStack:
 
     def merge(self) -> None:
         """
-        Adds all edits to the weights and forgets them.
+        Adds all edits to the weights and forgets them. Adapters around the base model's layers are merged first: some
+        scale the weight that they find.
 
         Raises:
-            TypeError: A layer's weight cannot take an update; no weight has changed then.
+            TypeError: A layer's weight cannot take an update, or is another's too; no weight has changed then.
         """
         edited = [target for target in self.targets if self._sums[target.name].edits]
         weights = [writable_weight(target.module) for target in edited]
+        if self._base_model is not None:
+            for target in edited:
+                check_own_weight(self._base_model, target.module)
+            with self.disabled():
+                merge_adapters_(self._base_model)
         for target, weight in zip(edited, weights, strict=True):
             add_to_weight_(target.module, self._sums[target.name].matrix(weight.device))
         self.replace([])

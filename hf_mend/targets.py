@@ -183,6 +183,20 @@ def writable_weight(module: Any) -> torch.Tensor:
     return weight_matrix(module)
 
 
+def check_own_weight(model: nn.Module, layer: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: The layer's weight is another module's too, as where embedding and output layer are tied.
+    """
+    layer = _inner(layer)
+    for name, module in model.named_modules():
+        if module is not layer and any(parameter is layer.weight for parameter in module._parameters.values()):
+            raise TypeError(
+                f"the weight of a {type(layer).__name__} is that of {name!r} too (they are tied), so an edit merged "
+                "into the one would change the other; keep the edits beside the weight, with save_edits or save_lora"
+            )
+
+
 @torch.no_grad()
 def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
     """
@@ -196,7 +210,8 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
         TypeError: The weight cannot be written to.
     """
     weight = writable_weight(module)
-    weight.copy_(weight.float() + update.to(weight.device, torch.float32))
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    weight.copy_(weight.to(dtype) + update.to(weight.device, dtype))
 
 
 def device_of(module: Any) -> torch.device:

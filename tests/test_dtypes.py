@@ -125,3 +125,17 @@ def test_moves_reach_the_editor_and_its_statistics():
     everything = [*model.base_model.parameters(), *model.editor.parameters(), *model.editor.buffers()]
     assert len(everything) == len(parameters) and all(tensor.is_meta for tensor in everything)
     assert {tensor.dtype for tensor in model.editor.buffers()} == {torch.float32}
+
+
+def test_a_float64_base_is_merged_in_float64(tokenizer):
+    model = editable(build_model("llama").double(), tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    layer = model.targets[0].module
+    before, (u, v) = layer.weight.clone(), model.edits[0].updates[model.targets[0].name]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight += 1e-12 * torch.randn_like(layer.weight)
+    fine = layer.weight - before
+    model.merge_and_unload()
+    left = layer.weight - before - (v.T @ u).double()
+    torch.testing.assert_close(left, fine, rtol=0, atol=1e-14)

@@ -195,3 +195,18 @@ def test_hot_swap_between_two_adapters(llama, tokenizer, tmp_path):
     for i in (1, 0, 1):
         peft.set_adapter(str(i))
         torch.testing.assert_close(all_logits(peft, tokenizer), expected[i], rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_on_a_tied_output_layer_is_not_merged_into_the_embedding(tokenizer, tmp_path):
+    peft = get_peft_model(
+        build_model("gpt2"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, fan_in_fan_out=False)
+    )
+    peft.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = editable(build_model("gpt2"), tokenizer)
+    model.load_lora(tmp_path)
+    loaded, embedding = all_logits(model, tokenizer), model.base_model.transformer.wte.weight.clone()
+    torch.testing.assert_close(loaded, all_logits(peft, tokenizer), rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="that of 'transformer.wte' too .* keep the edits beside the weight"):
+        model.merge_and_unload()
+    assert torch.equal(model.base_model.transformer.wte.weight, embedding)
+    assert torch.equal(all_logits(model, tokenizer), loaded)

@@ -45,6 +45,50 @@ def test_an_active_lora_adapter_stays_and_the_edit_goes_beside_it(tokenizer, tmp
     model.load_edits(tmp_path)
     merged = model.merge_and_unload()
     torch.testing.assert_close(all_logits(merged, tokenizer), edited, rtol=1e-3, atol=1e-3)
+    assert merged.state_dict().keys() == build_model(architecture).state_dict().keys()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(merged).from_pretrained(tmp_path / "merged")
+    assert torch.equal(all_logits(loaded, tokenizer), all_logits(merged, tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["dora", "disabled", "add_adapter", "on the embedding"])
+def test_adapters_of_other_kinds_are_merged_with_the_edits(tokenizer, tmp_path, kind):
+    base, modules = build_model("llama"), ["down_proj", "v_proj"]
+    modules += ["embed_tokens"] if kind == "on the embedding" else []
+    config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, use_dora=kind == "dora")
+    if kind == "add_adapter":
+        base.add_adapter(config)
+        wrapped = base
+    else:
+        wrapped = get_peft_model(base, config)
+    if kind == "disabled":
+        wrapped.base_model.disable_adapter_layers()
+    model = editable(wrapped, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    edited = all_logits(model, tokenizer)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(all_logits(merged, tokenizer), edited, rtol=1e-3, atol=1e-3)
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path)
+    assert torch.equal(all_logits(loaded, tokenizer), all_logits(merged, tokenizer))
+    assert merged.state_dict().keys() == build_model("llama").state_dict().keys()
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_everything_as_it_was(tokenizer):
+    config = LoraConfig(r=4, target_modules=["down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    tied = LoraConfig(r=4, target_modules=["c_proj", "lm_head"], init_lora_weights=False)
+    for architecture, adapter, message in (
+        ("llama", config, "'lm_head'; save_edits, merge the adapter with PEFT before"),
+        ("gpt2", tied, "'lm_head' cannot be merged .*tied"),
+    ):
+        model = editable(get_peft_model(build_model(architecture), adapter), tokenizer)
+        model.edit(PROMPT, TARGET, max_steps=1)
+        edited, state = all_logits(model, tokenizer), copy.deepcopy(model.base_model.state_dict())
+        with pytest.raises(TypeError, match=message):
+            model.merge_and_unload()
+        assert torch.equal(all_logits(model, tokenizer), edited)
+        assert all(torch.equal(value, state[name]) for name, value in model.base_model.state_dict().items())
+        model.undo()  # still usable
 
 
 def test_an_editor_of_the_plain_base_fits_the_base_with_an_adapter(tokenizer, tmp_path):
