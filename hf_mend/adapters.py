@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from .targets import check_own_weight, writable_weight
 
@@ -31,7 +30,9 @@ def merge_adapters_(model: Any) -> None:
         TypeError: An adapter cannot be merged: it brings whole modules, its layer's weight cannot be written to or
             is another layer's too, or PEFT cannot. Nothing has changed then.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise TypeError(f"the adapter brings more than updates of layers, {name!r}; {_REMEDY}")
@@ -48,7 +49,8 @@ def merge_adapters_(model: Any) -> None:
             layer.merge()
         elif layer.merged:
             layer.unmerge()
-        model.set_submodule(name, layer.get_base_layer())
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
     if layers and hasattr(model, "peft_config"):
         del model.peft_config
         model._hf_peft_config_loaded = False  # else save_pretrained would write the adapter alone

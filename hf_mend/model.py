@@ -68,8 +68,8 @@ class EditableModel(PushesToHub, nn.Module):
         keep_gradients(base_model)
         if others := len(acting_edits(base_model)):
             logger.warning(
-                f"another EditableModel's edits act in this base model ({others}); this one's are made beside them, and "
-                "it can neither disable nor undo nor merge them. Unless that is meant, undo_all() there first"
+                f"another EditableModel's edits act in this base model ({others}); this one's are made beside them, "
+                "and it can neither disable nor undo nor merge them. Unless that is meant, undo_all() there first"
             )
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
@@ -621,8 +621,8 @@ class EditableModel(PushesToHub, nn.Module):
 
     def merge_and_unload(self) -> PreTrainedModel:
         """
-        Adds all edits to the base model's weights and returns the plain transformers model, with a `PeftModel`'s active
-        adapters in its weights too. This object is spent then.
+        Adds all edits to the base model's weights and returns the plain transformers model, with a `PeftModel`'s
+        active adapters in its weights too. This object is spent then.
 
         Raises:
             TypeError: A weight cannot take an update (a quantised base, an output layer tied to the embedding), or an

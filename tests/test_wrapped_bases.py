@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import RECORDS, all_logits, build_model, editable
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 
 from hf_mend import EditableModel
 
@@ -51,16 +51,12 @@ def test_an_active_lora_adapter_stays_and_the_edit_goes_beside_it(tokenizer, tmp
     assert torch.equal(all_logits(loaded, tokenizer), all_logits(merged, tokenizer))
 
 
-@pytest.mark.parametrize("kind", ["dora", "disabled", "add_adapter", "on the embedding"])
+@pytest.mark.parametrize("kind", ["dora", "disabled", "injected", "on the embedding"])
 def test_adapters_of_other_kinds_are_merged_with_the_edits(tokenizer, tmp_path, kind):
     base, modules = build_model("llama"), ["down_proj", "v_proj"]
     modules += ["embed_tokens"] if kind == "on the embedding" else []
     config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, use_dora=kind == "dora")
-    if kind == "add_adapter":
-        base.add_adapter(config)
-        wrapped = base
-    else:
-        wrapped = get_peft_model(base, config)
+    wrapped = inject_adapter_in_model(config, base) if kind == "injected" else get_peft_model(base, config)
     if kind == "disabled":
         wrapped.base_model.disable_adapter_layers()
     model = editable(wrapped, tokenizer)
