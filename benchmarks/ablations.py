@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, config_options, parse_with_data, write_results
+from common import DATA, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditorConfig,
@@ -35,7 +35,7 @@ from hf_mend import (
 )
 from hf_mend.cards import machine, table
 from hf_mend.reports import TITLES
-from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
+from hf_mend.smollm2 import SMOLLM2_ID
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def train_and_measure(
     variant: str, train: list[EditRecord], test: list[EditRecord], hidden_states: Path, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """A variant's metrics, its parameters and the seconds of its training, hidden states left out."""
-    base, tokenizer = load_smollm2()
+    base, tokenizer = load_base()
     torch.manual_seed(arguments.seed)
     model = get_editable_model(base, config_of(variant, arguments), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,8 @@ def main() -> None:
     path = arguments.results.with_suffix(".json")
     kept = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "bf16", "seed")
     settings = {name: getattr(arguments, name) for name in kept}
-    result = {"base_model": SMOLLM2_ID, "settings": settings, "variants": {}}
+    here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    result = {"base_model": SMOLLM2_ID, "machine": here, "settings": settings, "variants": {}}
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier["settings"] != settings:
@@ -163,7 +164,7 @@ def main() -> None:
             folder = arguments.hidden_states or Path(temporary)
             result["variants"][variant] = train_and_measure(variant, train, test, folder, arguments)
             print(f"{variant}: {time.perf_counter() - started:.0f} s")
-            result["machine"] = machine(torch.device("cpu"))
+            result["machine"] = here
             write_results(path, result, table_of(result))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 

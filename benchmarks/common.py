@@ -9,6 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_mend.smollm2 import load_smollm2
+
 
 # Of the option `--data`.
 DATA: dict[str, Any] = {
@@ -24,6 +29,11 @@ def parse_with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if arguments.data is None:
         parser.error("give the folder of facts with --data or HF_MEND_DATA")
     return arguments
+
+
+def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct and its tokenizer; on the GPU, where there is one."""
+    return load_smollm2(device_map="cuda:0" if torch.cuda.is_available() else None)
 
 
 def config_options(items: Sequence[str]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import DATA, config_options, parse_with_data
+from common import DATA, config_options, load_base, parse_with_data
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
 from hf_mend.cards import machine
 from hf_mend.evaluation import evaluate
 from hf_mend.scores import held_out_passages, perplexity
-from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
+from hf_mend.smollm2 import SMOLLM2_ID
 
 
 KINDS = ("edit success", "generality", "neighbourhood", "unrelated")
@@ -128,7 +128,7 @@ def main() -> None:
     one_call = [(int(count), None) for count in arguments.counts.split(",") if count]
     many = [(int(count), arguments.call) for count in arguments.sequential.split(",") if count]
     states = kept["states"]
-    base, tokenizer = load_smollm2()
+    base, tokenizer = load_base()
     for item in arguments.methods.split(","):
         title, method = item.split("=")
         missing = [s for s in [*one_call, *many] if f"{title}/{s[0]}/{s[1]}" not in states]

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import DATA, config_options, parse_with_data, write_results
+from common import DATA, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditableModel,
@@ -33,7 +33,7 @@ from hf_mend import (
 )
 from hf_mend.cards import CardNotes, machine, metrics_table, write_card
 from hf_mend.files import read_tensors
-from hf_mend.smollm2 import SMOLLM2_ID, load_smollm2
+from hf_mend.smollm2 import SMOLLM2_ID
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -130,7 +130,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, str]:
 def main() -> None:
     arguments = parse_arguments()
     held_out = [name for name in arguments.hold_out.split(",") if name]
-    base, tokenizer = load_smollm2()
+    base, tokenizer = load_base()
     seconds = None
     if arguments.evaluate:
         model = EditableModel.from_pretrained(base, arguments.output, tokenizer=tokenizer)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, parse_with_data, write_results
+from common import DATA, load_base, parse_with_data, write_results
 from torch.func import functional_call
 
 from hf_mend import (
@@ -38,7 +38,6 @@ from hf_mend import (
 )
 from hf_mend.data import EditBatch, EditCollator, Query, TrainingExample, TrainingExamples, length_batches
 from hf_mend.losses import kl_divergence, row_means, target_nll
-from hf_mend.smollm2 import load_smollm2
 from hf_mend.targets import block_stacks, lowest_block
 from hf_mend.trainer import calibrate
 
@@ -212,7 +211,7 @@ def edit_figures(
     model: EditableModel, record: EditRecord, one_edit: EditBatch, arguments: argparse.Namespace
 ) -> dict[str, float]:
     """One edit, with and without the check after it, against a plain forward pass and the paper's procedure."""
-    rows = model.encoder([Query(record.prompt, record.target)])
+    rows = model.encoder([Query(record.prompt, record.target)]).to(model.device)
     figures: dict[str, float] = {"tokens": rows.inputs["input_ids"].numel()}
     kind, lowest = lowest_block(model.targets)
     depth = len(next(stack for stack in block_stacks(model.base_model) if stack.kind == kind).blocks)
@@ -243,9 +242,9 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
     """All figures of one choice of layers."""
     examples = TrainingExamples(records, questions, neighborhood_rows=1)  # as EditorTrainer draws by default
     collate = EditCollator(model.encoder)
-    many = collate([examples[i] for i in range(arguments.batch_size)])
+    many = collate([examples[i] for i in range(arguments.batch_size)]).to(model.device)
     record = min(records[:500], key=lambda r: abs(len(sum(model.encoder.tokens(Query(r.prompt, r.target)), [])) - 16))
-    one_edit = collate([TrainingExamples([record], questions)[0]])
+    one_edit = collate([TrainingExamples([record], questions)[0]]).to(model.device)
     figures = edit_figures(model, record, one_edit, arguments)
     if arguments.edits_only:
         return figures
@@ -258,7 +257,7 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
     figures["memory added by an edit / the base model's size"] = memory_of(edit, model)
     figures.update(many_edits_figures(model, records))
 
-    inputs = model.tokenizer(record.prompt, return_tensors="pt")
+    inputs = model.tokenizer(record.prompt, return_tensors="pt").to(model.device)
     options = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
 
     def generate() -> None:
@@ -273,7 +272,7 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
 
     seconds = medians({"edited": generate, "without": generate_without}, arguments.repeat_training)
     figures["generation of 100 tokens with 10 edits / without"] = seconds["edited"] / seconds["without"]
-    fresh, _ = load_smollm2()
+    fresh, _ = load_base()
     merged = model.merge_and_unload()
     seconds = medians(
         {
@@ -293,7 +292,7 @@ def main() -> None:
     questions = read_questions(data / "nq_open_train.jsonl")
     results: dict[str, Any] = {}
     for choice in ("paper", "default"):
-        base, tokenizer = load_smollm2()
+        base, tokenizer = load_base()
         torch.manual_seed(0)
         model = get_editable_model(base, EditorConfig(target_modules=choice), tokenizer)
         calibrate(model, TrainingExamples(records, questions), 16, 8)
