@@ -352,8 +352,8 @@ class EditableModel(PushesToHub, nn.Module):
         keeps what it has seen; another call begins anew.
 
         Args:
-            texts (`Iterable[str | tuple[str, str]]`): Texts, or prompts with their answers. Each is seen alone, to
-                half the model's context.
+            texts (`Iterable[str | tuple[str, str]]`): Texts, or prompts with their answers. Each is seen alone; a
+                text is read in two halves, and each half, prompt or answer to half the model's context.
 
         Raises:
             TypeError: One of the texts is neither.

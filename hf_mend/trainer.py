@@ -21,14 +21,17 @@ from transformers.utils import logging
 from .cache import HiddenStateCache
 from .cards import CardNotes, machine
 from .checkpoints import PushesCheckpoints
-from .data import EditBatch, EditCollator, EditDataset, EditRecord, Rows, TrainingExamples, batches
+from .checks import check_query, longest_input
+from .data import EditBatch, EditCollator, EditDataset, EditRecord, Query, Rows, TrainingExamples, batches
 from .edits import applied
+from .evaluation_checks import check_asked
 from .files import WEIGHTS_NAME
 from .fingerprint import fingerprint_of
 from .hub import find_files
 from .losses import target_nll
 from .metrics import evaluate_records, summarize
 from .model import EditableModel
+from .readers.reading import check_targets
 from .sharded import whole_state
 from .tracing import logits_of, record_inputs, trace
 
@@ -193,9 +196,12 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's.
 
         Raises:
-            ValueError: The model carries edits.
+            ValueError: The model carries edits, or a text of the training data is empty or too long for it; the
+                message names it.
         """
         self._check_unedited("train")
+        if self.examples is not None:
+            self._check_texts(self.examples.records, self.examples.questions)
         if self.examples is not None and not self.model.editor.is_calibrated:
             calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
         if self.examples is not None and self.args.hidden_states_dir:
@@ -285,17 +291,19 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             `dict[str, float]`: See [`~hf_mend.metrics.summarize`]; keys carry the prefix.
 
         Raises:
-            ValueError: There is no evaluation data, or the model carries edits.
+            ValueError: There is no evaluation data, a text of it is empty or too long for the model, or the model
+                carries edits.
         """
         self._check_unedited("evaluate")
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if data is None:
             raise ValueError("EditorTrainer.evaluate needs an eval_dataset; pass one here or to the trainer")
+        records = _as_records(data)
+        self._check_texts(records)
         start = time.time()
         model: EditableModel = self.model
         was_training = model.training
         model.eval()
-        records = _as_records(data)
         measured = evaluate_records(
             model.split, model.targets, model.editor, model.encoder, records, progress=not self.args.disable_tqdm
         )
@@ -317,6 +325,14 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 f"the model carries {len(self.model.edits)} edits, and {what} is about the base without any; undo "
                 "them first"
             )
+
+    def _check_texts(self, records: Sequence[EditRecord], questions: Sequence[tuple[str, str]] = ()) -> None:
+        """A text that the model cannot read would end the training wherever it is first drawn."""
+        encoder, longest = self.model.encoder, longest_input(self.model.config)
+        check_targets(records, encoder, longest)
+        check_asked(self.model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
+        for number, pair in enumerate(questions):
+            check_query(Query(*pair), encoder, longest, f"question {number}", "question", "answer")
 
     # ---- checkpoints ----
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,36 @@ def test_bad_training_data(tokenizer, tmp_path):
         EditorTrainer(fresh(tokenizer), arguments(tmp_path), [RECORDS[0], {"prompt": "x"}])
     with pytest.raises(ValueError, match="data set is empty"):
         EditorTrainer(fresh(tokenizer), arguments(tmp_path), [])
+
+
+LONG = "the capital of peru is " * 20
+
+
+@pytest.mark.parametrize(
+    ("record", "questions", "message"),
+    [
+        ({"prompt": LONG}, QUESTIONS, "record 7 (7) has .* tokens with its target, the model takes 64; shorten"),
+        ({"target": " "}, QUESTIONS, "record 7 (7) has an empty target"),
+        ({"paraphrases": ["in peru", LONG]}, QUESTIONS, r"record 7 (7) has .* the paraphrases\[1\] 'the capital"),
+        ({"neighborhood": [LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the neighborhood\[0\]"),
+        ({"unrelated": [("who?", LONG)]}, (), r"record 7 (7) has .* shorten the unrelated\[0\]\[1\]"),
+        ({}, [*QUESTIONS, (LONG, "grass")], "question 2 has .* tokens with its answer, the model takes 64"),
+        ({}, [*QUESTIONS, ("who?", "")], "question 2 has an empty answer"),
+    ],
+)
+def test_texts_that_the_model_cannot_read_are_named_before_training_starts(
+    tokenizer, tmp_path, record, questions, message
+):
+    model = fresh(tokenizer)
+    records = [*RECORDS[:7], replace(RECORDS[7], **record)]
+    trainer = EditorTrainer(model, arguments(tmp_path), records, questions=questions)
+    with pytest.raises(ValueError, match=message.replace("(7)", r"\(7\)")):
+        trainer.train()
+    assert not model.editor.is_calibrated and trainer.state.global_step == 0
+    if record:
+        trainer = EditorTrainer(model, arguments(tmp_path), RECORDS, records, questions=QUESTIONS)
+        with pytest.raises(ValueError, match="record 7"):
+            trainer.evaluate()
 
 
 @pytest.mark.parametrize(
