@@ -276,8 +276,9 @@ def _support(method: EditMethod, made_by: str, stack: EditStack) -> Edit | None:
     carried = method.carried()
     if not carried:
         return None
-    for edit in stack.active:
-        if edit.support and edit.id != made_by:
+    acting = {one for edit in stack.active for one in (edit.id, *edit.replaces)}
+    for edit in stack.edits:
+        if edit.support and edit.id != made_by and edit.id in acting:
             raise ValueError(
                 f"the model carries edits that act with the change {edit.id!r}, and this editor's is {made_by!r}: "
                 "with both it is a model that neither has learned to edit; undo those edits, or load the editor that "

@@ -146,6 +146,9 @@ def test_an_edit_without_its_change_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=rf"carries edits that act with the change '{support.id}', and this editor's"):
         model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True)
     assert torch.equal(all_logits(model, tokenizer), before)
+    model.compress_edits(2)  # the one that stands for both acts with that change too
+    with pytest.raises(ValueError, match=rf"carries edits that act with the change '{support.id}', and this editor's"):
+        model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True)
 
 
 @pytest.mark.parametrize("options", [{"edits_together": 2}, {"calls_in_a_row": 2}])
