@@ -83,9 +83,10 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.4), sharey=True)
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 4.2), sharey=True)
     series = list(dict.fromkeys((s["method"], bool(s["in_calls_of"])) for s in states.values()))
     for panel, kind in zip(panels, KINDS, strict=True):
+        panel.set_prop_cycle(color=pyplot.get_cmap("tab20").colors[::2] + pyplot.get_cmap("tab20").colors[1::2])
         for method, sequential in series:
             points = sorted(
                 (s["count"], s[kind])
@@ -96,8 +97,8 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker="o", linestyle="--" if sequential else "-", label=label)
         panel.set(xscale="log", title=kind, xlabel="edits kept", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)
 
 

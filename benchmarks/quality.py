@@ -184,10 +184,11 @@ def main() -> None:
     write_results(arguments.results, result, markdown)
     print(markdown)
     if not arguments.limit and arguments.facts == "facts_test.json":
-        held = f" --hold-out {arguments.hold_out}" if held_out else ""
+        options = f" --hold-out {arguments.hold_out}" if held_out else ""
+        options += f" --together {arguments.together}" if arguments.together else ""
         command = (
             "# DIR holds facts_test.json and nq_open_test.jsonl\n"
-            f"python benchmarks/quality.py --data DIR --evaluate{held} \\\n"
+            f"python benchmarks/quality.py --data DIR --evaluate{options} \\\n"
             f"    --output {arguments.output} --results build/again"
         )
         notes = CardNotes(measured=values, command=command)
