@@ -49,7 +49,8 @@ quality: $(STAMP)
 # The shipped editor, as it was trained: 1,400 steps, then 1,600 that weigh unrelated text more, then edits 15 % larger (chosen
 # on the validation facts; see benchmarks/results/settings.md). DATA holds the facts.
 EDITOR := smollm2-135m-instruct-mend
-TRAIN := $(BIN)/python benchmarks/quality.py --data $(DATA) --hold-out P27,P106,P178
+QUALITY := $(BIN)/python benchmarks/quality.py --data $(DATA)
+TRAIN := $(QUALITY) --hold-out P27,P106,P178
 editor: $(STAMP)
 	$(TRAIN) --steps 1400 --learning-rate 1e-3 --neighborhood-weight 1 --unrelated-weight 1 --limit 20 \
 		--output build/first-stage --results build/first-stage
@@ -59,7 +60,7 @@ editor: $(STAMP)
 
 # Its training goes on with up to 16 edits at once, on facts of all relations, so that ten edits stay beside one another.
 editor-several: $(STAMP)
-	$(BIN)/python benchmarks/quality.py --data $(DATA) --steps 350 --batch-size 64 --learning-rate 7e-4 --unrelated-weight 25 \
+	$(QUALITY) --steps 350 --batch-size 64 --learning-rate 7e-4 --unrelated-weight 25 \
 		--neighborhood-rows 1 --seed 3 --edits-together 16 --together 3,10 \
 		--start-from model_cards/$(EDITOR) --output model_cards/$(EDITOR)-several \
 		--results benchmarks/results/$(EDITOR)-several

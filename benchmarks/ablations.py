@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, config_options, load_base, parse_with_data, write_results
+from common import DATA, DEVICE, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditorConfig,
@@ -106,7 +106,7 @@ def train_and_measure(
                 hidden_states_dir=str(hidden_states),
                 seed=arguments.seed,
                 bf16=arguments.bf16,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=DEVICE.type == "cpu",
                 report_to=[],
             ),
             train,
@@ -148,8 +148,7 @@ def main() -> None:
     path = arguments.results.with_suffix(".json")
     kept = ("paper", "option", "steps", "batch_size", "learning_rate", "facts", "limit", "train_limit", "bf16", "seed")
     settings = {name: getattr(arguments, name) for name in kept}
-    here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    result = {"base_model": SMOLLM2_ID, "machine": here, "settings": settings, "variants": {}}
+    result = {"base_model": SMOLLM2_ID, "machine": machine(DEVICE), "settings": settings, "variants": {}}
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier["settings"] != settings:
@@ -164,7 +163,7 @@ def main() -> None:
             folder = arguments.hidden_states or Path(temporary)
             result["variants"][variant] = train_and_measure(variant, train, test, folder, arguments)
             print(f"{variant}: {time.perf_counter() - started:.0f} s")
-            result["machine"] = here
+            result["machine"] = machine(DEVICE)
             write_results(path, result, table_of(result))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 

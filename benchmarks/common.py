@@ -23,6 +23,9 @@ DATA: dict[str, Any] = {
 }
 
 
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def parse_with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line of a script that has `--data`."""
     arguments = parser.parse_args()
@@ -32,8 +35,9 @@ def parse_with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct and its tokenizer; on the GPU, where there is one."""
-    return load_smollm2(device_map="cuda:0" if torch.cuda.is_available() else None)
+    """SmolLM2-135M-Instruct on `DEVICE`, and its tokenizer."""
+    base, tokenizer = load_smollm2()
+    return base.to(DEVICE), tokenizer
 
 
 def config_options(items: Sequence[str]) -> dict[str, Any]:

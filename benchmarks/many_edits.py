@@ -23,6 +23,7 @@ from common import DATA, config_options, load_base, parse_with_data
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
 from hf_mend.cards import machine
 from hf_mend.evaluation import evaluate
+from hf_mend.plots import series_colors
 from hf_mend.scores import held_out_passages, perplexity
 from hf_mend.smollm2 import SMOLLM2_ID
 
@@ -86,7 +87,7 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 4.2), sharey=True)
     series = list(dict.fromkeys((s["method"], bool(s["in_calls_of"])) for s in states.values()))
     for panel, kind in zip(panels, KINDS, strict=True):
-        panel.set_prop_cycle(color=pyplot.get_cmap("tab20").colors[::2] + pyplot.get_cmap("tab20").colors[1::2])
+        panel.set_prop_cycle(color=series_colors())
         for method, sequential in series:
             points = sorted(
                 (s["count"], s[kind])

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import DATA, config_options, load_base, parse_with_data, write_results
+from common import DATA, DEVICE, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditableModel,
@@ -101,7 +101,7 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 edits_together=arguments.edits_together,
                 edits_at_once=arguments.edits_at_once,
                 bf16=arguments.bf16,
-                use_cpu=not torch.cuda.is_available(),  # without saying so, no bfloat16 there
+                use_cpu=DEVICE.type == "cpu",  # without saying so, no bfloat16 there
                 lr_scheduler_type="linear",
                 warmup_steps=20,
                 logging_steps=25,

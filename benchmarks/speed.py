@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, load_base, parse_with_data, write_results
+from common import DATA, DEVICE, load_base, parse_with_data, write_results
 from torch.func import functional_call
 
 from hf_mend import (
@@ -36,6 +34,7 @@ from hf_mend import (
     read_counterfact,
     read_questions,
 )
+from hf_mend.cards import machine
 from hf_mend.data import EditBatch, EditCollator, Query, TrainingExample, TrainingExamples, length_batches
 from hf_mend.losses import kl_divergence, row_means, target_nll
 from hf_mend.targets import block_stacks, lowest_block
@@ -61,7 +60,7 @@ def medians(calls: dict[str, Callable[[], Any]], repeat: int, warm_up: bool = Tr
         for name, call in calls.items():
             started = time.perf_counter()
             call()
-            if torch.cuda.is_available():
+            if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - started)
@@ -165,7 +164,7 @@ def queries_of(example: TrainingExample) -> list[Query]:
 def memory_of(function: Callable[[], Any], model: EditableModel) -> float:
     """Peak memory that a call adds, as a share of the base model's bytes."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.base_model.parameters())
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -302,9 +301,7 @@ def main() -> None:
     lines = ["| figure | last three MLPs | default layers |", "|---|---|---|"]
     lines += [f"| {name} | {results['paper'][name]:.3g} | {results['default'][name]:.3g} |" for name in names]
     print("\n".join(lines))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    machine = f"{device}, {platform.machine()}, torch {torch.__version__}"
-    result = {"machine": machine, "figures": results}
+    result = {"machine": machine(DEVICE), "figures": results}
     write_results(arguments.results, result, "\n".join(lines))
 
 

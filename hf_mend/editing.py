@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import Encoder, Query, Rows, length_batches
-from .edits import Edit, Update, applied
+from .edits import Edit, Update, acting_ids, applied
 from .fingerprint import editor_id
 from .joint import FoundUpdates, ask, check_finite, find_joint_updates
 from .methods import EditMethod, IterativeMethod
@@ -195,7 +195,7 @@ def make_edits(
     gone = {requests[i].asked for i in again if i not in known}
     try:
         stack.replace([edit for edit in earlier if edit.asked not in gone])
-        acting = [one for edit in stack.active for one in (edit.replaces or [edit.id])]
+        acting = acting_ids(stack.edits)
         if method.joins:
             _trace_unknown(
                 split, targets, method, encoder, [edit for edit in earlier if edit.id in acting], batch_size
@@ -276,7 +276,7 @@ def _support(method: EditMethod, made_by: str, stack: EditStack) -> Edit | None:
     carried = method.carried()
     if not carried:
         return None
-    acting = {one for edit in stack.active for one in (edit.id, *edit.replaces)}
+    acting = acting_ids(stack.edits)
     for edit in stack.edits:
         if edit.support and edit.id != made_by and edit.id in acting:
             raise ValueError(

@@ -103,6 +103,11 @@ def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     return [edit for edit in edits if edit.support and edit.id in needed] + acting
 
 
+def acting_ids(edits: Sequence[Edit]) -> list[str]:
+    """Ids of the edits that act; in place of one that replaced others, theirs."""
+    return [one for edit in active_edits(edits) for one in (edit.replaces or [edit.id])]
+
+
 def each_support_once(edits: Sequence[Edit]) -> list[Edit]:
     """The edits, of a support that comes several times the first: two collections may bring the same."""
     first = {edit.id: index for index, edit in reversed([*enumerate(edits)])}

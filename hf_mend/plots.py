@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
@@ -170,12 +171,17 @@ def _locality(metrics: Mapping[str, float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _colored(results: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Any]]:
-    """Each result with a colour of its own, as far as twenty go: ten strong ones, then their light shades."""
+def series_colors() -> list[Any]:
+    """Twenty colours: ten strong ones, then their light shades."""
     from matplotlib import colormaps
 
     shades = colormaps["tab20"].colors  # type: ignore[attr-defined]  # strong and light in turn
-    return [(result, ([*shades[::2], *shades[1::2]])[number % 20]) for number, result in enumerate(results)]
+    return [*shades[::2], *shades[1::2]]
+
+
+def _colored(results: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Any]]:
+    """Each result with a colour of its own, as far as they go."""
+    return list(zip(results, itertools.cycle(series_colors()), strict=False))
 
 
 def _label(result: Mapping[str, Any]) -> str:

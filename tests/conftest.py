@@ -154,11 +154,15 @@ def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **option
 
 
 def all_logits(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, text: str = "the capital of peru is"
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str = "the capital of peru is",
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
+    """On the CPU, whatever the device that the model takes its inputs on."""
     inputs = dict(tokenizer(text, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, 5, 9]])
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(**{name: values.to(device) for name, values in inputs.items()}).logits.cpu()

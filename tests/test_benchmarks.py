@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECORDS, build_model, make_tokenizer
+from conftest import build_model, make_tokenizer
+from test_cli import write_facts
 from test_trainer import QUESTIONS
 
 
@@ -19,20 +20,9 @@ LAYERS = ["--option", 'target_modules="paper"', "--option", "layers_to_transform
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """Runs a script's `main` on a folder of facts in the layout that it reads."""
-    rows = [
-        {
-            "case_id": i,
-            "requested_rewrite": {
-                "prompt": record.prompt.replace("the capital", "{}"), "subject": "the capital", "relation_id": "P1",
-                "target_new": {"str": record.target}, "target_true": {"str": "oslo"},
-            },
-            "paraphrase_prompts": record.paraphrases, "neighborhood_prompts": record.neighborhood,
-        }
-        for i, record in enumerate(RECORDS)
-    ]  # fmt: skip
     asked = "".join(json.dumps({"question": question, "answer": [answer]}) + "\n" for question, answer in QUESTIONS)
     for name in ("train", "validation", "test"):
-        (tmp_path / f"facts_{name}.json").write_text(json.dumps(rows))
+        write_facts(tmp_path / f"facts_{name}.json")
         (tmp_path / f"nq_open_{name}.jsonl").write_text(asked)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -21,20 +22,11 @@ from hf_mend.trainer import calibrate
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GPU = torch.device("cuda:0")
 T5_AROUND = ["embed_tokens", "final_layer_norm", "dropout"]
+logits = partial(all_logits, device=GPU)
 PROMPTS, TARGETS = [r.prompt for r in RECORDS[:3]], [r.target for r in RECORDS[:3]]
 
 
-def logits(model: torch.nn.Module, tokenizer, text: str = "the capital of peru is") -> torch.Tensor:
-    inputs = {name: values.to(GPU) for name, values in tokenizer(text, return_tensors="pt").items()}
-    inputs.pop("token_type_ids", None)
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, 5, 9]], device=GPU)
-    with torch.no_grad():
-        return model(**inputs).logits.cpu()
-
-
 def assert_same_edits(one: EditableModel, other: EditableModel, tolerance: float = 1e-3) -> None:
-    assert [edit.id is not None for edit in one.edits] == [edit.id is not None for edit in other.edits]
     for mine, theirs in zip(one.edits, other.edits, strict=True):
         for name, (u, v) in mine.updates.items():
             ours, expected = dense((u.cpu(), v.cpu())), dense(tuple(side.cpu() for side in theirs.updates[name]))
@@ -161,9 +153,7 @@ def test_an_evaluation_measures_what_it_does_on_the_cpu(tokenizer, tmp_path, met
 
 
 def test_generation_and_observed_text(tokenizer):
-    here, there = (
-        editable(build_model("llama").to(device), tokenizer, method="memit") for device in ("cpu", GPU)
-    )  # fmt: skip
+    here, there = (editable(build_model("llama").to(device), tokenizer, method="memit") for device in ("cpu", GPU))
     said = []
     for model in (here, there):
         model.observe(["the capital of peru is lima", ("the river of", "spain")])
