@@ -196,12 +196,14 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's.
 
         Raises:
-            ValueError: The model carries edits, or a text of the training data is empty or too long for it; the
-                message names it.
+            ValueError: The model carries edits, or a text of the training or evaluation data is empty or too long for
+                it; the message names it.
         """
         self._check_unedited("train")
         if self.examples is not None:
             self._check_texts(self.examples.records, self.examples.questions)
+        if self.eval_dataset is not None:
+            self._check_texts(_as_records(self.eval_dataset))
         if self.examples is not None and not self.model.editor.is_calibrated:
             calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
         if self.examples is not None and self.args.hidden_states_dir:

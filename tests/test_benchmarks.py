@@ -59,6 +59,12 @@ def test_quality_trains_and_measures(script, tmp_path):
     found = json.loads((tmp_path / "quality.json").read_text())["metrics"]
     assert {name: values["edits"] for name, values in found.items()} == {"all": 4, "all, 2 edits applied together": 4}
     assert (tmp_path / "editor" / "editor.safetensors").is_file()
+    script(
+        "quality", "--output", str(tmp_path / "editor"), "--results", str(tmp_path / "again"), "--evaluate",
+        "--together", "2",
+    )  # fmt: skip
+    card = (tmp_path / "editor" / "README.md").read_text()
+    assert "quality.py --data DIR --evaluate --together 2 " in card and "2 edits applied together" in card
 
 
 def test_many_edits_measures_each_state_once(script, tmp_path, capsys):

@@ -251,6 +251,9 @@ def test_texts_that_the_model_cannot_read_are_named_before_training_starts(
         trainer = EditorTrainer(model, arguments(tmp_path), RECORDS, records, questions=QUESTIONS)
         with pytest.raises(ValueError, match="record 7"):
             trainer.evaluate()
+        with pytest.raises(ValueError, match="record 7"):  # not at the first evaluation, hours later
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(
