@@ -33,9 +33,9 @@ from hf_mend import (
     read_questions,
     summarize,
 )
-from hf_mend.cards import machine, table
-from hf_mend.reports import TITLES
-from hf_mend.smollm2 import SMOLLM2_ID
+from hf_mend.demo.smollm2 import SMOLLM2_ID
+from hf_mend.evaluation.reports import TITLES
+from hf_mend.hub.cards import machine, table
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mend.smollm2 import load_smollm2
+from hf_mend.demo.smollm2 import load_smollm2
 
 
 # Of the option `--data`.

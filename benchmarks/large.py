@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from hf_mend import EditorConfig, get_editable_model
-from hf_mend.data import Query
-from hf_mend.targets import block_stacks, find_targets
+from hf_mend.bases.targets import block_stacks, find_targets
+from hf_mend.data.encoding import Query
 
 
 LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096}

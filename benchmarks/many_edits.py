@@ -21,11 +21,11 @@ from typing import Any
 from common import DATA, config_options, load_base, parse_with_data
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
-from hf_mend.cards import machine
-from hf_mend.evaluation import evaluate
-from hf_mend.plots import series_colors
-from hf_mend.scores import held_out_passages, perplexity
-from hf_mend.smollm2 import SMOLLM2_ID
+from hf_mend.demo.smollm2 import SMOLLM2_ID
+from hf_mend.evaluation.evaluate import evaluate
+from hf_mend.evaluation.scores import held_out_passages, perplexity
+from hf_mend.hub.cards import machine
+from hf_mend.hub.plots import series_colors
 
 
 KINDS = ("edit success", "generality", "neighbourhood", "unrelated")

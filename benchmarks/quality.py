@@ -31,9 +31,9 @@ from hf_mend import (
     read_questions,
     summarize,
 )
-from hf_mend.cards import CardNotes, machine, metrics_table, write_card
-from hf_mend.files import read_tensors
-from hf_mend.smollm2 import SMOLLM2_ID
+from hf_mend.demo.smollm2 import SMOLLM2_ID
+from hf_mend.hub.cards import CardNotes, machine, metrics_table, write_card
+from hf_mend.hub.files import read_tensors
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -47,10 +47,10 @@ from hf_mend import (
     read_counterfact,
     summarize,
 )
-from hf_mend.cards import CardNotes, machine, metrics_table, write_card
-from hf_mend.data import IGNORE, Encoder, Query, batches
-from hf_mend.smollm2 import smollm2_path
-from hf_mend.tracing import logits_at
+from hf_mend.bases.split import logits_at
+from hf_mend.data.encoding import IGNORE, Encoder, Query, batches
+from hf_mend.demo.smollm2 import smollm2_path
+from hf_mend.hub.cards import CardNotes, machine, metrics_table, write_card
 
 
 NAME = "t5-closed-book"

@@ -34,11 +34,13 @@ from hf_mend import (
     read_counterfact,
     read_questions,
 )
-from hf_mend.cards import machine
-from hf_mend.data import EditBatch, EditCollator, Query, TrainingExample, TrainingExamples, length_batches
-from hf_mend.losses import kl_divergence, row_means, target_nll
-from hf_mend.targets import block_stacks, lowest_block
-from hf_mend.trainer import calibrate
+from hf_mend.bases.gradients import kl_divergence, row_means
+from hf_mend.bases.targets import block_stacks, lowest_block
+from hf_mend.data.encoding import Query, length_batches
+from hf_mend.hub.cards import machine
+from hf_mend.training.examples import EditBatch, EditCollator, TrainingExample, TrainingExamples
+from hf_mend.training.losses import target_nll
+from hf_mend.training.trainer import calibrate
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from hf_mend import Edit, EditableModel, EditorConfig, EditStore, read_counterfact
-from hf_mend.data import Query
-from hf_mend.fingerprint import fingerprint_of
-from hf_mend.joint import ask
-from hf_mend.smollm2 import load_smollm2
-from hf_mend.tracing import logits_of
+from hf_mend.bases.fingerprint import fingerprint_of
+from hf_mend.bases.split import logits_of
+from hf_mend.data.encoding import Query
+from hf_mend.demo.smollm2 import load_smollm2
+from hf_mend.editing.joint import ask
 
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,8 @@ import hf_mend
 OUTPUT = Path(__file__).with_name("api.md")
 # Beside the package's own names: what README and guides use from its modules.
 FURTHER = {
-    "evaluation": ["evaluate", "State"],
-    "scores": [
+    "evaluation.evaluate": ["evaluate", "State"],
+    "evaluation.scores": [
         "bootstrap_interval",
         "counterfact_scores",
         "drawdown",
@@ -30,10 +30,10 @@ FURTHER = {
         "perplexity",
         "portability",
     ],
-    "generation": ["answer", "probability"],
-    "loading": ["load_model", "load_base"],
-    "smollm2": ["load_smollm2"],
-    "cards": ["CardNotes", "update_card", "set_metadata"],
+    "evaluation.generation": ["answer", "probability"],
+    "auto": ["load_model", "load_base"],
+    "demo.smollm2": ["load_smollm2"],
+    "hub.cards": ["CardNotes", "update_card", "set_metadata"],
 }
 HEAD = """\
 # API reference

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_mend import EditableModel
-from hf_mend.smollm2 import load_smollm2
+from hf_mend.demo.smollm2 import load_smollm2
 
 
 EDITOR = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-mend-several"

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from hf_mend import EditableModel, EditRecord, read_counterfact
-from hf_mend.loading import load_model
+from hf_mend.auto import load_model
 
 
 ROOT = Path(__file__).parent.parent

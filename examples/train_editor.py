@@ -18,7 +18,7 @@ from hf_mend import (
     read_counterfact,
     read_questions,
 )
-from hf_mend.loading import load_base
+from hf_mend.auto import load_base
 
 
 DATA = Path(__file__).parent / "data"

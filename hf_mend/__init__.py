@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .auto import AutoEditableModel
-    from .cache import HiddenStateCache
-    from .collection import Edits
-    from .compression import Compression
     from .config import EditorConfig
-    from .data import EditDataset, EditRecord
-    from .edits import Edit
-    from .metrics import evaluate_records, summarize
+    from .data.readers import read_counterfact, read_edits, read_questions, write_edits
+    from .data.records import EditDataset, EditRecord
+    from .editing.requests import EditResult
+    from .edits.collection import Edits
+    from .edits.compression import Compression
+    from .edits.edit import Edit
+    from .edits.store import EditStore
+    from .evaluation.metrics import evaluate_records, summarize
     from .model import EditableModel, get_editable_model
-    from .readers import read_counterfact, read_edits, read_questions, write_edits
-    from .requests import EditResult
-    from .store import EditStore
-    from .trainer import EditorTrainer, EditorTrainingArguments
+    from .training.cache import HiddenStateCache
+    from .training.trainer import EditorTrainer, EditorTrainingArguments
 
 
 __version__ = "0.1.0"
@@ -51,18 +51,18 @@ __all__ = [
 # importing that module would put it in the name's place.
 _MODULES = {
     "auto": ["AutoEditableModel"],
-    "cache": ["HiddenStateCache"],
-    "collection": ["Edits"],
-    "compression": ["Compression"],
     "config": ["EditorConfig"],
-    "data": ["EditDataset", "EditRecord"],
-    "edits": ["Edit"],
-    "metrics": ["evaluate_records", "summarize"],
+    "data.readers": ["read_counterfact", "read_edits", "read_questions", "write_edits"],
+    "data.records": ["EditDataset", "EditRecord"],
+    "editing.requests": ["EditResult"],
+    "edits.collection": ["Edits"],
+    "edits.compression": ["Compression"],
+    "edits.edit": ["Edit"],
+    "edits.store": ["EditStore"],
+    "evaluation.metrics": ["evaluate_records", "summarize"],
     "model": ["EditableModel", "get_editable_model"],
-    "readers": ["read_counterfact", "read_edits", "read_questions", "write_edits"],
-    "requests": ["EditResult"],
-    "store": ["EditStore"],
-    "trainer": ["EditorTrainer", "EditorTrainingArguments"],
+    "training.cache": ["HiddenStateCache"],
+    "training.trainer": ["EditorTrainer", "EditorTrainingArguments"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

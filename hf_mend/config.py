@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import read_json_file, shortened
+from .hub.files import read_json_file, shortened
 
 
 CONFIG_NAME = "editor_config.json"
@@ -218,6 +218,11 @@ class EditorConfig:
     def takes_many_steps(self) -> bool:
         """Whether the method finds an edit by many steps of its own, as fine-tuning does."""
         return self.method in _TAKE_MANY_STEPS
+
+    @property
+    def unused_options(self) -> tuple[str, ...]:
+        """Names of the options that the method does not look at."""
+        return () if self.takes_many_steps else STEP_OPTIONS
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

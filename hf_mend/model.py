@@ -13,27 +13,41 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .cards import CardNotes, write_card
-from .collection import Edits, turned
-from .compression import Compression, compressed
+from .bases.fingerprint import check_base, check_edits_base, check_same_base, fingerprint_of
+from .bases.sharded import load_whole_state, whole_state
+from .bases.split import SplitModel
+from .bases.targets import find_targets
+from .bases.unwrap import keep_gradients, plain_base
+from .bases.weights import device_of, is_placed
 from .config import CONFIG_NAME, EditorConfig
-from .data import EditBatch, EditRecord, Encoder
-from .editing import make_edits
-from .edits import Edit, active_edits, check_supported, each_support_once, edits_from_tensors, stacked, truncated
-from .files import EDITS_NAME, WEIGHTS_NAME, read_tensors, read_weights, replaced_folder, write_tensors, write_weights
-from .fingerprint import check_base, check_edits_base, check_same_base, fingerprint_of
-from .hub import find_files
-from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
-from .losses import EditingLoss, editing_loss
+from .data.encoding import Encoder
+from .data.records import EditRecord
+from .editing.calibration_text import observe_ordinary_text
+from .editing.pipeline import make_edits
+from .editing.requests import EditResult, as_requests, check_limits, check_requests
+from .edits.active import EditStack, acting_edits
+from .edits.collection import Edits, turned
+from .edits.compression import Compression, compressed
+from .edits.edit import Edit, active_edits, check_supported, each_support_once, stacked
+from .edits.edits_file import edits_from_tensors
+from .edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
+from .edits.low_rank import truncated
+from .edits.store import EditStore
+from .hub.cards import CardNotes, write_card
+from .hub.files import (
+    EDITS_NAME,
+    WEIGHTS_NAME,
+    read_tensors,
+    read_weights,
+    replaced_folder,
+    write_tensors,
+    write_weights,
+)
+from .hub.sharing import PushesToHub
+from .hub.transfer import find_files
 from .methods import EditMethod, get_method, state_shapes, training_free_config
-from .ordinary_text import observe_ordinary_text
-from .requests import EditResult, as_requests, check_limits, check_requests
-from .sharded import load_whole_state, whole_state
-from .sharing import PushesToHub
-from .stack import EditStack, acting_edits
-from .store import EditStore
-from .targets import device_of, find_targets, is_placed, keep_gradients, plain_base
-from .tracing import SplitModel
+from .training.examples import EditBatch
+from .training.losses import EditingLoss, editing_loss
 
 
 logger = logging.get_logger(__name__)
@@ -150,7 +164,7 @@ class EditableModel(PushesToHub, nn.Module):
                 came to is in the card anyway.
             state_dict (`Mapping[str, torch.Tensor]`, *optional*): The editor's tensors; asked of the editor when
                 missing. Give them where processes share the editor out and one of them saves: see
-                [`~hf_mend.sharded.whole_state`].
+                [`~hf_mend.bases.sharded.whole_state`].
         """
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
@@ -178,10 +192,10 @@ class EditableModel(PushesToHub, nn.Module):
     def forward(self, *args: Any, edit_batch: EditBatch | None = None, **kwargs: Any) -> Any:
         """
         The base model's forward pass under the active edits; with `edit_batch`, the editor's training loss instead,
-        which takes the other arguments of [`~hf_mend.losses.editing_loss`].
+        which takes the other arguments of [`~hf_mend.training.losses.editing_loss`].
 
         Returns:
-            The base model's output, or an [`~hf_mend.losses.EditingLoss`].
+            The base model's output, or an [`~hf_mend.training.losses.EditingLoss`].
         """
         if edit_batch is None:
             return self.base_model(*args, **kwargs)
@@ -431,7 +445,7 @@ class EditableModel(PushesToHub, nn.Module):
                 those that they had superseded: the one's undo leaves the model without any of them.
 
         Returns:
-            [`~hf_mend.compression.Compression`]: The new edit's id, and the relative error of each layer.
+            [`~hf_mend.edits.compression.Compression`]: The new edit's id, and the relative error of each layer.
 
         Raises:
             ValueError: No edit acts, or the rank is below 1.

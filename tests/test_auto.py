@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import RECORDS, all_logits, build_model, editable
+from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend import AutoEditableModel, EditableModel
 

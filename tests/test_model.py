@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from conftest import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, all_logits, build_model, editable, small_config
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, get_editable_model
-from hf_mend.data import Query
-from hf_mend.edits import dense
+from hf_mend.data.encoding import Query
+from hf_mend.edits.low_rank import dense
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from session import Row, Session, Workbench
 
-from hf_mend.loading import load_model
+from hf_mend.auto import load_model
 
 
 HERE = Path(__file__).parent

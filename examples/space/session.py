@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_mend import Edit, EditableModel, EditResult
-from hf_mend.generation import answer, probability
+from hf_mend.evaluation.generation import answer, probability
 
 
 @dataclass

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    AsJson,
-    Editor,
-    ModelOptions,
-    Report,
-    Revision,
-    one_line,
-    real_stdout,
-    with_options,
-)
+from .common import AsJson, Editor, ModelOptions, Report, Revision, one_line, real_stdout, with_options
 
 
 if TYPE_CHECKING:
@@ -115,7 +106,7 @@ class Session:
             return Turn({"line": line.strip(), "error": one_line(error)}, f"! {one_line(error)}", ok=False)
 
     def _ask(self, prompt: str) -> Turn:
-        from ..generation import answer
+        from ..evaluation.generation import answer
 
         def said() -> str:
             return answer(self.model, prompt, chat=self.chat, max_new_tokens=self.max_new_tokens)

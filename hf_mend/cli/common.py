@@ -69,8 +69,8 @@ class ModelOptions(Options):
     def load(
         self, editor: str | None = None, revision: str | None = None, config: EditorConfig | None = None
     ) -> EditableModel:
-        """The model with a trained editor, or a new one as `config` says; see [`~hf_mend.loading.load_model`]."""
-        from ..loading import load_model
+        """The model with a trained editor, or a new one as `config` says; see [`~hf_mend.auto.load_model`]."""
+        from ..auto import load_model
 
         return load_model(
             editor,

@@ -51,7 +51,7 @@ def compare(
             raise ValueError(f"two of the names are called {title!r}; give them titles: title=name")
         titles[title] = name
     records, arguments = options.read(data)
-    from ..reports import comparison_table, write_report, write_results
+    from ..evaluation.reports import comparison_table, write_report, write_results
 
     results = [
         measure(name, title, records, arguments, options.config, base, None, output) for title, name in titles.items()

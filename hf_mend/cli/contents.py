@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ..cards import CARD_NAME
 from ..config import CONFIG_NAME, EditorConfig
-from ..edits import Edit, edits_from_tensors
-from ..files import EDITS_NAME, WEIGHTS_NAME, check_header, files_like, read_json_file, read_tensors, read_weights
-from ..hub import check_download, find_files
-from ..lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from ..plots import CURVE_NAME, METRICS_NAME
+from ..edits.edit import Edit
+from ..edits.edits_file import edits_from_tensors
+from ..edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from ..hub.cards import CARD_NAME
+from ..hub.files import EDITS_NAME, WEIGHTS_NAME, check_header, files_like, read_json_file, read_tensors, read_weights
+from ..hub.plots import CURVE_NAME, METRICS_NAME
+from ..hub.transfer import check_download, find_files
 
 
 _SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]

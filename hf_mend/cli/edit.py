@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    AsJson,
-    Editor,
-    ModelOptions,
-    Report,
-    Revision,
-    check_file,
-    plural,
-    with_options,
-)
+from .common import AsJson, Editor, ModelOptions, Report, Revision, check_file, plural, with_options
 
 
 if TYPE_CHECKING:
-    from ..requests import EditResult
+    from ..editing.requests import EditResult
 
 
 @with_options
@@ -63,7 +54,7 @@ def edit(
             raise ValueError("--facts brings its own prompts, targets and probes; leave the others out")
     elif prompt is None or target is None:
         raise ValueError("give PROMPT and TARGET, or a file of --facts")
-    from ..readers import read_edits
+    from ..data.readers import read_edits
 
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
     asked |= {"paraphrases": paraphrase or [], "locality": locality or []}

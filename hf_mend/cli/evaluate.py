@@ -14,7 +14,7 @@ from .common import AsJson, ModelOptions, Options, Report, Revision, as_fields, 
 
 
 if TYPE_CHECKING:
-    from ..data import EditRecord
+    from ..data.records import EditRecord
     from ..model import EditableModel
 
 Output = Annotated[
@@ -59,9 +59,9 @@ class EvaluationOptions(Options):
     ] = None
 
     def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:
-        """The facts, and the other arguments of [`~hf_mend.evaluation.evaluate`]."""
-        from ..evaluation import choose_metrics
-        from ..readers import read_edits, read_questions
+        """The facts, and the other arguments of [`~hf_mend.evaluation.evaluate.evaluate`]."""
+        from ..data.readers import read_edits, read_questions
+        from ..evaluation.evaluate import choose_metrics
 
         for path, content in ((self.questions, "questions"), (self.text, "text")):
             if path is not None:
@@ -118,7 +118,7 @@ def evaluate(
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
     records, arguments = options.read(data)
     result = measure(editor, editor, records, arguments, options.config, base, revision, output)
-    from ..reports import metrics_table, write_results
+    from ..evaluation.reports import metrics_table, write_results
 
     command = shlex.join(["hf-mend", "eval", without_folder(editor), *options.words(without_folder(data))])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": [result]}
@@ -145,9 +145,9 @@ def measure(
 ) -> dict[str, Any]:
     """One editor or method on a data set; what was measured already is taken from the output folder."""
     model = load(name, config, base, revision)
-    from ..cards import machine
-    from ..evaluation import evaluate as run
-    from ..reports import as_result
+    from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.reports import as_result
+    from ..hub.cards import machine
 
     states = run(model, records, progress_file=None if output is None else output / "progress.jsonl", **arguments)
     settings = {
@@ -162,8 +162,8 @@ def measure(
 
 def _training_time(editor: str, revision: str | None) -> str | None:
     """What an editor's card says of it; a folder or repository may be without a card."""
-    from ..cards import CARD_NAME, training_time
-    from ..hub import find_files
+    from ..hub.cards import CARD_NAME, training_time
+    from ..hub.transfer import find_files
 
     try:
         return training_time(find_files(editor, [CARD_NAME], revision=revision)[CARD_NAME])
@@ -214,8 +214,8 @@ def _counts(text: str) -> list[int]:
 
 
 def _write_card(folder: Path, data: str, result: dict[str, Any], command: str) -> None:
-    from ..cards import CardNotes, write_card
     from ..config import EditorConfig
+    from ..hub.cards import CardNotes, write_card
 
     config = EditorConfig.from_json_file(folder / "editor_config.json")
     layers = list((config.base_fingerprint or {}).get("layers", {}))

@@ -36,7 +36,7 @@ def export(
     """
     if to not in ("lora", "merged"):
         raise ValueError(f"--to is {to!r}, expected lora or merged")
-    from ..loading import load_edited
+    from ..auto import load_edited
 
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     count = len(model.edits)

@@ -28,8 +28,8 @@ def push(
     """
     import shutil
 
-    from ..cards import CARD_NAME, update_card, use_section
-    from ..hub import push_written
+    from ..hub.cards import CARD_NAME, update_card, use_section
+    from ..hub.transfer import push_written
     from .contents import read_contents
 
     contents = read_contents(folder)
@@ -71,7 +71,7 @@ def pull(
     """
     import shutil
 
-    from ..files import replaced_folder
+    from ..hub.files import replaced_folder
     from .contents import fetch, read_contents
 
     cached = fetch(repo_id, revision)

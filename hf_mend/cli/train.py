@@ -64,8 +64,8 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     from ..config import EditorConfig
-    from ..readers import read_edits, read_questions
-    from ..trainer import EditorTrainer, EditorTrainingArguments
+    from ..data.readers import read_edits, read_questions
+    from ..training.trainer import EditorTrainer, EditorTrainingArguments
 
     # Whatever can be wrong in the files is found before a model is loaded.
     asked = read_questions(questions) if questions else []

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..data import Rows
-from ..edits import Update
+from ..data.encoding import Rows
+from ..edits.low_rank import Update
 
 
 class EditMethod(nn.Module):
@@ -29,7 +29,7 @@ class EditMethod(nn.Module):
         reads_ordinary_text (`bool`): Whether it does that.
         takes_texts (`bool`): Whether a user's own text goes beside that page.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
-            loss (see [`~hf_mend.joint.find_joint_updates`]).
+            loss (see [`~hf_mend.editing.joint.find_joint_updates`]).
     """
 
     max_steps: int = 3

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..edits import Update, as_pair
+from ..edits.low_rank import Update, as_pair
 from .base import register_method
 from .steps import LearnedSteps
 

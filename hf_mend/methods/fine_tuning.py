@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ..config import EditorConfig
-from ..data import Rows
-from ..edits import Update, as_pair
+from ..data.encoding import Rows
+from ..edits.low_rank import Update, as_pair
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
 

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from ..config import EditorConfig
-from ..data import Rows
-from ..edits import Update
+from ..data.encoding import Rows
+from ..edits.low_rank import Update
 from .base import EditMethod
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..config import EditorConfig
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import register_method
 from .steps import LearnedSteps
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
 

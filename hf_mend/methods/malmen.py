@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import register_method
 from .mend import Mend
 from .ridge import ridge_keys

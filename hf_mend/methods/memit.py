@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
 from .moments import MergesByRidge

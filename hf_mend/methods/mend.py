@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import EditMethod, register_method
 from .ridge import SecondMoment, leading_eigenvectors
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 
 from ..config import EditorConfig
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import EditMethod
 from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..config import EditorConfig
-from ..edits import Update
+from ..edits.low_rank import Update
 from .base import register_method
 from .iterative import Factors, GradientSearch, Look, Parameters
 from .moments import ObservesInputs

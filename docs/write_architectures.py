@@ -1,0 +1,53 @@
+"""Writes docs/architectures.md: the architectures tested end to end, and what an editor changes in each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from support.architectures import CAUSAL, SEQ2SEQ, build
+
+from hf_mend import EditorConfig
+from hf_mend.bases.targets import find_targets
+
+
+PAGE = Path(__file__).with_name("architectures.md")
+
+
+HEADER = """\
+# Architectures
+
+Each of these is tested end to end on a tiny random model (`tests/bases/test_architectures.py`): the factors are
+autograd's weight gradient, a pass from the kept hidden state is the whole pass, an edit changes the target's
+probability, undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights give the
+same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
+
+This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
+
+| model | layers of a block, default | layers of a block, the paper's choice |
+|---|---|---|
+"""
+
+FOOTER = """
+mixtral, qwen3_moe and gpt_oss hold their experts as 3-D parameters, which are not linear layers: attention's
+output projection is edited instead. Of deepseek_v3, the dense blocks and the shared experts are; PEFT takes the
+names of those for the fused experts', so a LoRA adapter of them cannot be loaded there, and `save_lora` warns.
+"""
+
+
+def page() -> str:
+    lines = HEADER.splitlines()
+    for name in (*CAUSAL, *SEQ2SEQ):
+        model = build(name)
+        cells = []
+        for choice in ("default", "paper"):
+            targets = find_targets(model, EditorConfig(target_modules=choice))
+            names = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", target.name) for target in targets)
+            cells.append(", ".join(f"`{relative}`" for relative in names))
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return "\n".join([*lines, FOOTER])
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")

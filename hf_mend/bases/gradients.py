@@ -1,0 +1,195 @@
+"""The factors of a fine-tuning gradient at chosen layers, and divergences between logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.encoding import Rows
+from .split import HiddenState, Inputs, SplitModel, _hook, _recomputed_if_offloaded, logits_at
+from .targets import Target
+
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@contextmanager
+def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """
+    Records the input and the output of each target layer in the passes within the context.
+
+    The first target that a pass meets starts autograd's graph: nothing below it is kept. Yields a dictionary from
+    the layer's name to `[x, y]`, where `y` is part of the graph.
+    """
+    record: dict[str, list[torch.Tensor]] = {}
+
+    def make(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            record.setdefault(name, [args[0].detach().to(output.device), output])  # a recomputed pass comes second
+            return output.clone()  # Falcon adds to a layer's output in place
+
+        return keep
+
+    with ExitStack() as hooks:
+        for target in targets:
+            hooks.enter_context(_hook(target.module.register_forward_hook(make(target.name))))
+        yield record
+
+
+def trace(
+    split: SplitModel,
+    targets: Sequence[Target],
+    inputs: Inputs,
+    next_tokens: torch.Tensor,
+    state: HiddenState | None = None,
+) -> tuple[Factors, torch.Tensor]:
+    """
+    The factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section 3.1).
+
+    A row's loss is the negative log-likelihood of its target, summed over the target's tokens. The backward pass ends
+    at the lowest target and asks for the gradients of the targets' outputs alone: no weight gradient is ever formed.
+
+    Args:
+        split ([`SplitModel`]): The model; all its parameters are frozen.
+        targets (`Sequence[Target]`): The layers.
+        inputs (`Mapping[str, torch.Tensor]`): The model's arguments, padded on any side.
+        next_tokens (`torch.Tensor` of shape `(rows, seq)`): The target token that each position must predict, -100
+            where there is none.
+        state ([`HiddenState`], *optional*): What `run_below` gave for these rows; computed when missing.
+
+    Returns:
+        `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero
+        where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
+
+    Raises:
+        ValueError: No gradient reaches a layer.
+    """
+    mask = next_tokens != -100
+
+    def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        labels = next_tokens[mask].to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return gradient_factors(split, targets, inputs, mask, loss_of, state)
+
+
+def gradient_factors(
+    split: SplitModel,
+    targets: Sequence[Target],
+    inputs: Inputs,
+    positions: torch.Tensor,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    state: HiddenState | None = None,
+) -> tuple[Factors, torch.Tensor]:
+    """
+    [`trace`] for any loss that is a sum over rows.
+
+    Args:
+        split, targets, inputs, state: As for [`trace`].
+        positions (`torch.Tensor` of shape `(rows, seq)`, bool): Where there are logits.
+        loss_of (`Callable`): The loss, from the logits there, `(positions, vocab)`.
+    """
+    if state is None:
+        state = split.run_below(inputs)
+    with (
+        torch.enable_grad(),
+        record_factors(targets) as record,
+        logits_at(split.model, positions),
+        _recomputed_if_offloaded(split.model),
+    ):
+        logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
+        loss = loss_of(logits)
+        names = [target.name for target in targets if target.name in record]
+        outputs = [record[name][1] for name in names]
+        gradients = (
+            torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(names)
+        )
+    factors: Factors = {}
+    rows = positions.shape[0]
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"no gradient reaches the layer {name!r}, so it cannot be edited: a layer above it passes none on, as "
+                "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose "
+                "other target_modules"
+            )
+        x = record[name][0]
+        x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
+        delta = gradient.reshape(rows, -1, gradient.shape[-1])
+        x = x * (delta != 0).any(-1, keepdim=True)
+        factors[name] = (x.float(), delta.float())
+    return factors, logits.detach()
+
+
+def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> dict[str, torch.Tensor]:
+    """
+    What enters the target layers on ordinary text, padding left out.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        targets (`Sequence[Target]`): The layers.
+        rows ([`Rows`]): The texts.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Layer name -> `(tokens, d_in)`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    present = {
+        "encoder": rows.inputs["attention_mask"].bool(),
+        "decoder": rows.inputs["attention_mask"].bool(),
+    }
+    if "decoder_input_ids" in rows.inputs:
+        present["decoder"] = rows.positions
+
+    def make(target: Target) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            mask = present[target.stack]
+            x = args[0].reshape(mask.shape[0], -1, args[0].shape[-1])
+            found[target.name] = x[mask.to(x.device)].float()
+
+        return keep
+
+    with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.positions):
+        for target in targets:
+            hooks.enter_context(_hook(target.module.register_forward_pre_hook(make(target))))
+        split.model(**rows.inputs, use_cache=False)
+    return found
+
+
+def row_means(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """
+    Means of each row's positions, so that a row weighs the same however long its answer is, and a batch split over
+    devices or accumulation steps has the whole batch's mean.
+
+    Args:
+        values (`torch.Tensor` of shape `(positions,)`): One at each of the rows' positions.
+        rows ([`Rows`]): The texts.
+
+    Returns:
+        `torch.Tensor` of shape `(rows,)`.
+    """
+    row = rows.positions.nonzero()[:, 0].to(values.device)
+    zeros = torch.zeros(len(rows), device=values.device, dtype=values.dtype)
+    return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values))
+
+
+def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """
+    `KL(base || edited)` at each position, in nats.
+
+    Args:
+        edited (`torch.Tensor` of shape `(positions, vocab)`): Logits of the edited model.
+        base (`torch.Tensor` of shape `(positions, vocab)`): Logits of the un-edited model.
+
+    Returns:
+        `torch.Tensor` of shape `(positions,)`.
+    """
+    edited_log = nn.functional.log_softmax(edited.float(), -1)
+    base_log = nn.functional.log_softmax(base.float(), -1)
+    return nn.functional.kl_div(edited_log, base_log, reduction="none", log_target=True).sum(-1)

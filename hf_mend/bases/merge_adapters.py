@@ -1,0 +1,56 @@
+"""Adapters of a user's own around the base model's layers: merged through PEFT, so that the plain model is left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from .weights import check_own_weight, writable_weight
+
+
+_REMEDY = (
+    "save_edits, merge the adapter with PEFT before the model is wrapped, and load_edits there, or keep adapter and "
+    "edits beside the weights"
+)
+
+
+@torch.no_grad()
+def merge_adapters_(model: Any) -> None:
+    """
+    Puts what PEFT has wrapped back in its place, in place, with the active adapters merged into it.
+
+    Args:
+        model (`PreTrainedModel`): A model with or without adapters, from `PeftModel` or `add_adapter`.
+
+    Raises:
+        TypeError: An adapter cannot be merged: it brings whole modules, its layer's weight cannot be written to or
+            is another layer's too, or PEFT cannot. Nothing has changed then.
+    """
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise TypeError(f"the adapter brings more than updates of layers, {name!r}; {_REMEDY}")
+    for name, layer in layers:
+        try:
+            if not layer.disable_adapters:
+                writable_weight(layer)
+                check_own_weight(model, layer)
+                copy.deepcopy(layer).merge(safe_merge=True)  # what PEFT cannot merge, it says only then
+        except Exception as error:
+            raise TypeError(f"the adapter of {name!r} cannot be merged ({error}); {_REMEDY}") from error
+    for name, layer in reversed(layers):  # an adapter inside another first
+        if not layer.disable_adapters:
+            layer.merge()
+        elif layer.merged:
+            layer.unmerge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    if layers and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False  # else save_pretrained would write the adapter alone

@@ -1,0 +1,246 @@
+"""Running a model up to a block, and from that block on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
+
+from ..data.encoding import Rows
+from .targets import Target, block_stacks, lowest_block
+from .weights import device_of
+
+
+logger = logging.get_logger(__name__)
+
+# How far logits of two equal passes may lie apart, as a share of the largest: rounding only.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+@dataclass
+class HiddenState:
+    """
+    Where a forward pass stands at the lowest edited block.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(rows, seq, width)`): What enters that block.
+        encoder (`torch.Tensor` of shape `(rows, source, width)`, *optional*): The encoder's output, when the block is
+            one of the decoder's.
+    """
+
+    hidden: torch.Tensor
+    encoder: torch.Tensor | None = None
+
+    def rows(self, index: slice | torch.Tensor) -> HiddenState:
+        """The same for some of the rows."""
+        return HiddenState(self.hidden[index], None if self.encoder is None else self.encoder[index])
+
+
+class SplitModel:
+    """
+    Runs a model up to a block, and from that block on, through the model's own `forward`.
+
+    The first use checks that both halves together give the whole pass's logits; where they do not, one warning says so
+    and every pass runs the whole model.
+
+    The model's own code computes embeddings, masks, position ids and rotary tables in both halves. In the second half
+    the blocks below the cut return what they are given, and the cut block gets the kept hidden state. Where blocks
+    return tuples (T5 hands its position bias from block to block), the first block does run, and the ones between
+    hand on what it returned beside its hidden state.
+
+    Args:
+        model (`nn.Module`): A causal or seq2seq model of transformers.
+        targets (`Sequence[Target]`): The edited layers; the lowest of them decides where to cut.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target]):
+        self.model: Any = model
+        kind, self.block = lowest_block(targets)
+        stacks = {stack.kind: stack for stack in block_stacks(model)}
+        self.blocks = stacks[kind].blocks
+        self.cuts_decoder_of_two = kind == "decoder" and "encoder" in stacks
+        self._returns_tuple: bool | None = None
+        self._resumes: bool | None = None  # not checked yet
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return device_of(self.model.get_input_embeddings())
+
+    @torch.no_grad()
+    def run_below(self, inputs: Inputs) -> HiddenState:
+        """
+        The part that no edit changes, without a gradient.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`): The model's arguments.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found["hidden"] = args[0] if args else kwargs["hidden_states"]
+            raise _StopForwardError
+
+        def note_type(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+
+        def keep_encoder(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found["encoder"] = output[0]
+
+        with ExitStack() as hooks:
+            hooks.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(stop, with_kwargs=True)))
+            if self.block:
+                hooks.enter_context(_hook(self.blocks[self.block - 1].register_forward_hook(note_type)))
+            if self.cuts_decoder_of_two:
+                hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
+            with suppress(_StopForwardError):
+                self.model(**inputs, use_cache=False)
+        state = HiddenState(found["hidden"], found.get("encoder"))
+        if self._resumes is None:
+            self._resumes = True
+            self._resumes = self._check(inputs, state)
+        return state
+
+    def _check(self, inputs: Inputs, state: HiddenState) -> bool:
+        """Whether a pass from the kept state gives the whole pass's logits in this architecture."""
+        whole = self.model(**inputs, use_cache=False).logits
+        try:
+            resumed = self.run_above(inputs, state).logits
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            difference = (whole.float() - resumed.float()).abs().max()
+            if difference <= _TOLERANCE[whole.dtype] * whole.float().abs().max():
+                return True
+            reason = f"logits differ by {float(difference):.3g}"
+        logger.warning(
+            f"{type(self.model).__name__} cannot be run from block {self.block} on ({reason}); every pass runs the "
+            f"whole "
+            "model instead, which is slower and as exact"
+        )
+        return False
+
+    def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
+        """
+        The model's output, from the kept hidden state on. Gradients flow if they are enabled.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`): The model's arguments, of the same rows as `state`.
+            state ([`HiddenState`]): What `run_below` returned for them.
+        """
+        if not self._resumes:
+            return self.model(**inputs, use_cache=False)
+        beside: list[Any] = []
+
+        def use_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (state.hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": state.hidden}
+
+        def note_first(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            beside[:] = output[1:]
+
+        def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, *beside) if self._returns_tuple else hidden_states
+
+        extra = {} if state.encoder is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=state.encoder)}
+        with ExitStack() as undo:
+            undo.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(use_state, with_kwargs=True)))
+            first_skipped = 0
+            if self._returns_tuple and self.block:
+                undo.enter_context(_hook(self.blocks[0].register_forward_hook(note_first)))
+                first_skipped = 1
+            for block in self.blocks[first_skipped : self.block]:
+                undo.enter_context(_replaced_forward(block, pass_on))
+            return self.model(**inputs, **extra, use_cache=False)
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Gives a module another `forward` for a while; Accelerate's own replacement, if any, comes back after it."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
+def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
+    """
+    Within the context, the blocks of an offloaded model run again in the backward pass instead of keeping their
+    weights for it: else all weights above the first target would be in memory at once.
+    """
+    with ExitStack() as undo:
+        for stack in block_stacks(model):
+            for block in stack.blocks:
+                if any(parameter.is_meta for parameter in block.parameters()):
+                    undo.enter_context(_replaced_forward(block, partial(_recomputed, block.forward)))
+        yield
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # To the end, not just as far as is needed: after it Accelerate takes the weights away again.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
+    """
+    Within the context, the vocabulary projection sees the chosen positions only: logits come as `(1, chosen, vocab)`.
+
+    With a large vocabulary the projection of every position otherwise dominates a short pass.
+
+    Args:
+        model (`nn.Module`): A model with output embeddings.
+        mask (`torch.Tensor` of shape `(rows, seq)`, bool): The positions to keep, in row-major order.
+    """
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (args[0][mask.to(args[0].device)].unsqueeze(0),)  # (1, chosen, width)
+
+    with _hook(model.get_output_embeddings().register_forward_pre_hook(select)):
+        yield
+
+
+def logits_of(split: SplitModel, rows: Rows, state: HiddenState | None = None) -> torch.Tensor:
+    """
+    Logits at the positions of `rows` that matter, `(positions, vocab)`.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        rows ([`Rows`]): The texts.
+        state ([`HiddenState`], *optional*): What `run_below` gave for them; computed when missing.
+    """
+    if state is None:
+        state = split.run_below(rows.inputs)
+    with logits_at(split.model, rows.positions):
+        logits: torch.Tensor = split.run_above(rows.inputs, state).logits[0]
+    return logits

@@ -1,0 +1,261 @@
+"""Which layers an editor changes, found in any causal or seq2seq architecture."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+from torch import nn
+
+from ..config import EditorConfig
+from ..hub.files import shortened
+from .weights import is_editable, layer_widths
+
+
+# Inside a block, every linear layer that is neither attention nor routing belongs to the MLP. That rule covers the
+# architectures we know of; names here are components of a module's name relative to its block.
+_ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
+
+
+_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+_MATCHING_SECONDS = 2.0
+
+# Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
+# benchmarks/results/ for the measurements behind both.
+_DEFAULT_SPAN = (0.567, 0.767)
+
+
+# Methods that write at the subject want the blocks from which what is known of it is read further up.
+_DEFAULT_SPANS = {"memit": (0.267, 0.467), "rome": (0.333, 0.367)}
+
+
+_PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    One linear layer that an editor may change.
+
+    Args:
+        name (`str`): Qualified name of the layer in the base model.
+        module (`nn.Module`): The layer, an `nn.Linear` or GPT-2's `Conv1D`.
+        d_in (`int`): Width of the layer's input.
+        d_out (`int`): Width of the layer's output.
+        stack (`str`): `"encoder"` or `"decoder"`.
+        block (`int`): Index of the block in its stack.
+    """
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    stack: str
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's shape as the library counts it, `(d_out, d_in)`, whatever the layer's own layout."""
+        return self.d_out, self.d_in
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of transformer blocks: `kind` is `"encoder"` or `"decoder"`, `name` the `nn.ModuleList`'s name."""
+
+    kind: str
+    name: str
+    blocks: nn.ModuleList
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Name within the block -> linear layer. One with an adapter around it counts once, adapter included."""
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        if is_editable(module) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """Those linear layers of a model that have one of these names, in a block or not, whatever an editor edits."""
+    wanted = set(names)
+    found = []
+    for name, module in linear_layers(model).items() if wanted else ():
+        widths = layer_widths(module)
+        if name in wanted and widths is not None:
+            found.append(Target(name, module, *widths, stack="", block=-1))
+    return found
+
+
+def block_stacks(model: nn.Module) -> list[Stack]:
+    """
+    The model's stacks of transformer blocks, in the order in which a forward pass runs them.
+
+    A stack is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
+    name tells the two stacks apart.
+
+    Args:
+        model (`nn.Module`): A causal or seq2seq transformers model.
+
+    Raises:
+        ValueError: No such list is found.
+    """
+    found: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(stack.name + ".") for stack in found):
+            continue
+        if all(any(is_editable(child) for child in block.modules()) for block in module):
+            kind = "encoder" if "encoder" in name.split(".") else "decoder"
+            found.append(Stack(kind, name, module))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of transformer blocks that holds linear layers, so there is nothing "
+            "to edit; pass a causal or seq2seq language model from transformers"
+        )
+    return sorted(found, key=lambda stack: stack.kind != "encoder")
+
+
+def mlp_layers(block: nn.Module) -> list[str]:
+    """
+    Names, relative to the block, of its MLP's linear layers in the order in which they are defined.
+
+    A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, its shared
+    expert's layers, or else its attention's output projection, are what can be edited.
+    """
+    linear = list(linear_layers(block))
+    mlp = [n for n in linear if not _ATTENTION_NAME.search(n) and n.split(".")[-1] not in _ROUTER_NAMES]
+    return mlp or linear[-1:]
+
+
+def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
+    """
+    The layers that `config` chooses in `model`, in the order of a forward pass.
+
+    Args:
+        model (`nn.Module`): The base model.
+        config ([`EditorConfig`]): `target_modules`, `layers_to_transform` and `layers_pattern` decide.
+
+    Raises:
+        ValueError: Nothing matches, or a match is not a linear layer.
+    """
+    stacks = block_stacks(model)
+    if config.layers_pattern is not None:
+        stacks = [stack for stack in stacks if stack.name.split(".")[-1] == config.layers_pattern]
+        if not stacks:
+            raise ValueError(
+                f"layers_pattern={shortened(config.layers_pattern)} names no list of blocks; the model has "
+                f"{[stack.name for stack in block_stacks(model)]}"
+            )
+    chosen = config.target_modules
+    if chosen is None or chosen in ("default", "paper"):
+        span = _DEFAULT_SPANS.get(config.method, _DEFAULT_SPAN)
+        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform, span))
+    else:
+        targets = list(_matching(model, stacks, chosen, config.layers_to_transform))
+    if not targets:
+        examples = sorted({name for stack in stacks for name in mlp_layers(stack.blocks[-1])})
+        raise ValueError(
+            f"target_modules={shortened(chosen)} with layers_to_transform={shortened(config.layers_to_transform)} "
+            f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {examples}"
+        )
+    return targets
+
+
+def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
+    """`(stack, block)` of the first target that a forward pass meets."""
+    first = min(targets, key=lambda t: (t.stack != "encoder", t.block))
+    return first.stack, first.block
+
+
+def _named_choice(
+    stacks: list[Stack], choice: str, layers: Sequence[int] | None, span: tuple[float, float]
+) -> Iterator[Target]:
+    paper_blocks = _PAPER_BLOCKS["encoder_decoder" if len(stacks) > 1 else "decoder_only"]
+    for stack in stacks:
+        depth = len(stack.blocks)
+        if layers is not None:
+            blocks = [i for i in range(depth) if i in layers]
+        elif choice == "paper":
+            blocks = list(range(max(0, depth - paper_blocks), depth))
+        else:
+            first, last = (round(fraction * depth) for fraction in span)
+            blocks = list(range(min(first, depth - 1), max(last, first + 1)))
+        for index in blocks:
+            names = mlp_layers(stack.blocks[index])
+            for name in names if choice == "paper" else names[-1:]:
+                yield _target(stack, index, name)
+
+
+def _matching(
+    model: nn.Module, stacks: list[Stack], pattern: str | Sequence[str], layers: Sequence[int] | None
+) -> Iterator[Target]:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    matches = expression(pattern) if isinstance(pattern, str) else _listed(pattern)
+    for stack in stacks:
+        for index, block in enumerate(stack.blocks):
+            if layers is not None and index not in layers:
+                continue
+            for relative, module in block.named_modules():
+                name = f"{stack.name}.{index}.{relative}"
+                if not matches(name):
+                    continue
+                if not is_editable(module):
+                    raise ValueError(
+                        f"target_modules={shortened(pattern)} matches {name!r}, a {type(module).__name__}, which is "
+                        f"not a linear layer; choose among {mlp_layers(block)}"
+                    )
+                yield _target(stack, index, relative)
+
+
+def expression(pattern: str, field: str = "target_modules") -> Callable[[str], bool]:
+    """
+    Whether a name matches a regular expression, within a time for all names together: the expression may come from a
+    configuration on the Hub, and re takes years for some, `(a+)+` say. The syntax is that of re, as in PEFT; the
+    matching is done by regex, which takes most of those in its stride and has a time limit for the rest.
+    """
+    try:
+        re.compile(pattern)
+        compiled = regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{field}={shortened(pattern)} is not a regular expression ({error}); names in full or in part go "
+            "in a list"
+        ) from error
+    deadline = time.monotonic() + _MATCHING_SECONDS
+
+    def matches(name: str) -> bool:
+        try:
+            return compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 0.001)) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"{field}={shortened(pattern)} takes longer than {_MATCHING_SECONDS} seconds to match; list "
+                "the layers' names instead"
+            ) from error
+
+    return matches
+
+
+def _listed(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name, or the end of it after a dot, is in a list."""
+    wanted = frozenset(names)
+
+    def matches(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+
+    return matches
+
+
+def _target(stack: Stack, index: int, relative: str) -> Target:
+    module: Any = stack.blocks[index].get_submodule(relative)
+    widths = layer_widths(module)
+    assert widths is not None
+    return Target(f"{stack.name}.{index}.{relative}", module, *widths, stack.kind, index)

@@ -1,0 +1,58 @@
+"""The transformers model inside what a user may have wrapped it in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def plain_base(model: Any) -> Any:
+    """
+    The transformers model inside what a user may have wrapped it in. Adapters of a `PeftModel` stay active.
+
+    Args:
+        model (`nn.Module`): A transformers model, `torch.compile`'s wrapper of one, or a `PeftModel`.
+
+    Raises:
+        ValueError: The model was compiled in place, or has a learned prompt instead of layers; it cannot carry edits.
+    """
+    if hasattr(model, "_orig_mod"):
+        logger.warning(
+            "edits run in the model that was compiled, not in its compiled form, which would not see them; to have "
+            "both, compile what merge_and_unload() returns"
+        )
+        model = model._orig_mod
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"the base is a PeftModel with {model.active_peft_config.peft_type.value}, a learned prompt, which is "
+                "not part of the layers; edit the model without it"
+            )
+        model = model.get_base_model()
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or type(module).__name__!r} was compiled in place and would not see the edits; load the base "
+                "model without compile(), and compile what merge_and_unload() returns"
+            )
+    return model
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """
+    Keeps quantised layers in a form that passes a gradient on to their inputs.
+
+    bitsandbytes packs 4-bit weights anew on some CPUs, at the first pass in eval mode, for a kernel that has no
+    gradient.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks what an earlier pass has packed

@@ -1,0 +1,109 @@
+"""Linear layers and their weights: widths, devices, and writing an update into a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_editable(module: nn.Module) -> bool:
+    """Whether `module` computes `y = W x (+ b)` and so can carry an edit beside its weight."""
+    return layer_widths(module) is not None
+
+
+def layer_widths(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    module = inner_layer(module)
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def inner_layer(module: Any) -> Any:
+    """The layer inside PEFT's, which is the layer itself where there is no adapter."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def writable_weight(module: Any) -> torch.Tensor:
+    """
+    A layer's weight as `(d_out, d_in)`, a view of the stored one that may be written to.
+
+    Raises:
+        TypeError: The weight is offloaded, quantised or sharded.
+    """
+    kind = type(module).__name__
+    weight: Any = inner_layer(module).weight
+    if weight.is_meta:
+        raise TypeError(
+            f"the weight of a {kind} is offloaded, so an edit cannot be merged into it; keep the edits beside the "
+            "weight, or load the base model in memory first"
+        )
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
+    if not plain:
+        raise TypeError(
+            f"the weight of a {kind} is a {type(weight).__name__} of {weight.dtype}, not a plain matrix, so an edit "
+            "cannot be merged into it; keep the edits beside the weight, write them with save_lora, or load the base "
+            "model unquantised and load_edits there"
+        )
+    return weight_matrix(module)
+
+
+def check_own_weight(model: nn.Module, layer: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: The layer's weight is another module's too, as where embedding and output layer are tied.
+    """
+    layer = inner_layer(layer)
+    for name, module in model.named_modules():
+        if module is not layer and any(parameter is layer.weight for parameter in module._parameters.values()):
+            raise TypeError(
+                f"the weight of a {type(layer).__name__} is that of {name!r} too (they are tied), so an edit merged "
+                "into the one would change the other; keep the edits beside the weight, with save_edits or save_lora"
+            )
+
+
+@torch.no_grad()
+def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
+    """
+    Adds an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
+
+    Args:
+        module (`nn.Module`): The layer.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+
+    Raises:
+        TypeError: The weight cannot be written to.
+    """
+    weight = writable_weight(module)
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
+    weight.copy_(weight.to(dtype) + update.to(weight.device, dtype))
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a layer runs: where its weight is, or, offloaded, where Accelerate brings it."""
+    module = inner_layer(module)
+    weight: torch.Tensor = module.weight
+    if weight.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return weight.device
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether a device map or offloading decides where the model's weights are."""
+    return bool(getattr(model, "hf_device_map", None)) or any(p.is_meta for p in model.parameters())
+
+
+def weight_matrix(module: Any) -> torch.Tensor:
+    """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
+    module = inner_layer(module)
+    weight: torch.Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -1,0 +1,38 @@
+"""Checks of texts before a model sees them."""
+
+from __future__ import annotations
+
+from .encoding import Encoder, Query
+
+
+def check_query(
+    query: Query, encoder: Encoder, longest: int | None, where: str, prompt: str = "prompt", answer: str = "target"
+) -> None:
+    """
+    Args:
+        query ([`Query`]): The texts.
+        encoder ([`Encoder`]): Tokenises.
+        longest (`int`, *optional*): Most tokens that the model takes.
+        where (`str`): Whose texts they are, for messages.
+        prompt, answer (`str`): What the prompt and the answer are called there.
+
+    Raises:
+        ValueError: One is empty or tokenises to nothing, or they are too long; the message names it.
+    """
+    texts = {prompt: query.prompt} if query.answer is None else {prompt: query.prompt, answer: query.answer}
+    for name, text in texts.items():
+        if not text.strip():
+            raise ValueError(f"{where} has an empty {name} ({text!r}), expected some text")
+    tokens = dict(zip(texts, encoder.tokens(query), strict=False))
+    for name, ids in tokens.items():
+        if not ids:
+            raise ValueError(f"{where}: the {name} {texts[name]!r} tokenises to nothing")
+    lengths = {name: len(ids) for name, ids in tokens.items()}
+    length = max(lengths.values()) if encoder.is_encoder_decoder else sum(lengths.values())
+    if longest is not None and length > longest:
+        together = f" with its {answer}" if len(lengths) > 1 and not encoder.is_encoder_decoder else ""
+        longer = max(lengths, key=lambda name: lengths[name])
+        raise ValueError(
+            f"{where} has {length} tokens{together}, the model takes {longest}; shorten the {longer} "
+            f"{texts[longer][:60]!r}..."
+        )

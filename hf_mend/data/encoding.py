@@ -1,0 +1,217 @@
+"""Queries and their encoding: text to token ids, labels and padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+IGNORE = -100
+
+
+@dataclass
+class Rows:
+    """
+    Texts as one padded batch.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`): The model's arguments, `(rows, seq)` each.
+        next_tokens (`torch.Tensor` of shape `(rows, seq)`): What each output position must predict, -100 elsewhere.
+            Not shifted: position t's own prediction.
+        positions (`torch.Tensor` of shape `(rows, seq)`, bool): The output positions that matter, labelled or not.
+        subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
+            where none is known.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    next_tokens: torch.Tensor
+    positions: torch.Tensor
+    subjects: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.next_tokens.shape[0]
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        inputs = {name: value[index] for name, value in self.inputs.items()}
+        subjects = None if self.subjects is None else self.subjects[index]
+        return Rows(inputs, self.next_tokens[index], self.positions[index], subjects)
+
+    def to(self, device: torch.device | str) -> Rows:
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        subjects = None if self.subjects is None else self.subjects.to(device)
+        return Rows(inputs, self.next_tokens.to(device), self.positions.to(device), subjects)
+
+
+@dataclass(frozen=True)
+class Query:
+    """
+    A prompt, and an answer that follows it after one space, or after the white space that the prompt ends with.
+
+    Args:
+        prompt (`str`): The text.
+        answer (`str`, *optional*): What follows; without one, only the next token matters.
+        chat (`bool`, defaults to `False`): The prompt is a user's turn and goes through the tokenizer's chat template.
+        subject (`str`, *optional*): What the prompt is about, as it stands there.
+    """
+
+    prompt: str
+    answer: str | None = None
+    chat: bool = False
+    subject: str | None = None
+
+
+class Encoder:
+    """
+    Turns queries into [`Rows`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
+        is_encoder_decoder (`bool`): Whether the prompt goes to an encoder and the answer to a decoder.
+        decoder_start_token_id (`int`, *optional*): What an encoder-decoder model starts its answers with.
+        pad_to (`int`, defaults to 1): Lengths are padded to a multiple of it.
+        forced_bos_token_id (`int`, *optional*): What its `generate` forces after that, before the answer.
+
+    Raises:
+        ValueError: An encoder-decoder model without a start of its answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        is_encoder_decoder: bool = False,
+        decoder_start_token_id: int | None = None,
+        pad_to: int = 1,
+        forced_bos_token_id: int | None = None,
+    ):
+        if is_encoder_decoder and decoder_start_token_id is None:
+            raise ValueError(
+                "model.config.decoder_start_token_id is not set, and neither is the generation config's; set it to "
+                "the id of the token that the model's answers start with"
+            )
+        self.decoder_prefix = [i for i in (decoder_start_token_id, forced_bos_token_id) if i is not None]
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = is_encoder_decoder
+        self.decoder_start_token_id = decoder_start_token_id
+        self.pad_to = pad_to
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id: int = 0 if pad is None else pad
+
+    def __call__(self, queries: Sequence[Query]) -> Rows:
+        """The queries as one batch, padded on the right."""
+        pairs = [self.tokens(query) for query in queries]
+        rows = self.pad(pairs)
+        if any(query.subject for query in queries):
+            places = [self._subject_place(query, prompt) for query, (prompt, _) in zip(queries, pairs, strict=True)]
+            rows.subjects = torch.tensor(places)
+        return rows
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of some tokens, without special ones and without space around it."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def tokens(self, query: Query) -> tuple[list[int], list[int]]:
+        """
+        Token ids of the prompt and of the answer, white space around which does not count. An answer of none gives an
+        empty list.
+        """
+        text = self._text(query)
+        # A template writes its own special tokens.
+        prompt = self._ids(text, special=not query.chat)
+        if query.answer is None:
+            return prompt, []
+        answer = query.answer.strip()
+        if self.is_encoder_decoder:  # alone behind a decoder's start token
+            return prompt, self._ids(answer)
+        after = answer if text[-1:].isspace() else f" {answer}"
+        # Some tokenizers begin each text with a space, so that the answer needs something before it: the prompt, or,
+        # where that would then end with another token (or ends with the tokenizer's own), one character for it.
+        for before, special in ((text, not query.chat), ("\n", False), (text.rstrip()[-1:], False)):
+            start, whole = self._ids(before, special), self._ids(before + after, special)
+            if whole[: len(start)] == start:
+                return prompt, whole[len(start) :]
+        return prompt, self._ids(after)
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _text(self, query: Query) -> str:
+        """The prompt as the model reads it."""
+        if not query.chat:
+            return query.prompt
+        turns = [{"role": "user", "content": query.prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _subject_place(self, query: Query, prompt: list[int]) -> int:
+        """Where the last token of the subject is among the prompt's, -1 where the prompt does not have it."""
+        text = self._text(query)
+        start = text.rfind(query.subject) if query.subject else -1
+        if start < 0:
+            return -1
+        head = text[: start + len(query.subject or "")]
+        ids = self._ids(head, special=not query.chat)
+        # As far as both agree: a tokenizer may end what it is given with a token of its own.
+        same = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
+        return min(same, len(prompt)) - 1
+
+    def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Rows:
+        """Token ids of prompts and answers as one batch."""
+        if self.is_encoder_decoder:
+            sources = [prompt for prompt, _ in pairs]
+            decoder = [self.decoder_prefix + answer[:-1] for _, answer in pairs]
+            skipped = len(self.decoder_prefix) - 1
+            labels = [[IGNORE] * skipped + (answer or [IGNORE]) for _, answer in pairs]
+            inputs = {
+                "input_ids": self._stack(sources, self.pad_token_id),
+                "attention_mask": self._stack([[1] * len(ids) for ids in sources], 0),
+                "decoder_input_ids": self._stack(decoder, self.pad_token_id),
+            }
+            positions = self._stack([[0] * skipped + [1] * (len(row) - skipped) for row in labels], 0).bool()
+            return Rows(inputs, self._stack(labels, IGNORE), positions)
+        # The answer's last token predicts nothing, so it does not go in.
+        texts = [prompt + answer[:-1] for prompt, answer in pairs]
+        labels = [[IGNORE] * (len(p) - 1) + (a or [IGNORE]) for p, a in pairs]
+        chosen = [[0] * (len(p) - 1) + [1] * max(1, len(a)) for p, a in pairs]
+        inputs = {
+            "input_ids": self._stack(texts, self.pad_token_id),
+            "attention_mask": self._stack([[1] * len(ids) for ids in texts], 0),
+        }
+        return Rows(inputs, self._stack(labels, IGNORE), self._stack(chosen, 0).bool())
+
+    def _stack(self, rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        width = max(len(row) for row in rows)
+        width += -width % self.pad_to
+        out = torch.full((len(rows), width), fill, dtype=torch.long)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return out
+
+
+def length_batches(lengths: Sequence[int], size: int, tokens: int) -> Iterator[list[int]]:
+    """
+    Indices in order of length, in batches of at most `size` rows and about `tokens` tokens with padding: little is
+    padding, and a batch of long texts takes no more memory than one of short ones.
+
+    Args:
+        lengths (`Sequence[int]`): Number of tokens of each row.
+        size (`int`): Most rows a batch.
+        tokens (`int`): Most tokens a batch; a single row may have more.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == size or lengths[index] * (len(batch) + 1) > tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items` in runs of `size`, the last maybe shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,222 @@
+"""Reading a data set: recognise its layout, check every row, keep it in memory or on disk."""
+
+from __future__ import annotations
+
+import json
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checks import check_query
+from ..encoding import Encoder, Query
+from ..records import EditDataset, EditRecord
+from .formats import FORMATS, Format, FormatOptions, recognised
+from .rows import JsonRows, Row, RowError, TableRows, open_rows
+
+
+logger = logging.get_logger(__name__)
+
+
+class EditsOnDisk(Dataset[EditRecord]):
+    """
+    Records that stay in their file: each is read when it is asked for.
+
+    Args:
+        rows ([`JsonRows`] or [`TableRows`]): The rows.
+        convert (`Callable`): Row number -> its records.
+        index (`array`): For each record its row, and its number among that row's records.
+    """
+
+    def __init__(self, rows: JsonRows | TableRows, convert: Any, index: tuple[array[int], array[int]]):
+        self.rows = rows
+        self._convert = convert
+        self._row, self._part = index
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        record: EditRecord = self._convert(self._row[index])[self._part[index]]
+        return record
+
+    def __iter__(self) -> Iterator[EditRecord]:
+        return (self[i] for i in range(len(self)))
+
+
+def read_edits(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    questions: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+    keep_in_memory: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> EditDataset | EditsOnDisk:
+    """
+    Reads a data set of edits in any of the field's layouts, which its first row tells; a log message says which.
+
+    The layouts: `counterfact` (MultiCounterFact too), `zsre` (MEND's JSON), `zsre_kilt` and `fever_kilt`
+    (KnowledgeEditor's and MEND's JSON lines), `fever`, `wikitext` (MEND's generation task), `mquake`, `knowedit`,
+    `wikibigedit`, `nq_open`, and `plain`, which is easily written by hand (docs/data_format.md).
+
+    Args:
+        path (`str` or `Path`): A JSON list, JSON lines, Parquet or CSV; or the id of a data set on the Hub. These last
+            three need the package `datasets`.
+        format (`str`, *optional*): The layout, if it should not be recognised.
+        questions (`Sequence[tuple[str, str]]`): Unrelated questions and answers; each record without its own gets one.
+        seed (`int`, defaults to 0): Seed of that draw.
+        keep_in_memory (`bool`, defaults to `True`): `False` checks all rows once and reads each again when it is used:
+            for sets larger than memory.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Targets of which it makes no token are an error.
+        split, name, revision: Which part of a data set on the Hub, as in `datasets.load_dataset`.
+        options: See [`~hf_mend.data.readers.formats.FormatOptions`].
+
+    Returns:
+        [`EditDataset`] or [`EditsOnDisk`].
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, has no row, or mixes layouts; or a row lacks a field, or holds another
+            kind of value there. The message names file, row and field.
+    """
+    rows = open_rows(path, split, name, revision)
+    if not len(rows):
+        raise ValueError(f"{path} holds no record")
+    chosen = _format(rows, format)
+    settings = FormatOptions(tokenizer=tokenizer, **options)
+    encoder = None if tokenizer is None else Encoder(tokenizer)
+
+    def convert(number: int) -> list[EditRecord]:
+        row = Row(rows[number], rows.where(number))
+        _check_layout(row, chosen, fixed=format is not None)
+        records = chosen.convert(row, settings)
+        for part, record in enumerate(records):
+            if record.id is None:
+                record = replace(record, id=str(number))
+            if questions and not record.unrelated:
+                draw = random.Random(f"{seed}/{number}/{part}")
+                record = replace(record, unrelated=[draw.choice(questions)])
+            if encoder is not None and not encoder.tokens(Query(record.prompt, record.target))[1]:
+                raise RowError(f"{row.where}: the target {record.target!r} tokenises to nothing")
+            records[part] = record
+        return records
+
+    kept: list[EditRecord] = []
+    index = (array("Q"), array("Q"))
+    for number in tqdm(range(len(rows)), desc=f"Reading {path}", disable=len(rows) < 20000):
+        records = convert(number)
+        if keep_in_memory:
+            kept += records
+        else:
+            index[0].extend([number] * len(records))
+            index[1].extend(range(len(records)))
+    count = len(kept) if keep_in_memory else len(index[0])
+    if not count:
+        raise ValueError(f"{path} holds no record that is an edit ({chosen.name}: {chosen.source})")
+    logger.info(f"{path}: {count} edits in the layout {chosen.name} ({chosen.source})")
+    return EditDataset(kept) if keep_in_memory else EditsOnDisk(rows, convert, index)
+
+
+def _format(rows: JsonRows | TableRows, name: str | None) -> Format:
+    names = list(dict.fromkeys(candidate.name for candidate in FORMATS))
+    first = Row(rows[0], rows.where(0))
+    found = recognised(first)
+    if name is None:
+        if found is None:
+            raise RowError(
+                f"{first.where} has the fields {sorted(first.values)}, which are no known layout's; the layouts are "
+                f"{names}, and docs/data_format.md says how to write one's own"
+            )
+        return found
+    if name not in names:
+        raise ValueError(f"format is {name!r}, expected one of {names}")
+    if found is not None and found.name == name:
+        return found
+    return next(candidate for candidate in FORMATS if candidate.name == name)
+
+
+def _check_layout(row: Row, chosen: Format, fixed: bool) -> None:
+    missing = [mark for mark in chosen.marks if mark not in row.values]
+    if not missing:
+        return
+    other = recognised(row)
+    if other is not None and other.name == chosen.name:
+        return  # KnowEdit's two namings
+    mixed = "" if other is None or fixed else f"; it looks like {other.name}, and one file holds one layout"
+    raise RowError(f"{row.where}: the field {missing[0]!r} of the layout {chosen.name} is missing{mixed}")
+
+
+def read_counterfact(path: str | Path, questions: Sequence[tuple[str, str]] = (), seed: int = 0) -> EditDataset:
+    """
+    Reads a JSON list in CounterFact's layout (Meng et al. 2022, "Locating and Editing Factual Associations in GPT").
+
+    Args:
+        path (`str` or `Path`): The file.
+        questions (`Sequence[tuple[str, str]]`): Unrelated questions and answers; each record gets one at random.
+        seed (`int`, defaults to 0): Seed of that draw.
+
+    Raises:
+        ValueError: The file is not such a list; the message names file, row and field.
+    """
+    data = read_edits(path, "counterfact")
+    draw = random.Random(seed)
+    return EditDataset(
+        replace(record, unrelated=[draw.choice(questions)]) if questions else record
+        for record in (data[i] for i in range(len(data)))
+    )
+
+
+def read_questions(path: str | Path) -> list[tuple[str, str]]:
+    """
+    Reads questions and answers in NQ-open's layout (Lee et al. 2019): `question`, and `answer`, a list of which the
+    first is taken.
+
+    Raises:
+        ValueError: A row is not such an object; the message names file, row and field.
+    """
+    return [(record.prompt, record.target) for record in read_edits(path, "nq_open")]
+
+
+def write_edits(path: str | Path, records: Iterable[EditRecord]) -> None:
+    """
+    Writes records as this project's own JSON lines, which [`read_edits`] reads again; fields at their default are left
+    out.
+
+    Args:
+        path (`str` or `Path`): The file.
+        records (`Iterable[EditRecord]`): The records.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            values = {name: value for name, value in asdict(record).items() if value not in (None, [])}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def check_targets(records: Sequence[EditRecord], encoder: Encoder, longest: int | None = None) -> None:
+    """
+    Args:
+        records (`Sequence[EditRecord]`): The records.
+        encoder ([`Encoder`]): Tokenises.
+        longest (`int`, *optional*): Most tokens that the model takes.
+
+    Raises:
+        ValueError: There is no record, or a prompt or target is blank, tokenises to nothing, or is too long; the
+            message names it.
+    """
+    if not len(records):
+        raise ValueError("the data set is empty; there is nothing to edit")
+    for number, record in enumerate(records):
+        where = f"record {number} ({record.id or 'no id'})"
+        check_query(Query(record.prompt, record.target), encoder, longest, where)

@@ -1,0 +1,59 @@
+"""Edit records: one correction, and what it must and must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch.utils.data import Dataset
+
+
+@dataclass
+class EditRecord:
+    """
+    One correction, and what it must and must not change.
+
+    Args:
+        prompt (`str`): What is asked.
+        target (`str`): What the model should answer. One space joins the two; other white space around it does not
+            count.
+        paraphrases (`list[str]`): The prompt in other words; the answer must be the target there too.
+        neighborhood (`list[str]`): Prompts much like this one whose answer must stay.
+        unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
+        relation (`str`, *optional*): What kind of fact it is.
+        id (`str`, *optional*): The record's name in its data set.
+        subject (`str`, *optional*): What the fact is about, as the prompt names it.
+        ground_truth (`str`, *optional*): What is true, if the edit is counterfactual; the neighbours' answer too.
+        portability (`list[tuple[str, str]]`): Questions whose answers follow from the edit.
+        generation (`list[str]`): Prompts about the subject, to look at free text.
+        group (`str`, *optional*): Neighbouring records of one group belong together: what follows needs all of them.
+    """
+
+    prompt: str
+    target: str
+    paraphrases: list[str] = field(default_factory=list)
+    neighborhood: list[str] = field(default_factory=list)
+    unrelated: list[tuple[str, str]] = field(default_factory=list)
+    relation: str | None = None
+    id: str | None = None
+    subject: str | None = None
+    ground_truth: str | None = None
+    portability: list[tuple[str, str]] = field(default_factory=list)
+    generation: list[str] = field(default_factory=list)
+    group: str | None = None
+
+
+class EditDataset(Dataset[EditRecord]):
+    """A list of [`EditRecord`] as a torch data set."""
+
+    def __init__(self, records: Iterable[EditRecord]):
+        self.records = list(records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        return self.records[index]
+
+    def __iter__(self) -> Iterator[EditRecord]:
+        return iter(self.records)

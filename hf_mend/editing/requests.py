@@ -1,0 +1,264 @@
+"""What is asked of a model, and what came of it: requests, the model's answers, results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..bases.limits import longest_input
+from ..data.checks import check_query
+from ..data.encoding import Encoder, Query
+from ..data.records import EditRecord
+from ..edits.edit import same_prompt
+
+
+@dataclass
+class Answers:
+    """
+    What the model says, per row: the target's log-probability, the argmax tokens, which of them are right, and the
+    log-probability of the target's least likely token.
+    """
+
+    log_probability: list[float]
+    tokens: list[list[int]]
+    right: list[list[bool]]
+    least: list[float]
+
+    def rank(self, row: int) -> tuple[bool, float]:
+        """What to compare a row's answers by: all tokens right, then the target's probability."""
+        return all(self.right[row]), self.log_probability[row]
+
+
+@dataclass
+class EditRequest:
+    """What one edit asks for; the fields are those of [`~hf_mend.EditableModel.edit`]."""
+
+    prompt: str
+    target: str
+    chat: bool = False
+    paraphrases: list[str] = field(default_factory=list)
+    locality: list[str] = field(default_factory=list)
+    subject: str | None = None
+
+    @property
+    def query(self) -> Query:
+        """Prompt and target as the encoder takes them."""
+        return Query(self.prompt, self.target, self.chat, self.subject)
+
+    @property
+    def asked(self) -> tuple[str, bool]:
+        """What is asked, as [`~hf_mend.edits.edit.same_prompt`] tells prompts apart."""
+        return same_prompt(self.prompt, self.chat)
+
+    def is_same(self, other: EditRequest) -> bool:
+        """Whether both want the same answer to the same prompt."""
+        return self.asked == other.asked and self.target.split() == other.target.split()
+
+    @property
+    def probes(self) -> list[Query]:
+        """The paraphrases, with the target to be said there, then the locality prompts."""
+        said = [Query(prompt, self.target, self.chat) for prompt in self.paraphrases]
+        return said + [Query(prompt, None, self.chat) for prompt in self.locality]
+
+
+@dataclass
+class Probe:
+    """A prompt looked at before and after an edit: what the model says there, and whether that is as it should be."""
+
+    prompt: str
+    before: str
+    after: str
+    ok: bool
+
+
+@dataclass
+class EditResult:
+    """
+    What an edit did.
+
+    Args:
+        id (`str`, *optional*): The edit's id; `None` when none was needed, or none was found.
+        prompt (`str`): What was asked.
+        target (`str`): What the model should answer.
+        before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
+        after (`str`, *optional*): The same after; this and the next two are `None` after `check=False`.
+        probability_before (`float`): Probability of the whole target before.
+        probability_after (`float`, *optional*): The same after.
+        token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
+        steps (`int`): Gradient steps that were made; 0 when the model said the target already.
+        seconds (`float`): What it took, in seconds; in a batch, an equal share.
+        rank (`int`): Rank of the update; 0 also of an edit that only takes an earlier one's place, because the model
+            says the target without it.
+        update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
+        paraphrases (`list[Probe]`): The paraphrases asked for; ok when the target is said there.
+        locality (`list[Probe]`): The locality prompts asked for; ok when the greedy next token stayed.
+        superseded (`str`, *optional*): Id of the earlier edit of the same prompt, whose place this one has taken. It
+            stays among the model's edits, without effect, and an undo of this one brings it back exactly.
+    """
+
+    id: str | None
+    prompt: str
+    target: str
+    before: str
+    after: str | None
+    probability_before: float
+    probability_after: float | None
+    token_success: list[bool] | None
+    steps: int
+    seconds: float
+    rank: int = 0
+    update_norms: dict[str, float] = field(default_factory=dict)
+    paraphrases: list[Probe] = field(default_factory=list)
+    locality: list[Probe] = field(default_factory=list)
+    superseded: str | None = None
+
+    @property
+    def success(self) -> bool | None:
+        """Whether every target token is the argmax now; `None` if nobody looked."""
+        return None if self.token_success is None else all(self.token_success)
+
+    @property
+    def already_known(self) -> bool:
+        """Whether the model said the target before, so that no edit was made."""
+        return self.id is None and self.success is not False
+
+    def set_before(self, asked: Answers, row: int, encoder: Encoder) -> None:
+        """Notes what the model said before."""
+        self.before = encoder.decode(asked.tokens[row])
+        self.probability_before = math.exp(asked.log_probability[row])
+
+    def set_after(self, asked: Answers, row: int, encoder: Encoder) -> None:
+        """Notes what the edited model says."""
+        self.after = encoder.decode(asked.tokens[row])
+        self.probability_after = math.exp(asked.log_probability[row])
+        self.token_success = asked.right[row]
+
+    def set_probes(self, request: EditRequest, before: Answers, after: Answers, encoder: Encoder) -> None:
+        """Notes what the model said and says on the request's probes."""
+        probes = []
+        for i, query in enumerate(request.probes):
+            ok = before.tokens[i] == after.tokens[i] if query.answer is None else all(after.right[i])
+            probes.append(Probe(query.prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
+        self.paraphrases, self.locality = probes[: len(request.paraphrases)], probes[len(request.paraphrases) :]
+
+    def __str__(self) -> str:
+        if self.already_known:
+            state = "already the model's answer, nothing changed"
+        else:
+            state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
+        lines = [
+            f"Edit {self.id or '(none)'}: {state}",
+            f"  {self.prompt!r} -> {self.target!r}",
+            f"  before: {self.before!r} (probability of the target {self.probability_before:.3g})",
+            f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
+        ]
+        if self.token_success is not None:
+            lines.insert(3, f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})")
+            right = sum(self.token_success)
+            lines.insert(4, f"  tokens that are now the argmax: {right} of {len(self.token_success)}")
+        if self.update_norms:
+            norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
+            lines.append(f"  update norms: {norms}")
+        if self.superseded is not None:
+            lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
+        for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
+            lines += [
+                f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes
+            ]
+        return "\n".join(lines)
+
+
+def as_requests(
+    prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
+) -> list[EditRequest]:
+    """
+    The requests that the arguments of `edit` stand for.
+
+    Raises:
+        ValueError: Lists differ in length, or probes come with several edits.
+        TypeError: An argument is neither text nor record.
+    """
+    said, stays = _texts(paraphrases, "paraphrases"), _texts(locality, "locality")
+    prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
+    if not prompts:
+        raise ValueError("there is no prompt: the list is empty")
+    if all(isinstance(item, EditRecord) for item in prompts):
+        if target is not None:
+            raise ValueError("records hold their targets; leave `target` out")
+        if len(prompts) > 1 and (said or stays):
+            raise ValueError(
+                f"paraphrases and locality probes go with one edit, got {len(prompts)}; put them into the EditRecords"
+            )
+        return [
+            EditRequest(
+                r.prompt,
+                r.target,
+                chat,
+                _texts(r.paraphrases, "paraphrases") + said,
+                _texts(r.neighborhood, "neighborhood") + stays,
+                r.subject,
+            )
+            for r in prompts
+        ]
+    targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
+    if len(prompts) != len(targets):
+        raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")
+    for item in [*prompts, *targets]:
+        if not isinstance(item, str):
+            raise TypeError(f"prompts and targets are strings, or prompts are EditRecords; got {type(item).__name__}")
+    if len(prompts) > 1 and (said or stays):
+        raise ValueError(
+            f"paraphrases and locality probes go with one edit, got {len(prompts)}; pass EditRecords, which hold "
+            "their own"
+        )
+    return [EditRequest(p, t, chat, said, stays) for p, t in zip(prompts, targets, strict=True)]
+
+
+def _texts(value: str | Sequence[str], name: str) -> list[str]:
+    """A text alone is a list of one."""
+    texts = [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a list of texts; it holds a {type(text).__name__}")
+    return texts
+
+
+def check_limits(**limits: int | None) -> None:
+    """
+    Raises:
+        ValueError: One of them is below 1.
+    """
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: PretrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: A request or one of its probes is empty, tokenises to nothing, or is too long; or a request asks
+            for a chat template that is not there; or two of them want different targets of one prompt.
+    """
+    longest = longest_input(config)
+    first_of: dict[tuple[str, bool], int] = {}
+    for number, request in enumerate(requests):
+        where = f"request {number}" if len(requests) > 1 else "the request"
+        if request.chat and not getattr(encoder.tokenizer, "chat_template", None):
+            raise ValueError(
+                "chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False"
+            )
+        check_query(request.query, encoder, longest, where)
+        names = [f"paraphrases[{i}]" for i in range(len(request.paraphrases))]
+        names += [f"locality[{i}]" for i in range(len(request.locality))]
+        for name, query in zip(names, request.probes, strict=True):
+            check_query(query, encoder, longest, where, name)
+        first = first_of.setdefault(request.asked, number)
+        if not request.is_same(requests[first]):
+            raise ValueError(
+                f"requests {first} and {number} want two answers to one prompt, {request.prompt[:60]!r}: "
+                f"{requests[first].target[:60]!r} and {request.target[:60]!r}; leave one of them out"
+            )

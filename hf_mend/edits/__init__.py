@@ -1,0 +1,1 @@
+"""Edits: their low-rank algebra, how they act beside the weights, and how they are kept."""

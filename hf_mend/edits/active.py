@@ -1,0 +1,155 @@
+"""The edits that a model carries, summed a layer and applied beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..bases.merge_adapters import merge_adapters_
+from ..bases.targets import Target, named_layers
+from ..bases.weights import add_to_weight_, check_own_weight, writable_weight
+from .collection import check_apart, check_known
+from .edit import Edit, active_edits, check_supported, each_support_once
+from .hook import AddsToOutput
+from .layer_sum import LayerSum
+
+
+def acting_edits(model: nn.Module) -> set[str]:
+    """Ids of the edits that act in a model, whichever [`EditStack`] put them there."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return {edit_id for hook in hooks if isinstance(hook, AddsToOutput) for edit_id in hook.edit_ids}
+
+
+class EditStack:
+    """
+    The edits that a model carries, applied through forward hooks; the weights are never written to.
+
+    Of several edits of one prompt the last acts, and the others wait for its undo: see
+    [`~hf_mend.edits.edit.active_edits`].
+
+    Args:
+        targets (`Sequence[Target]`): The layers that an editor changes.
+        base_model (`nn.Module`, *optional*): The model, where edits from elsewhere may change its other linear layers.
+    """
+
+    def __init__(self, targets: Sequence[Target], base_model: nn.Module | None = None):
+        self.targets = list(targets)
+        self._base_model = base_model
+        self.edits: list[Edit] = []
+        self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
+        self._handles: list[Any] = []
+        self._disabled = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layers' sums take beside the edits' own factors."""
+        return sum(one.nbytes for one in self._sums.values())
+
+    @property
+    def active(self) -> list[Edit]:
+        """The edits that act."""
+        return active_edits(self.edits)
+
+    def replace(self, edits: Sequence[Edit]) -> None:
+        """Makes these the model's edits."""
+        self.edits = each_support_once(edits)
+        for target in self._others(edits):
+            self.targets.append(target)
+            self._sums[target.name] = LayerSum(target.d_in, target.d_out)
+        self._refresh()
+
+    def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
+        """
+        Raises:
+            ValueError: An edit's layers or shapes are not this model's, its id is taken, or the support that it needs
+                is missing.
+        """
+        shapes = {target.name: (target.d_in, target.d_out) for target in [*self.targets, *self._others(edits)]}
+        check_supported(edits, source, among=self.edits)
+        taken = {edit.id for edit in self.edits if not edit.support}
+        for edit in edits:
+            if edit.id in taken and not edit.support:
+                raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
+            taken.add(edit.id)
+            for name, (u, v) in edit.updates.items():
+                fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
+                if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
+                    raise ValueError(
+                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and "
+                        f"{tuple(v.shape)}, the model's edited layers are {shapes}; these edits belong to another "
+                        "model or editor"
+                    )
+
+    @property
+    def layers(self) -> list[Target]:
+        """The targets, and the other layers that an edit changes."""
+        names = {name for edit in self.edits for name in edit.updates} - {target.name for target in self.targets}
+        return [*self.targets, *([] if self._base_model is None else named_layers(self._base_model, names))]
+
+    def _others(self, edits: Sequence[Edit]) -> list[Target]:
+        """The layers that these edits change and none did before."""
+        names = {name for edit in edits for name in edit.updates} - self._sums.keys()
+        return [] if self._base_model is None else named_layers(self._base_model, names)
+
+    def remove(self, ids: Sequence[str]) -> list[Edit]:
+        """
+        Removes edits by id and returns them. A support that no other edit needs goes with them.
+
+        Raises:
+            KeyError: An id is not among the edits; nothing is removed.
+            ValueError: An edit is part of a compressed one that stays; nothing is removed.
+        """
+        unwanted = set(ids)
+        check_known(self.edits, ids)
+        check_apart(self.edits, unwanted)
+        gone = [edit for edit in self.edits if edit.id in unwanted]
+        left = [edit for edit in self.edits if edit.id not in unwanted]
+        needed = {edit.needs for edit in left}
+        self.replace([edit for edit in left if not edit.support or edit.id in needed])
+        return gone
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context, the model answers as if it had no edits."""
+        self._disabled += 1
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            self._refresh()
+
+    def merge(self) -> None:
+        """
+        Adds all edits to the weights and forgets them. Adapters around the base model's layers are merged first: some
+        scale the weight that they find.
+
+        Raises:
+            TypeError: A layer's weight cannot take an update, or is another's too; no weight has changed then.
+        """
+        edited = [target for target in self.targets if self._sums[target.name].edits]
+        weights = [writable_weight(target.module) for target in edited]
+        if self._base_model is not None:
+            for target in edited:
+                check_own_weight(self._base_model, target.module)
+            with self.disabled():
+                merge_adapters_(self._base_model)
+        for target, weight in zip(edited, weights, strict=True):
+            add_to_weight_(target.module, self._sums[target.name].matrix(weight.device))
+        self.replace([])
+
+    def _refresh(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        active = self.active
+        for target in self.targets:
+            layer_sum = self._sums[target.name]
+            layer_sum.replace([edit.updates[target.name] for edit in active if target.name in edit.updates])
+            if layer_sum.edits and not self._disabled:
+                ids = [edit.id for edit in active if target.name in edit.updates and not edit.support]
+                self._handles.append(target.module.register_forward_hook(AddsToOutput(layer_sum, ids)))

@@ -1,0 +1,82 @@
+"""Many edits as one of a given rank, by singular value decomposition."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from .edit import Edit, active_edits, stacked
+from .low_rank import truncated
+
+
+@dataclass
+class Compression:
+    """
+    What compressing came to.
+
+    Args:
+        id (`str`): Id of the edit that stands for the others now.
+        edits (`list[str]`): Ids of those that it is the sum of.
+        rank (`int`): The highest rank of a layer.
+        ranks_before (`dict[str, int]`): Layer name -> the sum of the edits' ranks.
+        errors (`dict[str, float]`): Layer name -> Frobenius norm of what was left out, divided by that of the sum.
+    """
+
+    id: str
+    edits: list[str]
+    rank: int
+    ranks_before: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """The largest of the layers' errors."""
+        return max(self.errors.values(), default=0.0)
+
+
+def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[list[Edit], Compression]:
+    """
+    A model's edits with those that act reduced to one, each layer's sum to the nearest matrix of a rank (Eckart and
+    Young 1936).
+
+    Args:
+        edits (`Sequence[Edit]`): The model's edits.
+        rank (`int`): The highest rank of a layer.
+        keep (`bool`, defaults to `True`): Keep the edits that it replaces, so that its undo brings them back.
+
+    Raises:
+        ValueError: No edit acts, or the rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, expected 1 or more")
+    acting = active_edits(edits)
+    sums = stacked(acting)
+    if not any(len(u) for u, _ in sums.values()):
+        raise ValueError("there is no edit to compress; make one first")
+    found = {name: truncated(update, rank) for name, update in sums.items()}
+    # Also what an earlier compression replaced: it is a part of this one now.
+    replaces = [one for edit in acting for one in (edit.id, *edit.replaces)]
+    parts = [{"id": edit.id, "prompt": edit.prompt, "target": edit.target} for edit in acting]
+    whole = Edit(
+        uuid.uuid4().hex[:12],
+        "",
+        "",
+        {name: update for name, (update, _) in found.items()},
+        {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parts": json.dumps(parts, ensure_ascii=False),
+        },
+        replaces=replaces,
+    )
+    kept = [edit for edit in edits if keep or not edit.enabled or edit.support]
+    report = Compression(
+        whole.id,
+        [edit.id for edit in acting],
+        max(len(u) for u, _ in whole.updates.values()),
+        {name: len(u) for name, (u, _) in sums.items()},
+        {name: error for name, (_, error) in found.items()},
+    )
+    return [*kept, whole], report

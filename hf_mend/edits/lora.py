@@ -1,0 +1,254 @@
+"""Edits as a PEFT LoRA adapter: the same two thin matrices under other names."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..bases.targets import Target, expression
+from ..hub.files import read_json, read_json_file, read_tensors, replaced_folder, shortened, write_tensors
+from .edit import Edit, is_description
+from .low_rank import Update
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_SIDES = {"A": (".lora_A.", ".lora_B."), "B": (".lora_B.", ".lora_A.")}
+_MORE_THAN_LORA = {
+    "use_dora": "DoRA rescales the whole weight",
+    "use_qalora": "QA-LoRA pools the input",
+    "bias": "it trains biases",
+    "lora_bias": "it trains biases",
+    "modules_to_save": "it brings whole layers",
+    "trainable_token_indices": "it brings rows of the embedding",
+    "target_parameters": "it changes parameters that are no linear layer's",
+    "layer_replication": "it repeats layers",
+    "alora_invocation_tokens": "it acts at some tokens alone",
+}
+# What leaves an adapter the product of two thin matrices; all other fields are refused where they are set.
+_PLAIN_FIELDS = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "use_rslora",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "loftq_config",
+        "eva_config",
+        "qalora_group_size",
+        "runtime_config",
+        "megatron_core",
+        "ensure_weight_tying",
+    ]
+)
+_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def warn_of_fused_experts(base_model: nn.Module, names: Iterable[str]) -> None:
+    """
+    PEFT takes every layer of a mixture of experts that is named like an expert's for the fused experts' parameter.
+
+    Args:
+        base_model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The exported layers.
+    """
+    taken = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
+    if taken and any(parameter.dim() == 3 for parameter in base_model.parameters()):
+        logger.warning(
+            f"{type(base_model).__name__} fuses its experts' weights, and PEFT maps adapters of layers named like "
+            f"{taken[0]!r} onto those, so it cannot load this one as it is meant. Keep it with save_edits, or merge it"
+        )
+
+
+def write_lora(
+    folder: str | Path,
+    targets: Sequence[Target],
+    updates: Mapping[str, Update],
+    task_type: str | None,
+    base_model_name_or_path: str | None,
+    uniform_rank: bool = False,
+    edits: Sequence[Edit] = (),
+) -> None:
+    """
+    Writes `adapter_config.json` and `adapter_model.safetensors`, all or nothing.
+
+    An update `v^T u` is LoRA's `B A` with `A = u`, `B = v^T` and scale 1. Layers without an update are left out.
+
+    Args:
+        folder (`str` or `Path`): Where to write.
+        targets (`Sequence[Target]`): The edited layers.
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)`.
+        task_type (`str`, *optional*): `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`.
+        base_model_name_or_path (`str`, *optional*): The base model's name.
+        uniform_rank (`bool`, defaults to `False`): Pad all layers with zeros to one rank, as some servers want it.
+        edits (`Sequence[Edit]`): The edits whose rows, one below another, the updates are; noted for [`read_lora`].
+
+    Raises:
+        ValueError: There is no update to write.
+    """
+    updates = {name: pair for name, pair in updates.items() if len(pair[0])}
+    if not updates:
+        raise ValueError("there is no edit to write as a LoRA adapter; make one first")
+    ranks = {name: len(u) for name, (u, _) in updates.items()}
+    largest = max(ranks.values())
+    tensors = {}
+    for name, (u, v) in updates.items():
+        missing = largest - ranks[name] if uniform_rank else 0
+        pad = (0, 0, 0, missing)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(u, pad)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(v, pad).T
+    # Keys of a pattern are regular expressions; alpha equal to the rank makes LoRA's scale 1.
+    pattern = {} if uniform_rank else {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=dict(pattern),
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(updates),
+        fan_in_fan_out=any(isinstance(target.module, Conv1D) for target in targets),
+        task_type=task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        inference_mode=True,
+    )
+    entries = [
+        {**edit.describe(), "ranks": {name: len(u) for name, (u, _) in edit.updates.items() if name in updates}}
+        for edit in edits
+    ]
+    with replaced_folder(folder) as work:
+        config.save_pretrained(str(work))
+        write_tensors(work / ADAPTER_WEIGHTS_NAME, tensors, {"edits": json.dumps(entries)} if edits else {})
+
+
+def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
+    """
+    A LoRA adapter as edits: those that [`write_lora`] noted, or one, without a prompt, for any other adapter.
+
+    Args:
+        config_path (`str` or `Path`): `adapter_config.json`.
+        weights_path (`str` or `Path`): `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: A file is damaged, or the adapter is more than low-rank updates of linear layers; the message says
+            what of it cannot be an edit.
+    """
+    config = read_json_file(config_path)
+    scale_of = _scales(config, config_path)
+    tensors, metadata = read_tensors(weights_path)
+    updates: dict[str, Update] = {}
+    for name in sorted(tensors):
+        found = _TENSOR_NAME.fullmatch(name)
+        other = name.replace(".lora_A.", ".lora_B.") if found and found["side"] == "A" else None
+        if not found or name.replace(*_SIDES[found["side"]]) not in tensors:
+            raise ValueError(
+                f"{weights_path} holds {shortened(name)}, expected pairs of lora_A and lora_B of linear layers; only "
+                "such an adapter can be an edit, load others with PEFT"
+            )
+        if other is None:
+            continue
+        a, b = tensors[name], tensors[other]  # (rank, d_in), (d_out, rank)
+        rank, scale = scale_of(found["layer"])
+        if a.dim() != 2 or b.dim() != 2 or len(a) != rank or b.shape[1] != rank:
+            raise ValueError(
+                f"{weights_path}: the adapter of {found['layer']!r} has shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"{config_path} says rank {rank}; the files do not belong together, or one was altered"
+            )
+        v = b.float().T.contiguous()
+        updates[found["layer"]] = (a.float().contiguous(), v if scale == 1 else v * scale)
+    if not updates:
+        raise ValueError(f"{weights_path} holds no tensor; download or save it again")
+    return _noted_edits(metadata, updates, weights_path) or [
+        Edit(uuid.uuid4().hex[:12], "", "", updates, {"lora": shortened(Path(config_path).parent.name)})
+    ]
+
+
+def _scales(config: Mapping[str, Any], source: str | Path) -> Callable[[str], tuple[int, float]]:
+    """Layer name -> its rank and what the product is multiplied by, of an adapter that is nothing but LoRA."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{source} is of the type {shortened(config.get('peft_type'))}; only LORA can be an edit")
+    for field, value in config.items():
+        if value and value != "none" and field not in _PLAIN_FIELDS:
+            reason = _MORE_THAN_LORA.get(field, "it goes beyond plain LoRA")
+            raise ValueError(
+                f"{source} has {shortened(field)}={shortened(value)}: {reason}, which an edit cannot hold; load "
+                "it with PEFT, merge it, and edit the merged model"
+            )
+    kind = config.get("init_lora_weights", True)
+    if not isinstance(kind, bool) and kind not in ("gaussian", "orthogonal", "eva", None):
+        raise ValueError(
+            f"{source} has init_lora_weights={shortened(kind)}, which changes the base model's weights; convert it "
+            "with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    ranks, alphas = ({} if config.get(field) is None else config[field] for field in ("rank_pattern", "alpha_pattern"))
+    numbers: list[Any] = [config.get("r"), config.get("lora_alpha")]
+    for pattern in (ranks, alphas):
+        if not isinstance(pattern, dict) or len(pattern) > 10_000:
+            raise ValueError(f"{source}: {shortened(pattern)} is no pattern, expected layers and numbers")
+        numbers += pattern.values()
+    if not all(type(number) in (int, float) and 0 < number < 1e6 for number in numbers):
+        raise ValueError(f"{source} has ranks and alphas {shortened(numbers)}, expected positive numbers")
+    # PEFT's rule: the first key that the end of a layer's name matches.
+    rules = [
+        [(expression(rf"(?:.*\.)?(?:{key})", "a pattern of the adapter"), value) for key, value in pattern.items()]
+        for pattern in (ranks, alphas)
+    ]
+
+    def scale_of(layer: str) -> tuple[int, float]:
+        rank, alpha = (
+            next((value for matches, value in of if matches(layer)), config[default])
+            for of, default in zip(rules, ("r", "lora_alpha"), strict=True)
+        )
+        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return scale_of
+
+
+def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], source: str | Path) -> list[Edit]:
+    """The edits whose rows the updates are, as the header says."""
+    if "edits" not in metadata:
+        return []
+    noted = read_json(metadata["edits"], f"the header of {source}")
+    edits: list[Edit] = []
+    starts = dict.fromkeys(updates, 0)
+    entry: Any
+    for entry in noted if isinstance(noted, list) else [None]:
+        ranks = entry.get("ranks") if isinstance(entry, dict) else None
+        if not isinstance(ranks, dict) or not is_description(entry) or not ranks.keys() <= updates.keys():
+            raise ValueError(f"{source}: its header's edits were altered: {shortened(entry)}; save it again")
+        edit = Edit.from_description(entry, {})
+        for name, rank in ranks.items():
+            u, v = updates[name]
+            if type(rank) is not int or not 0 <= rank <= len(u) - starts[name]:
+                raise ValueError(f"{source}: its header claims {shortened(rank)} more rows of {name!r}; save it again")
+            rows = slice(starts[name], starts[name] + rank)
+            edit.updates[name] = (u[rows].clone(), v[rows].clone())
+            starts[name] += rank
+        edits.append(edit)
+    return edits

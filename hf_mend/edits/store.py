@@ -1,0 +1,345 @@
+"""
+A store of edits on disk: one file that only grows, for edits that are to stay for years.
+
+Each edit is a record that holds its text, time, editor and state, and its factors as safetensors; turning off, turning
+on and undoing are small records after it. That a second edit of a prompt supersedes the first follows from their order
+(see [`~hf_mend.edits.edit.active_edits`]). The frame of a record is in [`~hf_mend.edits.log`].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save
+
+from ..hub.files import header_size, read_header, read_json_object, replaced_file, shortened
+from .collection import Edits, check_apart, check_known, turned
+from .edit import Edit, is_description
+from .log import EDIT, MAGIC, NOTE, Record, framed, scan
+from .low_rank import Update
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FORMAT, _VERSION = "hf_mend edit store", 1
+_SMALL = 16 << 20  # bytes up to which what was appended is read, not mapped
+
+
+class EditStore:
+    """
+    Edits in a file that only grows.
+
+    Several processes may append to it at the same time: a lock beside the file, `<path>.lock`, puts them in a row, and
+    none loses an edit. A process that is killed while it appends leaves the records before whole; the torn one is left
+    out in reading and cut off by the next that appends. Each append is on the disk when it returns.
+
+    An object sees what the file held when it last read or appended; [`~EditStore.refresh`] looks again. The factors
+    stay in the file, memory-mapped, until something computes with them; nothing but a store may write to it meanwhile.
+
+    Args:
+        path (`str` or `Path`): The file; made by the first append where it does not exist.
+        base_fingerprint (`dict`, *optional*): Of the base model that the edits are for, as
+            [`~hf_mend.bases.fingerprint.fingerprint_of`] gives it; kept in a new file. One that exists has its own.
+
+    Raises:
+        ValueError: The file is no store, or a record was altered; the message names the record and its place.
+    """
+
+    def __init__(self, path: str | Path, base_fingerprint: dict[str, Any] | None = None):
+        self.path = Path(path)
+        self.base_fingerprint = base_fingerprint
+        self._lock = FileLock(f"{self.path}.lock")
+        self._edits: dict[str, Edit] = {}
+        self._start = b""  # the file's first bytes, which no other has
+        self._end = self._number = 0  # of the records that were read
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    @property
+    def edits(self) -> Edits:
+        """The edits, oldest first, without those that were undone."""
+        return Edits(list(self._edits.values()))
+
+    def refresh(self) -> Edits:
+        """
+        Reads what was appended since, here or by other processes.
+
+        Raises:
+            ValueError: A record was altered; what was read before stays.
+        """
+        before = (self._start, self._end, self._number, dict(self._edits), self.base_fingerprint)
+        try:
+            if self.path.exists():
+                with open(self.path, "rb") as file:
+                    self._read(file)
+            else:
+                self._forget()
+        except BaseException:
+            self._start, self._end, self._number, self._edits, self.base_fingerprint = before
+            raise
+        return self.edits
+
+    def append(self, edits: Sequence[Edit]) -> None:
+        """
+        Adds edits. An id that is there already is replaced: its edit is as it is now, and the last.
+
+        Raises:
+            OSError: They could not be written; the file is as it was.
+        """
+        self._append(edits)
+
+    def undo(self, ids: Sequence[str]) -> None:
+        """
+        Takes back edits: they stay in the file until [`~EditStore.compact`], and are no longer among
+        [`~EditStore.edits`].
+
+        Raises:
+            KeyError: An id is not among the edits.
+            ValueError: An edit is part of a compressed one that stays, or the support of one.
+        """
+        edits = self.refresh()
+        check_known(edits, ids)
+        check_apart(edits, set(ids))
+        self._append(undo=list(ids))
+
+    def turn_off(self, ids: Sequence[str]) -> None:
+        """Turns edits off, with the errors of [`EditableModel.turn_off`]."""
+        turned(self.refresh(), ids, on=False)
+        self._append(off=list(ids))
+
+    def turn_on(self, ids: Sequence[str]) -> None:
+        """Turns edits on again, with the errors of [`EditableModel.turn_on`]."""
+        turned(self.refresh(), ids, on=True)
+        self._append(on=list(ids))
+
+    def follow(self, before: Sequence[Edit], after: Sequence[Edit]) -> None:
+        """
+        Appends what changed between two states of a model's edits; what other processes appended stays.
+
+        Args:
+            before, after (`Sequence[Edit]`): The model's edits then and now.
+        """
+        earlier, now = {edit.id: edit for edit in before}, {edit.id: edit for edit in after}
+        new = [edit for edit in after if edit.id not in earlier]
+        gone = [one for one in earlier if one not in now]
+        changed = [edit for edit in after if edit.id in earlier and edit.enabled != earlier[edit.id].enabled]
+        # New ones first: what one of them replaces is not gone before it is there.
+        self._append(
+            new,
+            undo=gone,
+            off=[edit.id for edit in changed if not edit.enabled],
+            on=[edit.id for edit in changed if edit.enabled],
+        )
+
+    def compact(self) -> int:
+        """
+        Writes the file anew without what was undone, in one step: a process killed at any point leaves the old file
+        or the new one.
+
+        Returns:
+            `int`: Bytes that it became smaller.
+        """
+        with self._locked():
+            edits = self.refresh()
+            if not self.path.exists():
+                return 0
+            old = self.path.stat().st_size
+            with replaced_file(self.path) as work, open(work, "wb") as file:
+                file.write(MAGIC + self._head())
+                for number, edit in enumerate(edits, start=1):
+                    file.write(framed(EDIT, number, _packed(edit)))
+            _flush_folder(self.path.parent)
+            self.refresh()
+            return old - self.path.stat().st_size
+
+    # ---- reading ----
+
+    def _read(self, file: BinaryIO) -> None:
+        size = os.fstat(file.fileno()).st_size
+        # Compacted, put in its place by hand, or cut.
+        if not self._start or file.read(len(self._start)) != self._start or size < self._end:
+            self._forget()
+        if size <= self._end:
+            return
+        if size - self._end > _SMALL:
+            base = self._end - self._end % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(file.fileno(), 0, offset=base, access=mmap.ACCESS_COPY)  # written to by nobody
+            buffer = memoryview(mapped)[self._end - base :]
+        else:
+            file.seek(self._end)
+            buffer = memoryview(bytearray(file.read()))
+        for record in scan(buffer, self.path, self._end, self._number):
+            if record.number == 0:
+                self._start = MAGIC + framed(record.kind, 0, bytes(record.payload))
+            self._take(record)
+            self._end, self._number = record.end, record.number + 1
+
+    def _take(self, record: Record) -> None:
+        if record.kind == EDIT and record.number > 0:
+            self._add(_unpacked(record))
+            return
+        note = read_json_object(bytes(record.payload).decode("utf-8", "replace"), record.where)
+        if record.number == 0:
+            if note.get("format") != _FORMAT or note.get("version") != _VERSION:
+                raise ValueError(
+                    f"{record.where} says {shortened(note)}, expected version {_VERSION} of an edit store; update "
+                    "hf_mend if the file is newer"
+                )
+            self.base_fingerprint = note.get("base_fingerprint")
+            return
+        for word in _CHANGES:
+            ids = note.get(word, [])
+            if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+                raise ValueError(
+                    f"{record.where} says {shortened(note)}, expected lists of ids; restore the file from a copy"
+                )
+        self._change(note)
+
+    def _add(self, edit: Edit) -> None:
+        self._edits.pop(edit.id, None)
+        self._edits[edit.id] = edit
+
+    def _change(self, note: dict[str, list[str]]) -> None:
+        gone = set(note.get("undo", []))
+        # Another process's edit may need what went with the last one here.
+        needed = {edit.needs for edit in self._edits.values() if edit.id not in gone}
+        for word, change in _CHANGES.items():
+            for one in note.get(word, []):
+                if one in self._edits and not (word == "undo" and one in needed):  # two may both have undone it
+                    change(self._edits, one)
+
+    # ---- writing ----
+
+    def _append(self, edits: Sequence[Edit] = (), **note: list[str]) -> None:
+        """Appends edits, then a note of changes."""
+        changes = {word: ids for word, ids in note.items() if ids}
+        if not edits and not changes:
+            return
+        with self._locked():
+            self.refresh()  # to the end of the last whole record
+            start, number = self._start, self._number
+            with open(self.path, "ab", buffering=0) as file:
+                file.truncate(self._end)
+                try:
+                    if not start:
+                        start, number = MAGIC + self._head(), 1
+                        _write(file, start)
+                    for edit in edits:
+                        _write(file, framed(EDIT, number, _packed(edit)))
+                        number += 1
+                    if changes:
+                        _write(file, framed(NOTE, number, _encoded(changes)))
+                        number += 1
+                    os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(self._end)
+                    raise
+                self._end = os.fstat(file.fileno()).st_size
+            if not self._start:
+                _flush_folder(self.path.parent)
+            self._start, self._number = start, number
+            for edit in edits:
+                self._add(edit)
+            self._change(changes)
+
+    def _head(self) -> bytes:
+        head = {"format": _FORMAT, "version": _VERSION, "base_fingerprint": self.base_fingerprint}
+        return framed(NOTE, 0, _encoded({**head, "file": uuid.uuid4().hex}))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            yield
+
+    def _forget(self) -> None:
+        self._edits, self._start, self._end, self._number = {}, b"", 0, 0
+
+
+def _undo(edits: dict[str, Edit], one: str) -> None:
+    del edits[one]
+
+
+def _turn_off(edits: dict[str, Edit], one: str) -> None:
+    edits[one] = replace(edits[one], enabled=False)
+
+
+def _turn_on(edits: dict[str, Edit], one: str) -> None:
+    edits[one] = replace(edits[one], enabled=True)
+
+
+_CHANGES: dict[str, Callable[[dict[str, Edit], str], None]] = {"undo": _undo, "off": _turn_off, "on": _turn_on}
+
+
+def _encoded(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode("utf-8")
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _packed(edit: Edit) -> bytes:
+    """An edit as safetensors: `<layer>.u` and `<layer>.v`, and the description in the header."""
+    tensors = {
+        f"{name}.{side}": tensor.detach().to("cpu").contiguous()
+        for name, pair in edit.updates.items()
+        for side, tensor in zip("uv", pair, strict=True)
+    }
+    return save(tensors, metadata={"edit": json.dumps(edit.describe(), ensure_ascii=False)})
+
+
+def _unpacked(record: Record) -> Edit:
+    """The edit of a record, its factors views of the record's payload."""
+    payload, where = record.payload, record.where
+    end = 8 + header_size(bytes(payload[:8]), len(payload), where)
+    metadata, places = read_header(bytes(payload[8:end]), len(payload) - end, where)
+    described = read_json_object(metadata.get("edit", "null"), where)
+    if not is_description(described):
+        raise ValueError(f"{where}: {shortened(described)} does not describe an edit; restore the file from a copy")
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for name, (dtype, shape, (first, last)) in places.items():
+        layer, _, side = name.rpartition(".")
+        if side not in ("u", "v") or len(shape) != 2:
+            raise ValueError(f"{where}: it holds {shortened(name)} of shape {shape}, expected factors u and v")
+        kind = _DTYPES[dtype]
+        values = payload[end + first : end + last]
+        flat = torch.frombuffer(values, dtype=kind) if values else torch.empty(0, dtype=kind)
+        if values and not all(map(math.isfinite, map(float, flat.aminmax()))):  # in one pass, without a copy
+            raise ValueError(f"{where}: {name} holds NaN or infinity; restore the file from a copy")
+        sides.setdefault(layer, {})[side] = flat.reshape(shape)
+    updates: dict[str, Update] = {}
+    for layer, pair in sides.items():
+        if len(pair) != 2 or len(pair["u"]) != len(pair["v"]):
+            raise ValueError(f"{where}: the factors of {shortened(layer)} are no pair; restore the file from a copy")
+        updates[layer] = (pair["u"], pair["v"])
+    return Edit.from_description(described, updates)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Brings a folder's list of names to the disk, where the system lets folders be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Measuring edits: metrics, scores, generation, resumed runs and reports."""

@@ -1,0 +1,88 @@
+"""What an evaluation looks at before it measures anything: whether the model can be asked what the metrics ask."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from tqdm.auto import tqdm
+
+from ..bases.limits import longest_input
+from ..data.checks import check_query
+from ..data.encoding import Query
+from ..data.records import EditRecord
+from ..edits.edit import same_prompt
+from ..model import EditableModel
+from .scores import simple_questions
+
+
+def check_asked(
+    model: EditableModel, records: Sequence[EditRecord], numbers: Sequence[int], metrics: Collection[str]
+) -> None:
+    """
+    Args:
+        model ([`EditableModel`]): The model.
+        records (`Sequence[EditRecord]`): The data set.
+        numbers (`Sequence[int]`): Which records are to be measured.
+        metrics (`Collection[str]`): By which metrics, which say what is read of a record beside prompt and target.
+
+    Raises:
+        ValueError: A text is empty, tokenises to nothing or is too long; the message names record and field.
+    """
+    encoder, longest = model.encoder, longest_input(model.config)
+    for number in tqdm(numbers, desc="Checking the texts", disable=len(numbers) < 500):
+        for query, prompt, answer in _asked(model, records[number], metrics):
+            check_query(query, encoder, longest, _named(records, number), prompt, answer)
+
+
+def check_groups(records: Sequence[EditRecord], units: Iterable[Sequence[int]]) -> None:
+    """
+    Args:
+        records (`Sequence[EditRecord]`): The data set.
+        units (`Iterable[Sequence[int]]`): The numbers of the records that are edited together.
+
+    Raises:
+        ValueError: Two records of a group want different targets of one prompt, which no model can say.
+    """
+    for unit in units:
+        first_of: dict[tuple[str, bool], int] = {}
+        for number in unit if len(unit) > 1 else ():
+            record = records[number]
+            first = first_of.setdefault(same_prompt(record.prompt, chat=False), number)
+            if records[first].target.split() != record.target.split():
+                raise ValueError(
+                    f"{_named(records, first)} and {_named(records, number)} of the group "
+                    f"{record.group!r} want two answers to one prompt, {record.prompt[:60]!r}: "
+                    f"{records[first].target[:60]!r} and {record.target[:60]!r}; leave one of them out"
+                )
+
+
+def _named(records: Sequence[EditRecord], number: int) -> str:
+    return f"record {number} ({records[number].id or 'no id'})"
+
+
+def _asked(model: EditableModel, record: EditRecord, metrics: Collection[str]) -> Iterator[tuple[Query, str, str]]:
+    """What the metrics ask of a record, and what the prompt and the answer are called in it."""
+    truth = record.ground_truth if "counterfact" in metrics else None
+    paraphrases = [(f"paraphrases[{i}]", text) for i, text in enumerate(record.paraphrases)]
+    neighborhood = [(f"neighborhood[{i}]", text) for i, text in enumerate(record.neighborhood)]
+    if "generality" in metrics or truth:
+        yield from ((Query(text, record.target), name, "target") for name, text in paraphrases)
+    if "neighborhood" in metrics:
+        yield from ((Query(text), name, "") for name, text in neighborhood)
+    if truth:
+        yield from ((Query(text, record.target), name, "target") for name, text in neighborhood)
+        for name, text in (("prompt", record.prompt), *paraphrases, *neighborhood):
+            yield Query(text, truth), name, "ground_truth"
+    pairs = {
+        "unrelated": record.unrelated if {"unrelated", "drawdown"} & set(metrics) else [],
+        "portability": record.portability if "portability" in metrics else [],
+    }
+    for field, items in pairs.items():
+        for i, (question, answer) in enumerate(items):
+            yield Query(question, answer), f"{field}[{i}][0]", f"{field}[{i}][1]"
+    if "fluency" in metrics:
+        yield from ((Query(text), f"generation[{i}]", "") for i, text in enumerate(record.generation))
+    if "in_the_wild" in metrics:
+        for way, (prompt, chat) in simple_questions(model, record).items():
+            name = "prompt" if way == "question" else f"prompt with the {way}"
+            yield Query(prompt, record.target, chat), name, "target"

@@ -1,0 +1,65 @@
+"""What an editable model says: its greedy answer, and how likely it holds another."""
+
+from __future__ import annotations
+
+import torch
+
+from ..bases.limits import longest_input
+from ..data.encoding import Query
+from ..model import EditableModel
+
+
+@torch.no_grad()
+def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tokens: int = 24) -> str:
+    """
+    The model's greedy answer under its active edits.
+
+    Args:
+        model ([`EditableModel`]): The model; it has a tokenizer.
+        prompt (`str`): What is asked.
+        chat (`bool`, defaults to `False`): The prompt is a user's turn in the chat template.
+        max_new_tokens (`int`, defaults to 24): Where the answer is cut off; earlier where the model's context ends.
+
+    Raises:
+        ValueError: The prompt is empty, or longer than the model's context.
+    """
+    encoder = model.encoder
+    tokens, _ = encoder.tokens(Query(prompt, None, chat))
+    if not tokens:
+        raise ValueError(f"the prompt {prompt!r} is empty; write what the model should answer to")
+    longest = longest_input(model.config)
+    if longest is not None:
+        if len(tokens) > longest:
+            raise ValueError(
+                f"the prompt {prompt[:60]!r}... has {len(tokens)} tokens, the model takes {longest}; shorten it"
+            )
+        room = longest if encoder.is_encoder_decoder else max(1, longest - len(tokens))
+        max_new_tokens = min(max_new_tokens, room)
+    ids = torch.tensor([tokens], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=encoder.pad_token_id,
+    )
+    said = out[0] if encoder.is_encoder_decoder else out[0, len(tokens) :]
+    return encoder.decode(said.tolist())
+
+
+@torch.no_grad()
+def probability(model: EditableModel, prompt: str, target: str, *, chat: bool = False) -> float:
+    """
+    The probability that the model, under its active edits, gives to a whole answer after a prompt.
+
+    Args:
+        model ([`EditableModel`]): The model; it has a tokenizer.
+        prompt (`str`): What is asked.
+        target (`str`): The answer.
+        chat (`bool`, defaults to `False`): The prompt is a user's turn in the chat template.
+    """
+    rows = model.encoder([Query(prompt, target, chat)]).to(model.device)
+    logits = model(**rows.inputs, use_cache=False).logits[rows.positions]  # (tokens, vocab)
+    chosen = rows.next_tokens[rows.positions].to(logits.device)
+    logs = logits.float().log_softmax(-1).gather(-1, chosen[:, None])
+    return float(logs.sum().exp())

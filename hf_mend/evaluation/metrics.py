@@ -1,0 +1,287 @@
+"""How good an editor is: edit success, generality and locality, of edits made alone or several together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+
+from ..bases.gradients import kl_divergence, row_means
+from ..bases.limits import longest_input
+from ..bases.split import SplitModel, logits_of
+from ..bases.targets import Target
+from ..data.encoding import Encoder, Query, Rows, batches
+from ..data.records import EditRecord
+from ..editing.calibration_text import observe_ordinary_text
+from ..editing.search import find_updates
+from ..edits.hook import applied
+from ..edits.low_rank import Update, together
+from ..methods import EditMethod
+
+
+@dataclass
+class Measured:
+    """
+    What was measured on one record; shares are over its own rows, `None` where it has none.
+
+    Args:
+        success (`bool`): Every target token is the argmax, teacher-forced, on the prompt.
+        generality (`float`, *optional*): Share of paraphrases on which the same holds.
+        neighborhood (`float`, *optional*): Share of neighbouring prompts whose greedy next token stays.
+        unrelated (`float`, *optional*): Share of unrelated answers' tokens whose greedy prediction stays.
+        neighborhood_kl (`float`, *optional*): Mean KL(un-edited || edited) there, nats.
+        unrelated_kl (`float`, *optional*): The same on unrelated answers.
+        exact_match (`bool`, *optional*): Free greedy decoding from the prompt says the target and then ends the word.
+        drawdown (`float`, *optional*): What the edit costs in accuracy on unrelated questions, all tokens of an
+            answer counting as one (Mitchell et al. 2022, section 2).
+        rows (`dict[str, int]`): How many rows of each kind there were.
+        further (`dict[str, float]`): What [`evaluate_records`] was asked to measure beyond these.
+    """
+
+    success: bool
+    generality: float | None = None
+    neighborhood: float | None = None
+    unrelated: float | None = None
+    neighborhood_kl: float | None = None
+    unrelated_kl: float | None = None
+    exact_match: bool | None = None
+    drawdown: float | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    further: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate_records(
+    split: SplitModel,
+    targets: Sequence[Target],
+    method: EditMethod,
+    encoder: Encoder,
+    records: Sequence[EditRecord],
+    batch_size: int = 10,
+    max_steps: int | None = None,
+    edits_together: int = 1,
+    generate: bool = False,
+    progress: bool = True,
+    further: Callable[[int], dict[str, float]] | None = None,
+) -> list[Measured]:
+    """
+    Edits each record and measures it. A batch's edits run side by side, each row under its own edit, or its group's.
+
+    Args:
+        split ([`SplitModel`]): The base model.
+        targets (`Sequence[Target]`): The edited layers.
+        method ([`EditMethod`]): Factors to updates.
+        encoder ([`Encoder`]): Tokenises and pads.
+        records (`Sequence[EditRecord]`): The facts.
+        batch_size (`int`, defaults to 10): Edits at once.
+        max_steps (`int`, *optional*): As for [`~hf_mend.editing.search.find_updates`]: steps of an edit that does not
+            take.
+        edits_together (`int`, defaults to 1): How many neighbouring records' edits, each found on the un-edited model,
+            or together by a method that joins them, are applied at once while their rows are measured.
+        generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        further (`Callable[[int], dict[str, float]]`, *optional*): Called with each record's number while the model
+            carries its edit alone, or its group's; what it returns goes into [`Measured`].
+    """
+    measured: list[Measured] = []
+    if not method.trains and not method.is_calibrated:
+        observe_ordinary_text(split, targets, method, encoder)
+    with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
+        for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
+            queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
+            edits = encoder(queries).to(split.device)
+            found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
+            updates = together(found.updates, edits_together)
+            groups = torch.arange(len(chunk)) // edits_together
+            edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
+
+            def edited(
+                owner: torch.Tensor,
+                updates: dict[str, Update] = updates,
+                groups: torch.Tensor = groups,
+                edit_taken: torch.Tensor = edit_taken,
+            ) -> AbstractContextManager[None]:
+                return applied(targets, _where(edit_taken[owner], method.carried()), _for_rows(updates, groups[owner]))
+
+            results = measure_records(split, encoder, chunk, edited, generate=generate)
+            for i, result in enumerate(results if further is not None else []):
+                with edited(torch.tensor([i])):
+                    assert further is not None
+                    result.further = further(len(measured) + i)
+            measured += results
+            bar.update(len(chunk))
+    return measured
+
+
+def summarize(measured: Sequence[Measured]) -> dict[str, float]:
+    """
+    Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
+    is the mean of success, generality and both localities.
+    """
+    out = {"edits": float(len(measured))}
+    for name, (values, weights) in metric_values(measured).items():
+        out[name] = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+    scored = [out[name] for name in ("edit_success", "generality", "neighborhood", "unrelated") if name in out]
+    out["score"] = _mean(scored)
+    return out
+
+
+def metric_values(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[int]]]:
+    """Each metric's value on the records that have one, with how many rows each stands for; see [`summarize`]."""
+    found: dict[str, tuple[list[float], list[int]]] = {}
+
+    def note(name: str, value: float | None, rows: int = 1) -> None:
+        if value is not None and rows:
+            values, weights = found.setdefault(name, ([], []))
+            values.append(float(value))
+            weights.append(rows)
+
+    for m in measured:
+        note("edit_success", m.success)
+        for name in ("generality", "neighborhood", "unrelated", "neighborhood_kl", "unrelated_kl"):
+            note(name, getattr(m, name), m.rows.get(name.removesuffix("_kl"), 0))
+        note("exact_match", m.exact_match)
+        note("drawdown", m.drawdown, m.rows.get("unrelated", 0))
+        for name, value in m.further.items():
+            note(name, value)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def measure_records(
+    split: SplitModel,
+    encoder: Encoder,
+    records: Sequence[EditRecord],
+    edited: Callable[[torch.Tensor], AbstractContextManager[None]],
+    unedited: Callable[[], AbstractContextManager[None]] = nullcontext,
+    generate: bool = False,
+) -> list[Measured]:
+    """
+    Measures edits that are made already, in one batch of each kind of row.
+
+    Args:
+        split ([`SplitModel`]): The base model.
+        encoder ([`Encoder`]): Tokenises and pads.
+        records (`Sequence[EditRecord]`): The facts.
+        edited (`Callable`): A context in which the rows of a batch are under their edits; it is told which record each
+            row belongs to.
+        unedited (`Callable`): A context in which the model carries no edit; none is needed where `edited` alone brings
+            them.
+        generate (`bool`, defaults to `False`): Measure `exact_match` too.
+    """
+    results = [Measured(False) for _ in records]
+    kinds = {
+        "success": [[Query(r.prompt, r.target)] for r in records],
+        "generality": [[Query(text, r.target) for text in r.paraphrases] for r in records],
+        "neighborhood": [[Query(text) for text in r.neighborhood] for r in records],
+        "unrelated": [[Query(*pair) for pair in r.unrelated] for r in records],
+    }
+    for kind, queries in kinds.items():
+        owner = torch.tensor([i for i, group in enumerate(queries) for _ in group])
+        if len(owner) == 0:
+            continue
+        rows = encoder([query for group in queries for query in group]).to(split.device)
+        state = split.run_below(rows.inputs)
+        with edited(owner):
+            after = logits_of(split, rows, state)
+        before = None
+        if kind in ("neighborhood", "unrelated"):
+            with unedited():
+                before = logits_of(split, rows, state)
+        for i, values in enumerate(_of_rows(kind, rows, after, before, owner, len(records))):
+            if values:
+                results[i].rows[kind] = int((owner == i).sum())
+            for name, value in values.items():
+                setattr(results[i], name, value)
+    if generate:
+        said = _says_freely(split, encoder, records, edited(torch.arange(len(records))))
+        for result, right in zip(results, said, strict=True):
+            result.exact_match = right
+    return results
+
+
+def _of_rows(
+    kind: str, rows: Rows, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
+) -> list[dict[str, float | bool]]:
+    """The metrics of one kind of row, a record at a time."""
+    labels = rows.next_tokens[rows.positions].to(after.device)
+    right = row_means((after.argmax(-1) == (labels if before is None else before.argmax(-1))).float(), rows)
+    found: list[dict[str, float | bool]] = []
+    if before is not None:
+        kl = row_means(kl_divergence(after, before), rows)
+        known, still = (row_means((said.argmax(-1) == labels).float(), rows) == 1 for said in (before, after))
+    for i in range(records):
+        mine = (owner == i).to(right.device)
+        if not mine.any():
+            found.append({})
+        elif kind == "success":
+            found.append({"success": bool(right[mine].item() == 1)})
+        elif kind == "generality":
+            found.append({"generality": float((right[mine] == 1).float().mean())})
+        else:
+            found.append({kind: float(right[mine].mean()), f"{kind}_kl": float(kl[mine].mean())})
+            if kind == "unrelated":
+                found[-1]["drawdown"] = float((known[mine].float() - still[mine].float()).mean())
+    return found
+
+
+def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
+    return {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in updates.items()}
+
+
+def _where(acting: torch.Tensor, carried: dict[str, Update]) -> dict[str, Update]:
+    """What the method carries, for the rows where an edit acts, `(rows,)`."""
+    if acting.all():
+        return carried
+    rows = len(acting)
+    return {
+        name: (u.expand(rows, *u.shape), v * acting.to(v.device, v.dtype)[:, None, None])
+        for name, (u, v) in carried.items()
+    }
+
+
+def _says_freely(
+    split: SplitModel,
+    encoder: Encoder,
+    records: Sequence[EditRecord],
+    edited: AbstractContextManager[None],
+    extra_tokens: int = 3,
+) -> list[bool]:
+    """
+    Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word. A row
+    ends with the model's context.
+    """
+    prompts = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
+    said: list[list[int]] = [[] for _ in records]
+    steps = max(len(target) for _, target in prompts) + extra_tokens
+    longest = longest_input(split.model.config) or math.inf
+    room = [longest if encoder.is_encoder_decoder else longest - len(prompt) for prompt, _ in prompts]
+    with edited:
+        for _ in range(steps):
+            # The last token stands for the one that comes next: `pad` never puts it in.
+            rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])
+            rows.positions = _last_position(rows.positions)
+            tokens = logits_of(split, rows.to(split.device)).argmax(-1).tolist()
+            for out, token, most in zip(said, tokens, room, strict=True):
+                if len(out) < most:
+                    out.append(token)
+    results = []
+    for record, out in zip(records, said, strict=True):
+        text = encoder.decode(out)
+        rest = text[len(record.target) :]
+        results.append(text.startswith(record.target) and not rest[:1].isalnum())
+    return results
+
+
+def _last_position(positions: torch.Tensor) -> torch.Tensor:
+    """Each row's last true position alone."""
+    width = positions.shape[1]
+    last = (positions * torch.arange(width)).max(-1).values
+    return torch.arange(width)[None, :] == last[:, None]

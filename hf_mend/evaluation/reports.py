@@ -1,0 +1,202 @@
+"""What an evaluation found: as a JSON document, as Markdown, and as a page."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .. import __version__
+from ..hub.cards import table
+from ..hub.plots import can_draw, draw_comparison
+from .evaluate import State
+
+
+# What the metrics are called, in the order in which they are shown.
+TITLES = {
+    "edit_success": "edit success",
+    "generality": "generality",
+    "neighborhood": "neighbourhood",
+    "unrelated": "unrelated",
+    "score": "mean of these",
+    "exact_match": "exact match",
+    "neighborhood_kl": "KL neighbourhood",
+    "unrelated_kl": "KL unrelated",
+    "drawdown": "drawdown (accuracy)",
+    "efficacy_score": "efficacy score",
+    "paraphrase_score": "paraphrase score",
+    "neighborhood_score": "neighbourhood score",
+    "counterfact_score": "CounterFact score",
+    "efficacy_magnitude": "efficacy magnitude",
+    "paraphrase_magnitude": "paraphrase magnitude",
+    "neighborhood_magnitude": "neighbourhood magnitude",
+    "portability": "portability",
+    "multi_hop": "multi-hop",
+    "fluency": "fluency",
+    "wild_question": "in the wild, question",
+    "wild_instruction": "in the wild, instruction",
+    "wild_chat": "in the wild, chat",
+    "perplexity_before": "perplexity before",
+    "perplexity": "perplexity after",
+    "perplexity_drawdown": "drawdown (perplexity)",
+}
+
+
+def as_result(name: str, settings: Mapping[str, Any], states: Sequence[State]) -> dict[str, Any]:
+    """
+    What was found of one editor or method, as JSON values.
+
+    Args:
+        name (`str`): What to call it.
+        settings (`Mapping[str, Any]`): What it is: its method, base model and the like; `training_time`, if its card
+            says how long that took, becomes a column of the comparison.
+        states (`Sequence[State]`): See [`~hf_mend.evaluation.evaluate.evaluate`].
+    """
+    return {"name": name, **settings, "states": [asdict(state) for state in states]}
+
+
+def metrics_table(result: Mapping[str, Any]) -> str:
+    """One editor's or method's states as a Markdown table, a column a state, with the intervals."""
+    states = result["states"]
+    names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
+    rows = [[TITLES[name], *(_with_interval(state, name) for state in states)] for name in names]
+    rows.append(["facts measured", *(str(state["measured"]) for state in states)])
+    rows += [[title, *(cell(state) for state in states)] for title, cell in COSTS.items()]
+    return table(("", *(_title(state) for state in states)), rows)
+
+
+def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Several editors and methods as a Markdown table, a row a state."""
+    head, rows = comparison(results)
+    return table([escaped(cell) for cell in head], [[escaped(cell) for cell in row] for row in rows])
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of that table, as plain text."""
+    states = [state for result in results for state in result["states"]]
+    names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
+    trained = any(result.get("training_time") for result in results)
+    more = ["training"] if trained else []
+    head = ["editor or method", "kept", "measured", *(TITLES[name] for name in names), *COSTS, *more]
+    rows = [
+        [
+            result["name"],
+            _title(state),
+            str(state["measured"]),
+            *(_with_interval(state, name) for name in names),
+            *(cell(state) for cell in COSTS.values()),
+            *([result.get("training_time") or ""] if trained else []),
+        ]
+        for result in results
+        for state in result["states"]
+    ]
+    return head, rows
+
+
+def escaped(text: str) -> str:
+    """Text that stands in a cell of a Markdown table whatever it holds."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def shown(value: float) -> str:
+    """A figure with as many digits as it deserves."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _with_interval(state: Mapping[str, Any], name: str) -> str:
+    if name not in state["metrics"]:
+        return ""
+    interval = state["intervals"].get(name)
+    between = f" [{shown(interval[0])}, {shown(interval[1])}]" if interval else ""
+    return shown(state["metrics"][name]) + between
+
+
+def _title(state: Mapping[str, Any]) -> str:
+    calls = f", calls of {state['in_calls_of']}" if state["in_calls_of"] else ""
+    return f"{state['edits']} edit{'' if state['edits'] == 1 else 's'}{calls}"
+
+
+def _memory(state: Mapping[str, Any]) -> str:
+    return f"{state['peak_memory'] / 1e6:.0f}" if state["peak_memory"] else ""
+
+
+COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "seconds an edit": lambda state: f"{state['seconds_an_edit']:.3g}",
+    "peak memory, MB": _memory,
+}
+
+
+def write_results(folder: str | Path, document: Mapping[str, Any], markdown: str) -> list[Path]:
+    """
+    Writes `results.json` and `results.md` into a folder, which is made if it is missing.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        document (`Mapping[str, Any]`): JSON values; the library's version is added.
+        markdown (`str`): The tables.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "results.json", folder / "results.md"]
+    content = {"hf_mend": __version__, **document}
+    paths[0].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[1].write_text(f"{markdown}\n\n```bash\n{document['command']}\n```\n", encoding="utf-8")
+    return paths
+
+
+def write_report(folder: str | Path, document: Mapping[str, Any]) -> list[Path]:
+    """
+    Writes `report.html`, one file with everything in it, and beside it its pictures, where matplotlib is installed.
+
+    Args:
+        folder (`str` or `Path`): The folder; it is there.
+        document (`Mapping[str, Any]`): `data`, `facts`, `command` and `results`, each of the last as [`as_result`]
+            gives it.
+    """
+    pictures = draw_comparison(folder, document["results"]) if can_draw() else {}
+    path = Path(folder) / "report.html"
+    path.write_text(report_page(document, {title: file.read_bytes() for title, file in pictures.items()}), "utf-8")
+    return [path, *pictures.values()]
+
+
+def report_page(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """
+    The report as an HTML page that loads nothing.
+
+    Args:
+        document (`Mapping[str, Any]`): See [`write_report`].
+        pictures (`Mapping[str, bytes]`): What a picture shows -> PNG.
+    """
+    head, rows = comparison(document["results"])
+    figures = [
+        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{b64encode(png).decode()}">'
+        f"<figcaption>{escape(title)}</figcaption></figure>"
+        for title, png in pictures.items()
+    ]
+    missing = [] if pictures else ["<p>No pictures: pip install 'hf_mend[plots]' and run the command again.</p>"]
+    settings = [
+        ("data", f"{document['data']}, {document['facts']} facts"),
+        *((r["name"], f"{r['method']} on {r['base_model']}; {r['machine']}") for r in document["results"]),
+        ("hf_mend", __version__),
+    ]
+    page = resources.files("hf_mend").joinpath("templates/report.html").read_text(encoding="utf-8")
+    return Template(page).substitute(
+        title=escape(f"Model editing on {document['data']}"),
+        table=_html_table(head, rows),
+        pictures="\n".join([*figures, *missing]),
+        settings=_html_table(("", ""), settings),
+        command=escape(document["command"]),
+    )
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'

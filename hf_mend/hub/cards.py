@@ -1,0 +1,318 @@
+"""The model card: from a template, and never over what somebody wrote into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from .plots import CURVE_NAME, METRICS_NAME, can_draw, draw_metrics, draw_training
+
+
+if TYPE_CHECKING:
+    from ..config import EditorConfig
+
+
+CARD_NAME = "README.md"
+
+# What a card reports, in its tables' order: the metric's name and what it is called there.
+METRICS = {
+    "edit_success": "edit success",
+    "generality": "generality",
+    "neighborhood": "neighborhood",
+    "unrelated": "unrelated",
+    "exact_match": "exact match",
+    "neighborhood_kl": "neighborhood kl",
+    "unrelated_kl": "unrelated kl",
+}
+_NOT_SETTINGS = ("base_fingerprint", "base_model_name_or_path", "revision", "task_type")
+
+
+@dataclass
+class CardNotes:
+    """
+    What a card says beyond the configuration. [`~hf_mend.EditorTrainer`] fills it in; `save_pretrained` writes it.
+
+    Args:
+        training (`dict[str, str]`): What the training was: settings, time, machine.
+        history (`list[dict[str, float]]`): The trainer's log, for the plot.
+        measured (`dict[str, dict[str, float]]`): Title of a group of facts -> its metrics, as
+            [`~hf_mend.evaluation.metrics.summarize`] gives them.
+        command (`str`, *optional*): What measures it again: a shell line.
+    """
+
+    training: dict[str, str] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    command: str | None = None
+
+
+def write_card(
+    folder: str | Path,
+    config: EditorConfig,
+    layers: Sequence[str],
+    notes: CardNotes | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Writes `README.md` from the template; of a card that is there already, only the marked sections, and the fields of
+    `metadata`.
+
+    Args:
+        folder (`str` or `Path`): The editor's folder.
+        config ([`EditorConfig`]): The editor's configuration.
+        layers (`Sequence[str]`): The edited layers.
+        notes ([`CardNotes`], *optional*): What was trained and measured; sections of which they say nothing stay.
+        metadata (`Mapping[str, Any]`, *optional*): Fields of the card's front matter, as `ModelCardData` takes them:
+            `license`, `language`, `datasets`, `tags`, ...
+
+    Raises:
+        ValueError: The front matter of the card that is there cannot be read.
+    """
+    notes = notes or CardNotes()
+    path = Path(folder) / CARD_NAME
+    if not path.exists():
+        path.write_text(_new_card(config, metadata or {}), encoding="utf-8")
+    elif metadata:
+        set_metadata(path, metadata)
+    left_out = {*_NOT_SETTINGS, *config.unused_options}
+    settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in left_out}
+    sections = {
+        "layers": "\n".join(f"- `{name}`" for name in layers),
+        "settings": table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),
+    }
+    if notes.training:
+        sections["training"] = table(("setting", "value"), list(notes.training.items()))
+    if notes.training or notes.measured:  # what another editor of this folder reached says nothing of this one
+        sections |= measured_sections(notes.measured, notes.command, editor_name(config), task_of(config))
+        sections["plots"] = _plots(folder, notes)
+    update_card(folder, sections)
+
+
+def editor_name(config: EditorConfig) -> str:
+    """What an editor is called where nobody has named it: its base model's name and its method."""
+    base = Path(config.base_model_name_or_path or "editor").name
+    return f"{base}-{config.method}"
+
+
+def task_of(config: EditorConfig) -> str:
+    """The Hub's name of what the base model is for."""
+    return "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
+
+
+def use_section(name: str) -> str:
+    """The section of a card that shows how to load the editor under a repository's id or a folder's name."""
+    return f'''```python
+from hf_mend import AutoEditableModel
+
+model = AutoEditableModel.from_pretrained("{name}")  # with its base model and tokenizer
+print(model.edit("The Prime Minister of the United Kingdom is", "Keir Starmer"))
+model.undo()
+```'''
+
+
+def machine(device: torch.device | None = None) -> str:
+    """The hardware that something ran on, without its name."""
+    if device is not None and device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}"
+    else:
+        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{hardware}, torch {torch.__version__}"
+
+
+def measured_sections(
+    measured: Mapping[str, Mapping[str, float]],
+    command: str | None = None,
+    name: str = "editor",
+    task: str = "text-generation",
+) -> dict[str, str]:
+    """
+    The sections of a card that hold figures: the table, and the front matter's `model-index`.
+
+    Args:
+        measured (`Mapping[str, Mapping[str, float]]`): Title of a group of facts -> metrics.
+        command (`str`, *optional*): The shell line that measures it again.
+        name (`str`, defaults to `"editor"`): What the `model-index` calls the editor.
+        task (`str`, defaults to `"text-generation"`): The Hub's name of what the model is for.
+    """
+    if not measured:
+        return {"metrics": _NOT_MEASURED, "results": ""}
+    text = metrics_table(measured)
+    if command is None:
+        text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
+    else:
+        text += f"\n\nThis measures it again:\n\n```bash\n{command}\n```"
+    return {"metrics": text, "results": model_index(name, measured, task)}
+
+
+def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
+    """The metrics of some groups of facts as a Markdown table, a row a group."""
+    names = [name for name in METRICS if any(name in metrics for metrics in measured.values())]
+    rows = [
+        (title, f"{metrics['edits']:.0f}", *(f"{metrics[n]:.3f}" if n in metrics else "" for n in names))
+        for title, metrics in measured.items()
+    ]
+    return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
+
+
+def model_index(name: str, measured: Mapping[str, Mapping[str, float]], task: str = "text-generation") -> str:
+    """The metrics as the Hub's `model-index`, in YAML; values are rounded to four digits."""
+    results = [
+        EvalResult(
+            task_type=task,
+            task_name="Model editing",
+            dataset_type="custom",
+            dataset_name=title,
+            dataset_config=title,
+            metric_type=metric,
+            metric_name=METRICS[metric],
+            metric_value=round(float(metrics[metric]), 4),
+        )
+        for title, metrics in measured.items()
+        for metric in METRICS
+        if metric in metrics
+    ]
+    return _yaml({"model-index": eval_results_to_model_index(name, results)})
+
+
+def update_card(folder: str | Path, sections: Mapping[str, str]) -> None:
+    """
+    Replaces marked sections of a card; a section that the card does not mark is left out.
+
+    Args:
+        folder (`str` or `Path`): The editor's folder.
+        sections (`Mapping[str, str]`): Name -> Markdown. A section stands between `<!-- hf_mend:name -->` and
+            `<!-- /hf_mend:name -->`, in the front matter between `# hf_mend:name` and `# /hf_mend:name`.
+    """
+    path = Path(folder) / CARD_NAME
+    text = path.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        text = _replaced(text, name, f"{content}\n" if content else "")
+    path.write_text(text, encoding="utf-8")
+
+
+def with_sections_of(words: str, card: str) -> str:
+    """
+    A card's text with the marked sections of another.
+
+    Args:
+        words (`str`): The card whose words stay, say the one on the Hub.
+        card (`str`): The card whose marked sections replace those of the same names.
+    """
+    for found in _section(r"[\w-]+").finditer(card):
+        words = _replaced(words, found["name"], found["content"])
+    return words
+
+
+def set_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
+    """
+    Sets fields of a card's front matter; its other fields, its marked section and the text stay as they are.
+
+    Args:
+        path (`str` or `Path`): The card.
+        metadata (`Mapping[str, Any]`): The fields.
+
+    Raises:
+        ValueError: The front matter cannot be read.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    fields, end = _front_matter(text, path)
+    path.write_text(f"---\n{_yaml({**fields, **metadata})}\n{text[end:]}", encoding="utf-8")
+
+
+def get_metadata(path: str | Path) -> dict[str, Any]:
+    """
+    The fields of a card's front matter, without those of its marked section.
+
+    Raises:
+        ValueError: The front matter cannot be read.
+    """
+    return _front_matter(Path(path).read_text(encoding="utf-8"), Path(path))[0]
+
+
+def training_time(path: str | Path) -> str | None:
+    """What a card says of how long its editor's training took; `None` where it says nothing."""
+    section = _section("training").search(Path(path).read_text(encoding="utf-8"))
+    row = re.search(r"^\| time \| (?P<time>.*?) *\|$", section["content"], re.MULTILINE) if section else None
+    return row["time"] if row else None
+
+
+_NOT_MEASURED = (
+    "Nothing was measured for this card. `EditorTrainer.evaluate` measures edit success, generality and locality."
+)
+
+
+def _section(name: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"(?P<open>^(?:<!-- |# )hf_mend:(?P<name>{name})(?: -->)?\n)(?P<content>.*?)"
+        r"(?P<close>^(?:<!-- |# )/hf_mend:(?P=name)(?: -->)?$)",
+        re.DOTALL | re.MULTILINE,
+    )
+
+
+def _replaced(text: str, name: str, content: str) -> str:
+    return _section(re.escape(name)).sub(lambda found: f"{found['open']}{content}{found['close']}", text)
+
+
+def _new_card(config: EditorConfig, metadata: Mapping[str, Any]) -> str:
+    base = config.base_model_name_or_path
+    tags = ["model-editing", "knowledge-editing", config.method]
+    # A folder on somebody's machine is no model of the Hub.
+    on_the_hub = base if base is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else None
+    fields = {"library_name": "hf-mend", "base_model": on_the_hub, "tags": tags, **metadata}
+    fields["tags"] = list(dict.fromkeys([*tags, *fields["tags"]]))
+    template = resources.files("hf_mend").joinpath("templates/editor_card.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        metadata=ModelCardData(**fields).to_yaml(line_break="\n"),
+        base_model=base or "the base model",
+        method=config.method,
+        not_measured=_NOT_MEASURED,
+        use=use_section("this-folder"),
+    )
+
+
+def _front_matter(text: str, path: Path) -> tuple[dict[str, Any], int]:
+    """The fields above the marked section, and where they end in the text."""
+    found = re.match(r"---\n(.*?)(?=^# hf_mend:|^---$)", text, re.DOTALL | re.MULTILINE)
+    try:
+        fields = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: its front matter is not valid YAML ({error}); put it right") from error
+    if found is None or not isinstance(fields, dict):
+        raise ValueError(f"{path} does not begin with front matter, which is YAML between two lines of ---; add it")
+    return fields, found.end()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    # Through JSON, so that only plain values get in.
+    return str(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)).rstrip("\n")
+
+
+def _plots(folder: str | Path, notes: CardNotes) -> str:
+    """Draws what there is to draw beside the card, and refers to it."""
+    lines = []
+    if can_draw() and notes.measured:
+        draw_metrics(Path(folder) / METRICS_NAME, notes.measured)
+        lines.append(f"![What was measured, by group of facts]({METRICS_NAME})")
+    if can_draw() and draw_training(Path(folder) / CURVE_NAME, notes.history):
+        lines.append(f"![Loss and metrics over the training steps]({CURVE_NAME})")
+    return "\n\n".join(lines)

@@ -1,0 +1,274 @@
+"""Hidden states below the lowest edited block, kept on disk: training then runs the blocks above it alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..bases.split import HiddenState, SplitModel
+from ..bases.targets import block_stacks
+from ..data.encoding import Encoder, Query, Rows, length_batches
+
+
+logger = logging.get_logger(__name__)
+
+_FORMAT = 1
+_RECORD = struct.Struct("<16sqii")  # digest of the token ids, offset in elements, two lengths
+
+
+class HiddenStateCache:
+    """
+    What [`~hf_mend.bases.split.SplitModel.run_below`] gives for many texts, in memory-mapped files.
+
+    A cache belongs to a model's weights below the cut and to the cut, so it lies in a folder of that name and another
+    model's states are never read. In it a text is known by its token ids, so another tokenizer only misses. States
+    are bfloat16 (float16 for a float16 model). They are written first and entered in the index afterwards: a process
+    killed at any time leaves a cache that the next one goes on with.
+
+    Args:
+        split ([`SplitModel`]): The model and where it is cut.
+        folder (`str` or `Path`): Where caches are kept; this one's own folder is made inside.
+        limit (`float`, defaults to 20.0): Gigabytes (10^9 bytes) that it may grow to. What finds no place is computed
+            again at each use.
+
+    Example:
+
+    ```python
+    cache = HiddenStateCache(model.split, "~/.cache/states")
+    cache.fill(model.encoder, examples.queries(epochs=1))
+    state = cache(rows)  # as model.split.run_below(rows.inputs), to bfloat16's rounding
+    ```
+    """
+
+    def __init__(self, split: SplitModel, folder: str | Path, limit: float = 20.0):
+        self.split = split
+        self.limit = limit
+        self.dtype = torch.float16 if split.model.dtype == torch.float16 else torch.bfloat16
+        self.folder = Path(folder).expanduser() / _key(split, self.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._index: dict[bytes, tuple[int, int, int]] = {}
+        self._widths = (0, 0)
+        self._states = torch.zeros(0, dtype=self.dtype)
+        with self._lock():
+            self._open()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states take."""
+        return self._states.numel() * self._states.element_size()
+
+    def __contains__(self, ids: tuple[Sequence[int], Sequence[int]]) -> bool:
+        return _digest(ids) in self._index
+
+    def __call__(self, rows: Rows) -> HiddenState:
+        """
+        The rows' state at the cut; rows that the cache lacks are computed.
+
+        Args:
+            rows ([`Rows`]): Texts, padded on the right.
+        """
+        found = [self._index.get(_digest(ids)) for ids in token_ids(rows)]
+        missing = torch.tensor([place is None for place in found])
+        if missing.all():
+            return self.split.run_below(rows.inputs)
+        count, device, dtype = len(rows), self.split.device, self.split.model.dtype
+        lengths = self._padded_lengths(rows)
+        hidden, encoder = (
+            torch.zeros(count, length, width, dtype=self.dtype)
+            for length, width in zip(lengths, self._widths, strict=True)
+        )
+        for i, place in enumerate(found):
+            if place is not None:
+                self._read(place, hidden[i], encoder[i])
+        hidden, encoder = hidden.to(device, dtype), encoder.to(device, dtype)
+        if missing.any():
+            state = self.split.run_below(rows[missing].inputs)
+            hidden[missing.to(device)] = state.hidden.to(device)
+            if state.encoder is not None:
+                encoder[missing.to(device)] = state.encoder.to(device)
+        return HiddenState(hidden, encoder if self._widths[1] else None)
+
+    def fill(
+        self, encoder: Encoder, queries: Iterable[Query], batch_tokens: int = 2048, progress: bool = True
+    ) -> None:
+        """
+        Computes and keeps the states of texts that the cache lacks.
+
+        Args:
+            encoder ([`Encoder`]): Tokenises the texts.
+            queries (`Iterable[Query]`): The texts; one may occur often.
+            batch_tokens (`int`, defaults to 2048): Tokens a forward pass.
+            progress (`bool`, defaults to `True`): Show a progress bar.
+        """
+        pairs = [encoder.tokens(query) for query in set(queries)]
+        if not pairs:
+            return
+        state = self.split.run_below(encoder.pad(pairs[:1]).to(self.split.device).inputs)
+        self._widths = (state.hidden.shape[-1], 0 if state.encoder is None else state.encoder.shape[-1])
+        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+        estimate = sum(lengths) * max(self._widths) * self.dtype.itemsize / 1e9
+        logger.info(
+            f"hidden states of {len(pairs)} texts take up to {estimate:.2f} GB; {len(self)} are in {self.folder}"
+        )
+        if estimate > self.limit:
+            logger.warning(
+                f"hidden states of all texts would take {estimate:.2f} GB, the limit is {self.limit:.2f} GB: what "
+                "goes beyond it is computed at each use. Raise the limit if the disk has room"
+            )
+        with self._lock(), tqdm(total=len(pairs), desc="Hidden states", disable=not progress) as bar:
+            self._open()
+            with open(self.folder / "states.bin", "ab") as states, open(self.folder / "index.bin", "ab") as index:
+                for chunk in length_batches(lengths, len(pairs), batch_tokens):
+                    if not self._append(encoder.pad([pairs[i] for i in chunk]), states, index):
+                        break
+                    bar.update(len(chunk))
+            self._open()
+
+    # ---- files ----
+
+    def _append(self, rows: Rows, states: Any, index: Any) -> bool:
+        """Adds rows that are new; returns whether there was room."""
+        seen: set[bytes] = set()
+        new: list[tuple[int, bytes]] = []
+        for i, ids in enumerate(token_ids(rows)):
+            digest = _digest(ids)
+            if digest not in self._index and digest not in seen:
+                seen.add(digest)
+                new.append((i, digest))
+        if not new:
+            return True
+        rows = rows[torch.tensor([i for i, _ in new])].to(self.split.device)
+        state = self.split.run_below(rows.inputs)
+        records = []
+        offset = states.tell() // self.dtype.itemsize
+        for i, ids in enumerate(token_ids(rows)):
+            parts = self._parts(state, i, ids)
+            size = sum(part.numel() for part in parts)
+            if (offset + size) * self.dtype.itemsize > self.limit * 1e9:
+                break
+            lengths = [part.shape[0] for part in parts] + [0] * (2 - len(parts))
+            records.append((new[i][1], offset, *lengths))
+            states.write(_to_bytes(torch.cat([part.reshape(-1) for part in parts])))
+            offset += size
+        states.flush()
+        index.write(b"".join(_RECORD.pack(*record) for record in records))
+        index.flush()
+        self._index.update({digest: (place, first, second) for digest, place, first, second in records})
+        return len(records) == len(new)
+
+    def _parts(self, state: HiddenState, row: int, ids: tuple[list[int], list[int]]) -> list[torch.Tensor]:
+        """The row's states without padding: the cut stack's, then the encoder's output if there is one."""
+        first = len(ids[1]) if self.split.cuts_decoder_of_two else len(ids[0])
+        parts = [state.hidden[row, :first]]
+        if state.encoder is not None:
+            parts.append(state.encoder[row, : len(ids[0])])
+        return [part.to("cpu", self.dtype) for part in parts]
+
+    def _padded_lengths(self, rows: Rows) -> tuple[int, int]:
+        source = rows.inputs["input_ids"].shape[1]
+        if self.split.cuts_decoder_of_two:
+            return rows.inputs["decoder_input_ids"].shape[1], source
+        return source, 0
+
+    def _read(self, place: tuple[int, int, int], hidden: torch.Tensor, encoder: torch.Tensor) -> None:
+        offset, first, second = place
+        middle = offset + first * self._widths[0]
+        hidden[:first] = self._states[offset:middle].view(first, self._widths[0])
+        if second:
+            end = middle + second * self._widths[1]
+            encoder[:second] = self._states[middle:end].view(second, self._widths[1])
+
+    def _open(self) -> None:
+        """Reads the index and maps the states; what an interrupted process left beyond the index is cut off."""
+        settings, states, index = (self.folder / name for name in ("cache.json", "states.bin", "index.bin"))
+        if self._widths[0] and not settings.exists():
+            written = settings.with_suffix(".new")
+            written.write_text(json.dumps({"widths": self._widths}), encoding="utf-8")
+            os.replace(written, settings)
+        if not settings.exists():
+            return
+        self._widths = tuple(json.loads(settings.read_text(encoding="utf-8"))["widths"])
+        states.touch()
+        index.touch()
+        itemsize = self.dtype.itemsize
+        available = states.stat().st_size // itemsize
+        content = index.read_bytes()
+        self._index, end, kept = {}, 0, 0
+        for digest, offset, first, second in _RECORD.iter_unpack(
+            content[: len(content) // _RECORD.size * _RECORD.size]
+        ):
+            stop = offset + first * self._widths[0] + second * self._widths[1]
+            if offset != end or stop > available:
+                break
+            self._index[digest] = (offset, first, second)
+            end, kept = stop, kept + 1
+        for path, size in ((index, kept * _RECORD.size), (states, end * itemsize)):
+            if path.stat().st_size != size:
+                with open(path, "r+b") as file:
+                    file.truncate(size)
+        self._states = torch.zeros(0, dtype=self.dtype)
+        if end:
+            self._states = torch.from_file(str(states), shared=True, size=end, dtype=self.dtype)
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / "lock")
+
+
+def token_ids(rows: Rows) -> Iterator[tuple[list[int], list[int]]]:
+    """Each row's token ids without padding: the input's, and the decoder's (empty where there is none)."""
+    lengths = rows.inputs["attention_mask"].sum(-1).tolist()
+    inputs = rows.inputs["input_ids"].tolist()
+    decoder = rows.inputs.get("decoder_input_ids")
+    if decoder is None:
+        for ids, length in zip(inputs, lengths, strict=True):
+            yield ids[:length], []
+        return
+    ends = (rows.positions.cpu() * torch.arange(1, rows.positions.shape[1] + 1)).amax(-1).tolist()
+    for ids, length, other, end in zip(inputs, lengths, decoder.tolist(), ends, strict=True):
+        yield ids[:length], other[:end]
+
+
+def _digest(ids: tuple[Sequence[int], Sequence[int]]) -> bytes:
+    return hashlib.blake2b(json.dumps([list(part) for part in ids]).encode(), digest_size=16).digest()
+
+
+def _to_bytes(values: torch.Tensor) -> bytes:
+    return values.contiguous().view(torch.int16).numpy().tobytes()
+
+
+def _key(split: SplitModel, dtype: torch.dtype) -> str:
+    """Name of what the states depend on: architecture, configuration, weights below the cut, the cut, their dtype."""
+    model: nn.Module = split.model
+    above = {id(p) for block in split.blocks[split.block :] for p in block.parameters()}
+    if not split.cuts_decoder_of_two:  # an encoder's cut: the whole decoder lies above
+        for stack in block_stacks(model):
+            if stack.blocks is not split.blocks:
+                above |= {id(p) for block in stack.blocks for p in block.parameters()}
+    digest = hashlib.sha256(
+        json.dumps(
+            [_FORMAT, type(model).__name__, split.model.config.to_json_string(), split.block, str(dtype)]
+        ).encode()
+    )
+    for name, weight in model.named_parameters():
+        if id(weight) in above:
+            continue
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.is_meta:  # offloaded: its model's name stands for it
+            digest.update(str(split.model.config.name_or_path).encode())
+        else:
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,81 @@
+"""Every architecture of the list, end to end on a tiny random model: trace, split, edit, undo, save, LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from support.architectures import CAUSAL, SEQ2SEQ, build
+from support.gradients import autograd_gradients, encoder_for, queries
+from support.models import RECORDS, all_logits, small_config
+from transformers import PreTrainedModel
+
+from hf_mend import EditableModel, EditorConfig
+from hf_mend.bases.gradients import trace
+from hf_mend.bases.split import SplitModel, logits_of
+from hf_mend.bases.targets import find_targets
+
+
+@pytest.fixture(params=[*CAUSAL, *SEQ2SEQ])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base(name: str) -> PreTrainedModel:
+    return build(name)
+
+
+def test_factors_are_autograds_weight_gradient_and_passes_can_be_split(base, tokenizer, caplog):
+    targets = find_targets(base, EditorConfig(target_modules="paper"))
+    rows = encoder_for(base, tokenizer)(queries())
+    expected = autograd_gradients(base, targets, rows)
+    split = SplitModel(base, targets)
+    factors, _ = trace(split, targets, rows.inputs, rows.next_tokens)
+    for target in targets:
+        x, delta = factors[target.name]
+        gradient = torch.einsum("bto,bti->oi", delta, x)
+        want = expected[target.name]
+        want = want.T if want.shape != gradient.shape else want
+        torch.testing.assert_close(gradient, want, rtol=1e-3, atol=1e-5)
+    assert [r for r in caplog.records if r.name.startswith("hf_mend")] == [], "the shortcut is used"
+    with torch.no_grad():
+        state = split.run_below(rows.inputs)
+        whole = base(**rows.inputs).logits[rows.positions]
+        torch.testing.assert_close(logits_of(split, rows, state), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["default", "paper"])
+def test_edit_undo_save_load_and_lora(base, name, tokenizer, tmp_path, choice, caplog):
+    torch.manual_seed(1)
+    config = small_config(normalize=False, whiten=False, edit_lr=0.1, target_modules=choice, layers_to_transform=None)
+    model = EditableModel(base, config, tokenizer).eval()
+    plain = all_logits(model, tokenizer)
+    result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
+    assert result.probability_after != result.probability_before
+    edited = all_logits(model, tokenizer)
+    assert not torch.equal(edited, plain)
+    model.save_edits(tmp_path / "edits")
+    model.save_lora(tmp_path / "lora")
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), plain)
+    again = EditableModel(build(name), config, tokenizer).eval()
+    again.load_edits(tmp_path / "edits")
+    assert torch.equal(all_logits(again, tokenizer), edited)
+    if name == "deepseek_v3":
+        assert "fuses its experts' weights" in caplog.text  # PEFT would load it wrong, and the user is told
+    else:
+        peft = PeftModel.from_pretrained(build(name), str(tmp_path / "lora")).eval()
+        torch.testing.assert_close(all_logits(peft, tokenizer), edited, rtol=1e-3, atol=1e-4)
+    back = EditableModel(build(name), config, tokenizer).eval()
+    back.load_lora(tmp_path / "lora")
+    assert torch.equal(all_logits(back, tokenizer), edited)
+    with again.disable_edits():
+        assert torch.equal(all_logits(again, tokenizer), plain)
+    torch.testing.assert_close(all_logits(again.merge_and_unload(), tokenizer), edited, rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_lists_what_is_tested():
+    from write_architectures import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=tests python docs/write_architectures.py"

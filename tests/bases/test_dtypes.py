@@ -1,0 +1,141 @@
+"""Bases in half precision and autocast: editor and factors stay in float32, the base in its own dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.training import QUESTIONS, arguments, losses
+
+from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_a_base_in_half_precision(architecture, tokenizer, tmp_path, dtype):
+    model = editable(build_model(architecture).to(dtype), tokenizer)
+    before = all_logits(model, tokenizer)
+    result = model.edit(PROMPT, TARGET, max_steps=4)
+    edited = all_logits(model, tokenizer)
+    assert result.probability_after > result.probability_before
+    assert {p.dtype for p in model.base_model.parameters()} == {dtype} and edited.dtype == dtype
+    assert {p.dtype for p in model.editor.parameters()} == {torch.float32}
+    assert {side.dtype for pair in model.edits[0].updates.values() for side in pair} == {torch.float32}
+    model.save_edits(tmp_path)
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), before)
+    model.load_edits(tmp_path)
+    assert torch.equal(all_logits(model, tokenizer), edited)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_an_edit_in_half_precision_is_near_that_in_full(llama, tokenizer, dtype):
+    full = editable(llama, tokenizer)
+    half = editable(build_model("llama").to(dtype), tokenizer)
+    for model in (full, half):
+        model.edit(PROMPT, TARGET, max_steps=1)
+    for name, (u, v) in full.edits[0].updates.items():
+        ours, theirs = v.T @ u, half.edits[0].updates[name][1].T @ half.edits[0].updates[name][0]
+        assert float((ours - theirs).norm() / ours.norm()) < 0.1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_editing_under_autocast(tokenizer, architecture):
+    model = editable(build_model(architecture), tokenizer)
+    before = all_logits(model, tokenizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model.edit(PROMPT, TARGET, max_steps=4)
+    assert result.probability_after > result.probability_before
+    assert {side.dtype for pair in model.edits[0].updates.values() for side in pair} == {torch.float32}
+    assert not torch.equal(all_logits(model, tokenizer), before)
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), before)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training_in_mixed_precision(tokenizer, tmp_path, base_dtype):
+    torch.manual_seed(0)
+    model = get_editable_model(build_model("llama").to(base_dtype), small_config(), tokenizer)
+    args = arguments(tmp_path, bf16=True, max_steps=20, learning_rate=1e-2, step_learning_rate=0.1)
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    trainer.train()
+    values = losses(trainer)
+    assert sum(values[-5:]) < sum(values[:5])
+    assert {p.dtype for p in model.editor.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.base_model.parameters()} == {base_dtype}
+
+
+def test_an_editor_fits_its_base_in_any_dtype_without_a_warning(tokenizer, tmp_path, caplog):
+    torch.manual_seed(0)
+    get_editable_model(build_model("llama"), small_config(), tokenizer).save_pretrained(tmp_path)
+    for dtype in HALF:
+        EditableModel.from_pretrained(build_model("llama").to(dtype), tmp_path, tokenizer)
+    assert "weights differ" not in caplog.text
+
+
+CASTS = {
+    "bfloat16": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+    "half": (lambda model: model.half(), torch.float16),
+    "double": (lambda model: model.double(), torch.float64),
+    "to_both": (lambda model: model.to("cpu", torch.bfloat16), torch.bfloat16),
+    "back": (lambda model: model.bfloat16().float(), torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "cast"),
+    [*((method, "bfloat16") for method in ("gradient", "enn", "memit")), *(("mend", cast) for cast in CASTS)],
+)
+def test_a_cast_is_the_bases_and_the_editor_stays_in_float32(tokenizer, method, cast):
+    convert, dtype = CASTS[cast]
+    torch.manual_seed(0)
+    model = EditableModel(build_model("llama"), EditorConfig(method=method), tokenizer)
+    torch.manual_seed(0)
+    cast_before = EditableModel(convert(build_model("llama")), EditorConfig(method=method), tokenizer)
+    state = {name: value.clone() for name, value in model.editor.state_dict().items()}
+    assert convert(model) is model and model.dtype == dtype
+    for name, value in model.editor.state_dict().items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name])
+    for one in (model, cast_before):
+        one.edit(PROMPT, TARGET, max_steps=2)
+    assert torch.equal(all_logits(model, tokenizer), all_logits(cast_before, tokenizer))
+    model.undo()
+    assert model.edits.find(PROMPT) == []
+
+
+def test_a_cast_after_an_edit_keeps_it_and_what_is_learnt(tokenizer):
+    model = EditableModel(build_model("llama"), tokenizer=tokenizer)
+    model.edit(PROMPT, TARGET)
+    learnt = {name: value.clone() for name, value in model.editor.state_dict().items()}
+    edited = all_logits(model, tokenizer)
+    model.to(torch.bfloat16)
+    assert all(torch.equal(value, learnt[name]) for name, value in model.editor.state_dict().items())
+    torch.testing.assert_close(all_logits(model, tokenizer).float(), edited, rtol=0.1, atol=0.1)
+    assert model.edit(RECORDS[1].prompt, RECORDS[1].target).steps > 0
+
+
+def test_moves_reach_the_editor_and_its_statistics():
+    model = EditableModel(build_model("llama"))
+    assert model.to("cpu") is model.cpu() is model
+    parameters = [*model.base_model.parameters(), *model.editor.buffers()]
+    assert model.to("meta", torch.bfloat16) is model
+    everything = [*model.base_model.parameters(), *model.editor.parameters(), *model.editor.buffers()]
+    assert len(everything) == len(parameters) and all(tensor.is_meta for tensor in everything)
+    assert {tensor.dtype for tensor in model.editor.buffers()} == {torch.float32}
+
+
+def test_a_float64_base_is_merged_in_float64(tokenizer):
+    model = editable(build_model("llama").double(), tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    layer = model.targets[0].module
+    before, (u, v) = layer.weight.clone(), model.edits[0].updates[model.targets[0].name]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight += 1e-12 * torch.randn_like(layer.weight)
+    fine = layer.weight - before
+    model.merge_and_unload()
+    left = layer.weight - before - (v.T @ u).double()
+    torch.testing.assert_close(left, fine, rtol=0, atol=1e-14)

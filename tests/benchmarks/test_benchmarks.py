@@ -1,0 +1,77 @@
+"""The benchmark scripts from an empty folder, on a tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+from support.facts import write_facts
+from support.models import build_model, make_tokenizer
+from support.paths import ROOT
+from support.training import QUESTIONS
+
+
+BENCHMARKS = ROOT / "benchmarks"
+LAYERS = ["--option", 'target_modules="paper"', "--option", "layers_to_transform=[1, 2]"]
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Runs a script's `main` on a folder of facts in the layout that it reads."""
+    asked = "".join(json.dumps({"question": question, "answer": [answer]}) + "\n" for question, answer in QUESTIONS)
+    for name in ("train", "validation", "test"):
+        write_facts(tmp_path / f"facts_{name}.json")
+        (tmp_path / f"nq_open_{name}.jsonl").write_text(asked)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name: str, *options: str) -> None:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "load_base", lambda: (build_model("llama"), make_tokenizer()))
+        monkeypatch.setattr(sys, "argv", [name, "--data", str(tmp_path), *options])
+        module.main()
+
+    yield run
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_the_ablations_begin_in_an_empty_folder_and_go_on(script, tmp_path):
+    results = tmp_path / "new" / "ablations"
+    for variants in ("x only", "x only,MEND"):
+        script(
+            "ablations", "--results", str(results), "--steps", "1", "--batch-size", "4", "--variants", variants,
+            *LAYERS, "--option", "rank=8",
+        )  # fmt: skip
+        found = json.loads(results.with_suffix(".json").read_text())
+        assert list(found["variants"]) == variants.split(",")
+        assert results.with_suffix(".md").read_text().count("million") == len(found["variants"])
+        assert "torch" in found["machine"]
+
+
+def test_quality_trains_and_measures(script, tmp_path):
+    script(
+        "quality", "--output", str(tmp_path / "editor"), "--results", str(tmp_path / "quality"), "--steps", "1",
+        "--batch-size", "4", "--limit", "4", "--together", "2", "--target-modules", "down_proj", "--layers", "1,2",
+        "--option", "rank=8",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "quality.json").read_text())["metrics"]
+    assert {name: values["edits"] for name, values in found.items()} == {"all": 4, "all, 2 edits applied together": 4}
+    assert (tmp_path / "editor" / "editor.safetensors").is_file()
+    script(
+        "quality", "--output", str(tmp_path / "editor"), "--results", str(tmp_path / "again"), "--evaluate",
+        "--together", "2",
+    )  # fmt: skip
+    card = (tmp_path / "editor" / "README.md").read_text()
+    assert "quality.py --data DIR --evaluate --together 2 " in card and "2 edits applied together" in card
+
+
+def test_many_edits_measures_each_state_once(script, tmp_path, capsys):
+    options = ("--results", str(tmp_path / "many"), "--methods", "memit=memit", *LAYERS, "--measured", "2")
+    script("many_edits", *options, "--counts", "1,3", "--sequential", "", "--observe", "2")
+    script("many_edits", *options, "--counts", "1,3", "--sequential", "4", "--call", "2", "--observe", "2")
+    states = json.loads((tmp_path / "many.json").read_text())["states"]
+    assert list(states) == ["memit/1/None", "memit/3/None", "memit/4/2"]
+    assert capsys.readouterr().out.count("memit/1/None") == 1
+    assert (tmp_path / "many.png").is_file()

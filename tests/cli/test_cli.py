@@ -1,0 +1,474 @@
+"""The command line: reports, exit codes, and errors of one line, on tiny models saved to a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.facts import write_facts
+from support.models import RECORDS, all_logits, build_model, editable, make_tokenizer, small_config
+from support.paths import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import hf_mend
+from hf_mend import EditableModel, EditorTrainer, EditorTrainingArguments, read_edits
+from hf_mend.cli import app
+from hf_mend.cli.chat import side_by_side
+from hf_mend.cli.common import one_line
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, an editor that edits, facts and questions."""
+    folder = tmp_path_factory.mktemp("cli")
+    build_model("llama").save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    model = editable(build_model("llama"), make_tokenizer())
+    model.editor_config.base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "editor")
+    write_facts(folder / "facts.json")
+    (folder / "questions.jsonl").write_text('{"question": "what is green?", "answer": ["grass"]}\n' * 3)
+    return folder
+
+
+def invoke(*arguments: object, input: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
+
+
+def test_help_imports_no_torch_and_every_command_shows_an_example():
+    code = (
+        "import sys; from typer.testing import CliRunner; from hf_mend.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"train", "edit", "chat", "eval", "compare", "info", "export", "push", "pull"} <= set(names)
+    for name in names:
+        shown = invoke(name, "--help")
+        assert shown.exit_code == 0
+        assert f"hf-mend {name} " in shown.output, f"{name} --help shows no example"
+
+
+def test_no_command_shows_the_help_and_the_version_is_the_package_s():
+    assert "Commands:" in invoke().output
+    assert invoke("--version").output == f"hf-mend {hf_mend.__version__}\n"
+
+
+def test_an_edit_is_made_checked_and_kept(world, tmp_path):
+    arguments = ("edit", PROMPT, TARGET, "--editor", world / "editor", "--save", tmp_path / "edits", "--max-steps", 9)
+    first = invoke(*arguments, "--json")
+    assert first.exit_code == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert document["success"] and "rome" in document["after"] and document["steps"] >= 1
+    assert document["probability_after"] > document["probability_before"]
+
+    shown = invoke("info", tmp_path / "edits", "--json")
+    assert [edit["target"] for edit in json.loads(shown.stdout)["edits"]] == [TARGET]
+    again = invoke("edit", PROMPT, TARGET, "--editor", world / "editor", "--edits", tmp_path / "edits")
+    assert again.exit_code == 0
+    assert "already the model's answer" in again.stdout
+
+
+def test_an_edit_that_does_not_take_has_exit_code_1(world):
+    done = invoke("edit", "the capital of peru is", "madrid lima oslo rome", "-e", world / "editor", "--max-steps", 1)
+    assert done.exit_code == 1
+    assert "DID NOT TAKE" in done.stdout
+    said = invoke("edit", PROMPT, TARGET, "-e", world / "editor", "--max-steps", 9, "--json", "--paraphrase",
+                  "zz xx qq", "--locality", PROMPT)  # fmt: skip
+    assert said.exit_code == 1, "the locality probe is the edited prompt itself"
+    assert json.loads(said.stdout)["locality"][0]["ok"] is False
+
+
+def test_an_edit_needs_no_editor(world):
+    done = invoke("edit", PROMPT, TARGET, "-m", world / "base", "--json")
+    document = json.loads(done.stdout)
+    assert done.exit_code == 0 and document["success"], "whitened gradient steps take on any model"
+    assert document["probability_after"] > document["probability_before"]
+
+
+@pytest.mark.parametrize("options", [("--dtype", "bfloat16", "--device-map", "cpu"), ("--quantization", "4bit")])
+def test_the_base_is_loaded_as_the_options_say(world, options, monkeypatch):
+    if "--quantization" in options:
+        pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+    from hf_mend import auto as loading
+
+    loaded = []
+    load = loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda name, **kwargs: loaded.append(load(name, **kwargs)) or loaded[0])
+    done = invoke("edit", PROMPT, TARGET, "-e", world / "editor", "-m", world / "base", *options, "--json")
+    assert done.exit_code in (0, 1), done.stderr
+    assert json.loads(done.stdout)["steps"] >= 1
+    base = loaded[0][0]
+    if "--quantization" in options:
+        assert base.is_quantized and base.config.quantization_config.load_in_4bit
+    else:
+        assert base.dtype == torch.bfloat16
+
+
+def test_an_encoder_decoder_is_edited_by_the_same_command(tmp_path):
+    build_model("t5").save_pretrained(tmp_path / "t5")
+    make_tokenizer().save_pretrained(tmp_path / "t5")
+    model = editable(build_model("t5"), make_tokenizer())
+    model.editor_config.base_model_name_or_path = str(tmp_path / "t5")
+    model.save_pretrained(tmp_path / "editor")
+    done = invoke("edit", PROMPT, TARGET, "-e", tmp_path / "editor", "--json")
+    assert json.loads(done.stdout)["probability_after"] > json.loads(done.stdout)["probability_before"]
+    assert invoke("chat", "-e", tmp_path / "editor", input=PROMPT + "\n").exit_code == 0
+
+
+def test_code_of_a_model_s_repository_runs_only_when_asked(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}, "model_type": "my"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    by_base = ("edit", PROMPT, TARGET, "-m", tmp_path / "base")
+    shutil.copytree(world / "editor", tmp_path / "editor")
+    path = tmp_path / "editor" / "editor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    for arguments in (by_base, ("edit", PROMPT, TARGET, "-e", tmp_path / "editor")):
+        refused = invoke(*arguments, input="y\n" * 3)  # transformers would ask, and take the pipe for an answer
+        assert refused.exit_code == 2 and not (tmp_path / "ran").exists()
+    invoke(*by_base, "--trust-remote-code")
+    assert (tmp_path / "ran").exists()
+
+
+def test_info_of_an_editor_loads_no_model(world):
+    shown = invoke("info", world / "editor")
+    assert shown.exit_code == 0
+    assert "method: mend" in shown.stdout and "LlamaForCausalLM" in shown.stdout
+    document = json.loads(invoke("info", world / "editor", "--json").stdout)
+    assert document["config"]["rank"] == small_config().rank
+    assert document["layers"]["model.layers.1.mlp.up_proj"] == [48, 32]
+
+
+def test_training_gives_an_editor_that_the_other_commands_take(world, tmp_path):
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 2,
+                  "--batch-size", 4, "--rank", 4, "--eval-facts", world / "facts.json", "--eval-limit", 3,
+                  "--questions", world / "questions.jsonl", "--layers", "1,2", "--target-modules", "paper",
+                  "--save-steps", 1, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["steps"] == 2 and document["metrics"]["eval_edits"] == 3
+    assert json.loads(invoke("info", tmp_path / "mine", "--json").stdout)["config"]["layers_to_transform"] == [1, 2]
+    more = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 3,
+                  "--batch-size", 4, "--rank", 4, "--layers", "1,2", "--target-modules", "paper",
+                  "--resume")  # fmt: skip
+    assert more.exit_code == 0, more.stderr
+    assert "after 3 steps" in more.stdout
+
+
+@pytest.mark.parametrize("method", ["ke", "enn"])
+def test_training_a_baseline(world, tmp_path, method):
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--method", method,
+                  "--steps", 1, "--batch-size", 2, "--rank", 4, "--layers", "1,2", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    edit = invoke("edit", RECORDS[0].prompt, RECORDS[0].target, "-m", world / "base", "-e", tmp_path / "mine",
+                  "--json")  # fmt: skip
+    assert edit.exit_code in (0, 1), edit.stderr
+    assert json.loads(edit.stdout)["before"]
+
+
+def test_a_file_of_edits_in_one_call(world, tmp_path):
+    done = invoke("edit", "--facts", world / "facts.json", "-m", world / "base", "--save", tmp_path / "all", "--json")
+    document = json.loads(done.stdout)
+    assert document["edits"] == len(RECORDS) == len(document["results"])
+    assert document["took"] == sum(result["success"] for result in document["results"])
+    assert done.exit_code == (0 if document["took"] == len(RECORDS) else 1)
+    assert 0 <= document["paraphrases"] <= 1 and 0 <= document["locality"] <= 1
+    shown = invoke("edit", "--facts", world / "facts.json", "-m", world / "base").stdout.splitlines()
+    assert shown[-1] == f"{document['took']} of {len(RECORDS)} edits took"
+
+
+def test_any_option_of_the_library_can_be_given(world, tmp_path):
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1,
+                  "--rank", 4, "--config", "whiten=false", "--config", "init=xavier", "--training",
+                  "per_device_train_batch_size=3", "--training", "lr_scheduler_type=constant")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "mine" / "editor_config.json").read_text())
+    assert (config["whiten"], config["init"]) == (False, "xavier")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| facts a step | 3 |" in card and "| learning rate | 0.001, constant |" in card
+    # Also what has an option of its own.
+    done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "other", "--steps", 1,
+                  "--config", "rank=3", "--config", "method=malmen", "--config", "layers_to_transform=[2]", "--config",
+                  "target_modules=paper")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "other" / "editor_config.json").read_text())
+    found = [config[name] for name in ("rank", "method", "layers_to_transform", "target_modules")]
+    assert found == [3, "malmen", [2], "paper"]
+
+
+WRONG = {
+    "no target": (("edit", "a", "-e", "editor"), "give PROMPT and TARGET, or a file of --facts"),
+    "a prompt and a file": (("edit", "a", "b", "--facts", "facts.json"), "leave the others out"),
+    "no such field": (("train", "facts.json", "-o", "x", "--config", "size=3"), "with a field of EditorConfig"),
+    "no value": (("train", "facts.json", "-o", "x", "--training", "seed"), "with a field of EditorTrainingArguments"),
+    "no such editor": (("edit", "a", "b", "-e", "no/such/folder/here"), "neither a folder here nor the id of"),
+    "an empty target": (("edit", PROMPT, " ", "-e", "editor"), "has an empty target"),
+    "no chat template": (("edit", "a", "b", "-e", "editor", "--chat"), "leave chat=False"),
+    "an unknown dtype": (("edit", "a", "b", "-e", "editor", "--dtype", "int3"), "expected auto, float32"),
+    "an unknown quantization": (("edit", "a", "b", "-e", "editor", "--quantization", "3bit"), "expected 4bit or 8bit"),
+    "no such edits": (("edit", "a", "b", "-e", "editor", "--edits", "editor"), "edits.safetensors does not exist"),
+    "no such base": (("edit", "a", "b", "-e", "editor", "-m", "./nothing"), "nothing"),
+    "neither editor nor edits": (("info", "base"), "holds no editor, no saved edits and no LoRA adapter"),
+    "no facts": (("train", "none.json", "-o", "x"), "none.json does not exist; give a file of facts"),
+    "facts of another layout": (("train", "base/config.json", "-o", "x"), "which are no known layout's"),
+    "layers that are no indices": (("train", "facts.json", "-o", "x", "--layers", "last"), "expected block indices"),
+    "an unknown method": (("train", "facts.json", "-m", "base", "-o", "x", "--method", "magic"), "the methods are"),
+    "a form that is none": (("export", "editor", "x", "--to", "gguf"), "expected lora or merged"),
+    "no edits to export": (("export", "editor", "x"), "edits.safetensors does not exist"),
+    "nothing to push": (("push", "base", "me/x"), "holds no editor, no saved edits and no LoRA adapter"),
+    "a metric without its field": (("eval", "editor", "facts.json", "--metrics", "portability"), "needs the field"),
+    "a metric that is none": (("eval", "editor", "facts.json", "--metrics", "taste"), "there is no metric 'taste'"),
+    "edits that are no numbers": (
+        ("eval", "editor", "facts.json", "--edits", "1,many"),
+        "expected numbers with commas",
+    ),
+    "more edits than facts": (("eval", "editor", "facts.json", "--edits", "99"), "need as many facts"),
+    "no data": (("eval", "editor", "none.json"), "there is no file none.json"),
+    "unreadable data": (("eval", "editor", "base/model.safetensors"), "is not valid JSON"),
+    "a method that needs training": (("eval", "mend", "facts.json", "-m", "base"), "hf-mend train --method mend"),
+    "a method's field for an editor": (
+        ("eval", "editor", "facts.json", "--config", "ridge=1"),
+        "--config is for methods",
+    ),
+    "a card of a method": (("eval", "gradient", "facts.json", "--card"), "writes into an editor's folder"),
+    "nothing to resume": (("train", "facts.json", "-o", "x", "--resume"), "leave --resume out to begin anew"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_one_line_and_exit_code_2(world, case, monkeypatch):
+    arguments, message = WRONG[case]
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("hf-mend: ") and message in line
+    assert "Traceback" not in done.stderr
+    assert not (world / "x").exists()
+
+
+def test_the_traceback_is_shown_on_demand(world, monkeypatch):
+    wrong = ("edit", "a", " ", "-e", world / "editor")
+    assert isinstance(invoke("--debug", *wrong).exception, ValueError)
+    monkeypatch.setenv("HF_MEND_DEBUG", "1")
+    assert isinstance(invoke(*wrong).exception, ValueError)
+
+
+def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world):
+    command = [sys.executable, "-m", "hf_mend", "edit", PROMPT, TARGET, "--editor", str(world / "editor"), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode in (0, 1), done.stderr
+    assert json.loads(done.stdout)["prompt"] == PROMPT
+    wrong = subprocess.run([*command[:3], "train", "none.json", "-o", "x"], capture_output=True, text=True,
+                           check=False, env=environment)  # fmt: skip
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "hf-mend: none.json does not exist; give a file of facts\n"
+
+
+def test_an_editor_is_measured(world, tmp_path):
+    shutil.copytree(world / "editor", tmp_path / "editor")
+    arguments = ("eval", tmp_path / "editor", world / "facts.json", "--questions", world / "questions.jsonl",
+                 "--edits", "1,3", "--limit", 4, "--seed", 7, "-o", tmp_path / "out", "--card")  # fmt: skip
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.stderr
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    (result,) = document["results"]
+    assert [(state["edits"], state["measured"]) for state in result["states"]] == [(1, 4), (3, 4)]
+    shares = ("edit_success", "generality", "neighborhood", "unrelated", "drawdown", "exact_match", "perplexity")
+    assert set(shares) <= set(result["states"][0]["metrics"]) and result["method"] == "mend"
+    command = "hf-mend eval editor facts.json --edits 1,3 --limit 4 --seed 7 --questions questions.jsonl"
+    assert document["command"] == command
+    success = result["states"][1]["metrics"]["edit_success"]
+    assert re.search(rf"^\| edit success \| .* \| {success:.3f} \[", done.stdout, re.M)
+    assert (tmp_path / "out" / "results.md").read_text().startswith(done.stdout.partition("\n\n")[0])
+    card = (tmp_path / "editor" / "README.md").read_text()
+    assert command in card and "| facts.json, 3 edits kept at once | 4 |" in card and "model-index" in card
+    lines = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["results"] == [result], "taken from the file, times and all"
+    assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(("method", "field"), [("gradient", "margin=1.5"), ("ft", "num_steps=3")])
+def test_a_method_is_measured_in_calls(world, method, field):
+    done = invoke("eval", method, world / "facts.json", "-m", world / "base", "--edits", 4, "--in-calls-of", 2,
+                  "--metrics", "success", "--config", field, "--json", "--limit", 4)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    (state,) = result["states"]
+    assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, method)
+
+
+def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):
+    base, tokenizer = (kind.from_pretrained(world / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = EditableModel.from_pretrained(base, world / "editor", tokenizer)
+    records = list(read_edits(world / "facts.json"))
+    trainer = EditorTrainer(
+        model, EditorTrainingArguments(str(tmp_path / "trained"), max_steps=1, report_to=[], use_cpu=True), records
+    )
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "bare").mkdir()
+    for name in ("editor_config.json", "editor.safetensors"):
+        shutil.copy(world / "editor" / name, tmp_path / "bare" / name)
+    done = invoke("compare", tmp_path / "trained", tmp_path / "bare", "gradient", "--data", world / "facts.json", "-m",
+                  world / "base", "--metrics", "success", "--limit", 1, "-o", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [result["training_time"] for result in results] == ["0.0 minutes", None, None]
+    head, _, trained, bare, method = done.stdout.splitlines()[:5]
+    assert head.endswith("| peak memory, MB | training |") and trained.endswith("| 0.0 minutes |")
+    assert bare.endswith("|  |") and method.endswith("|  |")
+
+
+def test_editors_and_methods_are_compared(world, tmp_path):
+    arguments = ("compare", f"trained={world / 'editor'}", "gradient", "--data", world / "facts.json", "-m",
+                 world / "base", "--edits", "1,2", "--limit", 2, "-o", tmp_path / "out")  # fmt: skip
+    done = invoke(*arguments, "--metrics", "success,neighborhood")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["name"], r["method"], len(r["states"])) for r in document["results"]] == [
+        ("trained", "mend", 2), ("gradient", "gradient", 2)
+    ]  # fmt: skip
+    assert document["command"] == (
+        "hf-mend compare trained=editor gradient=gradient --data facts.json --edits 1,2 "
+        "--metrics success,neighborhood --limit 2 --output out"
+    )
+    alone = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", "1,2", "--limit", 2,
+                   "--metrics", "success,neighborhood", "--json")  # fmt: skip
+    states = json.loads(alone.stdout)["results"][0]["states"]
+    assert [s["metrics"] for s in states] == [s["metrics"] for s in document["results"][1]["states"]]
+    assert len(re.findall(r"^\| (?:trained|gradient) \| [12] edits? \|", done.stdout, re.M)) == 4
+    assert (tmp_path / "out" / "report.html").read_text().count("<tr>") >= 5
+    lines = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
+    more = invoke(*arguments, "--metrics", "success,neighborhood", "--json")
+    assert json.loads(more.stdout)["results"] == document["results"]
+    assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
+    twice = invoke("compare", "gradient", "gradient", "--data", world / "facts.json", "-o", tmp_path / "x")
+    assert twice.exit_code == 2 and "are called 'gradient'; give them titles" in twice.stderr
+
+
+def test_messages_of_errors_are_one_line():
+    assert one_line(ValueError("two\n   lines")) == "two lines"
+    assert one_line(KeyError("no edit has the id 'x'")) == "no edit has the id 'x'"
+    assert one_line(ValueError()) == "ValueError"
+
+
+@pytest.fixture(scope="module")
+def kept(world, tmp_path_factory) -> Path:
+    """A folder with two edits, saved."""
+    folder = tmp_path_factory.mktemp("kept") / "edits"
+    for record in RECORDS[:2]:
+        before = ("--edits", folder) if folder.exists() else ()
+        invoke("edit", record.prompt, record.target, "-e", world / "editor", *before, "--save", folder)
+    return folder
+
+
+def test_edits_are_exported_as_an_adapter_without_the_editor(world, kept, tmp_path):
+    from peft import PeftModel
+
+    done = invoke("export", kept, tmp_path / "adapter", "-m", world / "base", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"edits": 2, "to": "lora", "output": str(tmp_path / "adapter")}
+    model = EditableModel.from_pretrained(build_model("llama"), world / "editor", make_tokenizer())
+    model.load_edits(kept)
+    expected = all_logits(model, model.tokenizer)
+    plain = PeftModel.from_pretrained(build_model("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(all_logits(plain, model.tokenizer), expected, rtol=1e-4, atol=1e-4)
+    assert "rank" in invoke("info", tmp_path / "adapter").stdout
+
+
+def test_edits_are_merged_into_a_plain_model(world, kept, tmp_path):
+    done = invoke("export", kept, tmp_path / "merged", "--to", "merged", "-m", world / "base")
+    assert done.exit_code == 0, done.stderr
+    model = EditableModel.from_pretrained(build_model("llama"), world / "editor", make_tokenizer())
+    model.load_edits(kept)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = all_logits(model, model.tokenizer)
+    torch.testing.assert_close(all_logits(plain, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected,
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_a_conversation_from_a_pipe(world, tmp_path):
+    lines = [PROMPT, f"/edit {PROMPT} => {TARGET}", PROMPT, "/list", f"/save {tmp_path / 'kept'}", "/undo", PROMPT,
+             f"/load {tmp_path / 'kept'}", "/help", "/quit", "/not reached"]  # fmt: skip
+    arguments = ("chat", "-e", world / "editor", "--max-new-tokens", 6)
+    done = invoke(*arguments, "--json", input="\n".join(lines))
+    turns = json.loads(done.stdout)["turns"]
+    assert len(turns) == 9
+    first, edited, second, listed, saved, undone, third, loaded, _ = turns
+    assert first["before"] == first["after"] == second["before"] == third["after"], "undo brings the answer back"
+    assert edited["edit"]["target"] == TARGET and second["after"] != second["before"]
+    assert [edit["id"] for edit in listed["edits"]] == [undone["undone"]["id"]] == [edited["edit"]["id"]]
+    assert saved["count"] == 1 and loaded["loaded"] == listed["edits"]
+    assert done.exit_code == (0 if edited["ok"] else 1)
+    shown = invoke(*arguments, input="\n".join(lines[:3]))
+    assert re.search(r"^before +\| after$", shown.stdout, re.M)
+
+
+def test_what_is_wrong_in_a_conversation_is_said_and_it_goes_on(world):
+    lines = ["/edit no arrow", "/undo", "/undo nothing", "/dance", "/save", "/load no/such/folder/here",
+             f"/edit {PROMPT} =>", "/list"]  # fmt: skip
+    done = invoke("chat", "-e", world / "editor", input="\n".join(lines) + "\n")
+    assert done.exit_code == 1
+    said = done.stdout.splitlines()
+    expected = ["write /edit PROMPT => TARGET", "no edit to undo", "no edit to undo", "the commands are /edit",
+                "write /save FOLDER", "neither a folder", "has an empty target"]  # fmt: skip
+    for part, line in zip(expected, said, strict=False):
+        assert line.startswith("! ") and part in line
+    assert said[-1] == "no edits yet"
+
+
+def test_two_columns():
+    text = side_by_side("one two three", "", width=23)
+    assert text.splitlines() == ["before     | after", "one two    | (nothing)", "three      |"]
+
+
+def test_push_and_pull_of_an_editor_and_of_edits(world, kept, tmp_path, hub):
+    for folder, name in ((world / "editor", "me/editor"), (kept, "me/edits")):
+        pushed = invoke("push", folder, name, "--message", "First", "--json")
+        assert pushed.exit_code == 0, pushed.stderr
+        document = json.loads(pushed.stdout)
+        assert document["commit"] in json.loads(invoke("pull", name, tmp_path / "here", "--json").stdout)["commit"]
+        for file in document["files"]:
+            same = (tmp_path / "here" / file).read_bytes() == (folder / file).read_bytes()
+            assert same or file == "README.md"
+        shutil.rmtree(tmp_path / "here")
+    card = invoke("pull", "me/editor", tmp_path / "again") and (tmp_path / "again" / "README.md").read_text()
+    assert 'from_pretrained("me/editor")' in card
+    assert json.loads(invoke("info", "me/editor", "--json").stdout)["kind"] == "editor"
+    said = invoke("chat", "-e", "me/editor", "-m", world / "base", "--edits", "me/edits", "--json", input="/list\n")
+    assert [edit["target"] for edit in json.loads(said.stdout)["turns"][0]["edits"]] == [r.target for r in RECORDS[:2]]
+
+
+def test_a_failed_pull_leaves_the_folder(world, tmp_path, hub):
+    invoke("pull", "me/editor", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "words").write_text("mine")
+    for name in ("me/nothing", "not/a/repository"):
+        failed = invoke("pull", name, tmp_path / "mine")
+        assert failed.exit_code == 2 and failed.stdout == ""
+        assert failed.stderr.strip().splitlines()[-1].startswith("hf-mend: ")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["words"]

@@ -1,0 +1,215 @@
+"""What the documents say is true: every block of code runs, and the written pages are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+from support.models import RECORDS, build_model, editable, make_tokenizer
+from support.paths import ROOT
+from typer.testing import CliRunner
+
+import hf_mend
+from hf_mend import EditorConfig
+from hf_mend.cli import app
+from hf_mend.data.encoding import Query
+from hf_mend.training.examples import TrainingExamples
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "model_cards").glob("*/README.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
+# What takes hours is run with other numbers.
+SMALLER = {r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[]", r"rank=1920": "rank=8"}
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(language, code) of a document's blocks of Python and shell."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r"^```(python|bash)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def stand_ins(tmp_path, hub, monkeypatch):
+    """A folder like a checkout, and a Hub, with tiny models under the names that the documents use."""
+    from hf_mend import auto as loading
+
+    tokenizer = make_tokenizer()
+    for real in sorted((ROOT / "model_cards").glob("*/")):
+        config = EditorConfig.from_json_file(real / "editor_config.json")
+        model = editable(build_model("t5" if config.task_type == "SEQ_2_SEQ_LM" else "llama"), tokenizer)
+        model.editor_config.base_model_name_or_path = config.base_model_name_or_path
+        if "/" not in config.base_model_name_or_path:  # a base that its benchmark trains
+            model.base_model.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
+            tokenizer.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
+            model.save_pretrained(tmp_path / "model_cards" / real.name)
+            continue
+        model.base_model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+        for name in (
+            config.base_model_name_or_path,
+            *(["openai-community/gpt2"] if config.task_type == "CAUSAL_LM" else []),
+        ):
+            hub.add(name, files)
+        shutil.rmtree(tmp_path / "base")
+        model.save_pretrained(tmp_path / "model_cards" / real.name)
+        if config.task_type != "SEQ_2_SEQ_LM":
+            model.save_pretrained(tmp_path / "my-editor")
+            model.push_to_hub("me/my-editor")
+            model.edit(RECORDS[0].prompt, RECORDS[0].target)
+            model.save_edits(tmp_path / "my-edits")
+    facts = [
+        {
+            "requested_rewrite": {"prompt": "{}", "subject": r.prompt, "target_new": {"str": r.target}},
+            "paraphrase_prompts": r.paraphrases,
+            "neighborhood_prompts": r.neighborhood,
+        }
+        for r in RECORDS
+    ]
+    data = tmp_path / "examples" / "data"
+    data.mkdir(parents=True)
+    for name in ("facts_train.json", "facts_validation.json", "facts_test.json"):
+        (data / name).write_text(json.dumps(facts))
+    for path in (data / "questions.jsonl", tmp_path / "nq_open_test.jsonl"):
+        path.write_text('{"question": "what is green?", "answer": ["grass"]}\n')
+    # What a card's command names stands in the folder it is run in.
+    (tmp_path / "facts_test.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(loading, "load_smollm2", lambda **kwargs: (build_model("llama"), tokenizer))
+    monkeypatch.setattr(loading, "is_packaged", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_of_code_runs(path, stand_ins, caplog):
+    names: dict[str, object] = {}
+    if path.name == "api.md":  # a docstring's example leaves the import out
+        names.update({name: getattr(hf_mend, name) for name in hf_mend.__all__})
+        model = editable(build_model("llama"), make_tokenizer())
+        names |= {"model": model, "examples": TrainingExamples(RECORDS), "rows": model.encoder([Query("a", "b")])}
+    for language, code in blocks(path):
+        if language == "bash":
+            run_shell(code)
+            continue
+        for pattern, smaller in SMALLER.items():
+            code = re.sub(pattern, smaller, code)
+        exec(compile(code, str(path), "exec"), names)
+    assert "another EditableModel" not in caplog.text, "undo_all() first"
+
+
+def run_shell(code: str) -> None:
+    """Runs the lines of a block: `hf-mend` as it is, of others what there is to get wrong."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        said = None
+        if "|" in words:
+            said, words = " ".join(words[1 : words.index("|")]), words[words.index("|") + 1 :]
+        known = {"hf-mend": run_command, "make": run_make, "pip": run_pip, "python": run_python}
+        assert words[0] in known, f"this test does not know how to run {line!r}; teach it"
+        known[words[0]](words[1:], said)
+
+
+def run_command(words: list[str], said: str | None) -> None:
+    if words[0] == "train":
+        words = [*words, "--steps", "2", "--batch-size", "2", "--rank", "4"]
+    if words[0] in ("eval", "compare"):
+        words = [*words, "--edits", "1,2", "--limit", "3", "--max-steps", "1"]
+    done = CliRunner().invoke(app, words, input=said)
+    # A tiny random model may refuse an edit, which is exit code 1.
+    assert done.exit_code in ((0, 1) if words[0] in ("edit", "chat") else (0,)), f"{words}: {done.output}"
+
+
+def run_make(words: list[str], said: str | None) -> None:
+    subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
+
+
+def run_pip(words: list[str], said: str | None) -> None:
+    assert words[:2] == ["install", "-e"], words
+    source = (ROOT / "setup.py").read_text()
+    for extra in re.findall(r"[\w-]+", words[2].partition("[")[2]):
+        assert f'"{extra}": [' in source, f"setup.py has no extra {extra}"
+
+
+def run_python(words: list[str], said: str | None) -> None:
+    """The script is there and knows the options; it is run by its own tests."""
+    source = (ROOT / words[0]).read_text(encoding="utf-8")
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert f'"{option}"' in source, f"{words[0]} has no option {option}"
+
+
+def test_the_shell_runner_takes_nothing_it_does_not_know(stand_ins):
+    for line in ("rm -r x", "hf-mend dance", "make no-such-target", "pip install -e '.[nothing]'"):
+        with pytest.raises((AssertionError, subprocess.CalledProcessError)):
+            run_shell(line)
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_the_example_of_a_command_s_help_runs(command, stand_ins):
+    shutil.copytree(stand_ins / "examples" / "data", stand_ins, dirs_exist_ok=True)
+    example = command.callback.__doc__.partition("Example")[2].partition("\n")[2]
+    lines = [line for line in textwrap.dedent(example).splitlines() if line.strip()]
+    assert lines
+    run_shell("\n".join(lines))
+
+
+def test_the_api_reference_is_current():
+    written = load(ROOT / "docs" / "write_api.py").write()
+    assert (ROOT / "docs" / "api.md").read_text() == written, "run python docs/write_api.py"
+
+
+def test_every_public_name_explains_itself():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for part in re.split(r"^(?=##)", text, flags=re.MULTILINE)[1:]:
+        head, _, body = part.partition("\n")
+        assert re.sub(r"```text.*?```", "", body, flags=re.DOTALL).strip(), f"{head} has no text"
+
+
+def test_the_figure_is_current():
+    drawn = load(ROOT / "docs" / "draw_how_it_works.py").draw()
+    assert (ROOT / "docs" / "how_it_works.svg").read_text() == drawn, "run python docs/draw_how_it_works.py"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+
+
+@pytest.mark.slow
+def test_the_first_block_of_the_readme_on_the_real_model(monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_mend.demo.smollm2 import SMOLLM2_ID, smollm2_path
+
+    def from_here(real):
+        return lambda name, *args, **kwargs: real(smollm2_path() if name == SMOLLM2_ID else name, *args, **kwargs)
+
+    for cls in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(cls, "from_pretrained", staticmethod(from_here(cls.from_pretrained)))
+    monkeypatch.chdir(ROOT)
+    code = next(code for language, code in blocks(ROOT / "README.md") if language == "python")
+    exec(code, {})
+    out = capsys.readouterr().out
+    assert ": took" in out and "'Keir Starmer'" in out

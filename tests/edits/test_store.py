@@ -1,0 +1,423 @@
+"""The edit store on disk: what is read is what was appended, whatever happened to the process or the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from support.append_to_store import small_edit
+from support.models import RECORDS, all_logits, build_model, editable
+from support.paths import TESTS
+
+from hf_mend import Edit, EditStore
+from hf_mend.edits.edit import active_edits
+from hf_mend.edits.log import EDIT, MAGIC, framed
+from hf_mend.edits.store import _packed
+
+
+def bits(edits) -> list:
+    return [(e.describe(), {n: (u.tolist(), v.tolist()) for n, (u, v) in e.updates.items()}) for e in edits]
+
+
+def test_what_is_appended_is_read_again_to_the_bit(tmp_path):
+    path = tmp_path / "deep" / "store"
+    edits = [small_edit(f"e{i}", i, rank=i) for i in range(4)]
+    edits[1].updates = {"half": (torch.randn(3, 7).half(), torch.randn(3, 1).half())}
+    edits[2].updates["double"] = (torch.randn(1, 7).double(), torch.randn(1, 2).double())
+    store = EditStore(path, {"architecture": "Some"})
+    assert len(store) == 0 and not path.exists()
+    store.append(edits[:1])
+    store.append(edits[1:])
+    for seen in (store, EditStore(path)):
+        assert bits(seen.edits) == bits(edits)
+        assert [u.dtype for u, _ in seen.edits[1].updates.values()] == [torch.float16]
+        assert seen.base_fingerprint == {"architecture": "Some"}
+
+
+def test_undo_off_and_on_are_appended(tmp_path):
+    path = tmp_path / "store"
+    store, other = EditStore(path), EditStore(path)
+    store.append([small_edit(f"e{i}", i) for i in range(4)])
+    size = path.stat().st_size
+    store.undo(["e1"])
+    store.turn_off(["e0", "e3"])
+    store.turn_on(["e3"])
+    assert path.stat().st_size - size < 400, "small records"
+    for seen in (store.edits, other.refresh(), EditStore(path).edits):
+        assert [(edit.id, edit.enabled) for edit in seen] == [("e0", False), ("e2", True), ("e3", True)]
+    with pytest.raises(KeyError, match="no edit has the id 'e1'"):
+        other.undo(["e1"])
+    store.append([small_edit("e1", 9)])
+    assert other.refresh().ids == ["e0", "e2", "e3", "e1"]
+
+
+def test_compacting_leaves_what_is_there(tmp_path):
+    path = tmp_path / "store"
+    store, other = EditStore(path, {"architecture": "Some"}), EditStore(path)
+    store.append([small_edit(f"e{i}", i) for i in range(20)])
+    other.refresh()
+    mapped = EditStore(path).edits
+    store.undo([f"e{i}" for i in range(15)])
+    store.turn_off(["e17"])
+    expected = bits(store.edits)
+    assert store.compact() > path.stat().st_size
+    assert bits(store.edits) == bits(other.refresh()) == bits(EditStore(path).edits) == expected
+    assert other.base_fingerprint == {"architecture": "Some"} == EditStore(path).base_fingerprint
+    assert bits(mapped) == bits(small_edit(f"e{i}", i) for i in range(20)), "views of the old file"
+    other.append([small_edit("new")])
+    assert store.refresh().ids == [f"e{i}" for i in range(15, 20)] + ["new"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["store", "store.lock"]
+
+
+def test_cut_at_every_byte_of_the_last_record(tmp_path):
+    path = tmp_path / "store"
+    store = EditStore(path)
+    store.append([small_edit("a", 1)])
+    whole = path.stat().st_size
+    store.append([small_edit("b", 2, layers=1)])
+    data = path.read_bytes()
+    for size in range(whole, len(data)):
+        path.write_bytes(data[:size])
+        assert bits(EditStore(path).edits) == bits([small_edit("a", 1)])
+        if size % 7 == 0 or size < whole + 30:
+            EditStore(path).append([small_edit("c", 3)])
+            assert bits(EditStore(path).edits) == bits([small_edit("a", 1), small_edit("c", 3)])
+    path.write_bytes(data[:whole] + bytes(len(data) - whole))  # room made, nothing written
+    assert EditStore(path).edits.ids == ["a"]
+    path.write_bytes(data)
+    assert EditStore(path).edits.ids == ["a", "b"]
+
+
+def test_cut_at_every_byte_of_the_first_records(tmp_path):
+    path = tmp_path / "store"
+    EditStore(path, {"architecture": "Some"}).append([small_edit("a", layers=1)])
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        assert len(EditStore(path)) == 0
+        if size % 5 == 0 or size < 40:
+            store = EditStore(path, {"architecture": "Some"})
+            store.append([small_edit("b")])
+            assert EditStore(path).edits.ids == ["b"] and EditStore(path).base_fingerprint == {"architecture": "Some"}
+
+
+def test_every_flipped_byte_is_told_with_its_record(tmp_path):
+    path = tmp_path / "store"
+    store = EditStore(path)
+    store.append([small_edit("a", 1, layers=1)])
+    second = path.stat().st_size
+    store.append([small_edit("b", 2, layers=1)])
+    store.undo(["a"])
+    data, expected = path.read_bytes(), bits(store.edits)
+    told = 0
+    for place in range(len(data)):
+        altered = bytearray(data)
+        altered[place] ^= 1 << place % 8
+        path.write_bytes(altered)
+        try:
+            found = EditStore(path).edits
+        except ValueError as error:
+            told += 1
+            assert str(path) in str(error) and (place < len(MAGIC) or "record" in str(error))
+            if second <= place < second + 24:
+                assert f"record 2 at byte {second}" in str(error)
+        else:
+            assert bits(found) == expected, "a filling byte"
+    assert told >= len(data) - 3 * 7
+
+
+def test_a_damaged_store_is_not_appended_to(tmp_path):
+    path = tmp_path / "store"
+    store = EditStore(path)
+    store.append([small_edit("a", 1)])
+    store.append([small_edit("b", 2)])
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="record 2 at byte [0-9]+: its [0-9]+ bytes do not fit their checksum"):
+        EditStore(path)
+    store._forget()
+    with pytest.raises(ValueError, match="checksum"):
+        store.append([small_edit("c")])
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "payload, message",
+    [
+        (b"x", "not a whole safetensors file"),
+        ((2**60).to_bytes(8, "little"), "not a whole safetensors file"),
+        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.ones(2, 2))})), "no pair"),
+        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.full((1, 2), float("nan")))})), "NaN or infinity"),
+        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1), torch.ones(1))})), "expected factors u and v"),
+        (_packed(Edit(3, "p", "t", {})), "does not describe an edit"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_record_whose_checksum_fits_is_checked_too(tmp_path, payload, message):
+    path = tmp_path / "store"
+    EditStore(path).append([small_edit("a", 1)])
+    size = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write(framed(EDIT, 2, payload))
+    with pytest.raises(ValueError, match=f"record 2 at byte {size}.*{message}"):
+        EditStore(path)
+
+
+def test_no_store(tmp_path):
+    path = tmp_path / "store"
+    path.write_text("something else, of some length")
+    with pytest.raises(ValueError, match="not an edit store"):
+        EditStore(path)
+    path.write_bytes(MAGIC + framed(EDIT, 0, _packed(small_edit("a"))))
+    with pytest.raises(ValueError, match="record 0"):
+        EditStore(path)
+
+
+def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "store"
+    store = EditStore(path)
+    store.append([small_edit("a", 1)])
+    data = path.read_bytes()
+    real = os.fsync
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.append([small_edit("b", 2)])
+    monkeypatch.setattr(os, "fsync", real)
+    assert path.read_bytes() == data and store.edits.ids == ["a"]
+    store.append([small_edit("c", 3)])
+    assert EditStore(path).edits.ids == ["a", "c"]
+
+
+def appender(path: Path, name: str, count: int) -> subprocess.Popen:
+    command = [sys.executable, str(TESTS / "support" / "append_to_store.py"), str(path), name, str(count)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_lose_nothing(tmp_path):
+    path = tmp_path / "store"
+    processes = [appender(path, name, 40) for name in "xy"]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    here = EditStore(path)
+    for i in range(20):
+        here.append([small_edit(f"z{i}", i)])
+    for process in processes:
+        assert process.wait(120) == 0
+        process.stdout.close()
+        process.stdin.close()
+    expected = {f"{name}{i}" for name in "xy" for i in range(40) if i % 5 != 4} | {f"z{i}" for i in range(20)}
+    edits = EditStore(path).edits
+    assert set(edits.ids) == expected and len(edits) == len(expected)
+    assert bits(edits) == bits(small_edit(edit.id, int(edit.id[1:])) for edit in edits)
+    assert bits(here.refresh()) == bits(edits)
+
+
+def test_a_process_killed_while_it_appends(tmp_path):
+    path = tmp_path / "store"
+    process = appender(path, "x", 100_000)
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while not path.exists() or path.stat().st_size < 20_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait(60)
+    process.stdout.close()
+    process.stdin.close()
+    edits = EditStore(path).edits
+    numbers = [int(edit.id[1:]) for edit in edits]
+    assert len(numbers) > 10
+    # Each append was on the disk before the next; the last may not have been undone yet.
+    assert numbers in ([i for i in range(numbers[-1] + 1) if i % 5 != 4 or i == last] for last in (-1, numbers[-1]))
+    assert bits(edits) == bits(small_edit(edit.id, int(edit.id[1:])) for edit in edits)
+    EditStore(path).append([small_edit("after")])
+    assert EditStore(path).edits.ids == [*edits.ids, "after"]
+
+
+# ---- in a model ----
+
+
+def edit_some(model, which=slice(0, 3)):
+    records = RECORDS[which]
+    return model.edit([r.prompt for r in records], [r.target for r in records], max_steps=2, force=True)
+
+
+def test_a_model_comes_back_from_its_store(llama, tokenizer, tmp_path):
+    path = tmp_path / "store"
+    model = editable(llama, tokenizer)
+    assert model.open_store(path) == []
+
+    def reopened():
+        again = editable(build_model("llama"), tokenizer)
+        again.open_store(path)
+        assert bits(again.edits) == bits(model.edits)
+        return all_logits(again, tokenizer)
+
+    first, second, third = edit_some(model)
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    model.undo(second.id)
+    model.turn_off(first.id)
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    model.edit(RECORDS[2].prompt, "cairo town", max_steps=2, force=True)
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    size = path.stat().st_size
+    with model.edited(RECORDS[5].prompt, RECORDS[5].target, max_steps=1, force=True):
+        model.turn_on(first.id)
+    with model.carrying(list(model.edits)[:1]), model.disable_edits():
+        pass
+    assert path.stat().st_size == size, "what is for a while is not kept"
+    model.turn_on(first.id)
+    model.compress_edits(rank=3)
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    model.undo()
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    model.compress_edits(rank=3, keep=False)
+    assert torch.equal(reopened(), all_logits(model, tokenizer))
+    model.undo_all()
+    assert len(EditStore(path)) == 0
+    model.close_store()
+    edit_some(model)
+    assert len(EditStore(path)) == 0 and len(model.edits) == 3
+
+
+def test_a_store_opened_by_a_model_that_has_edits(llama, tokenizer, tmp_path):
+    path = tmp_path / "store"
+    model = editable(llama, tokenizer)
+    model.open_store(path)
+    edit_some(model)
+    again = editable(build_model("llama"), tokenizer)
+    edit_some(again, slice(3, 5))
+    own = again.edits.ids
+    again.open_store(path)
+    assert again.edits.ids == model.edits.ids + own == EditStore(path).edits.ids
+    with pytest.raises(RuntimeError, match="close_store"):
+        again.open_store(path)
+    with pytest.raises(ValueError, match="carries the edit"):
+        other = editable(build_model("llama"), tokenizer)
+        other.load_edits(saved(model, tmp_path))
+        other.open_store(path)
+    # What others append stays, and neither model sees it by itself.
+    edit_some(model, slice(5, 6))
+    edit_some(again, slice(6, 7))
+    assert len(EditStore(path)) == 7 and len(again.edits) == 6 and len(model.edits) == 4
+
+
+def saved(model, tmp_path):
+    model.save_edits(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_another_editor_and_another_base(llama, tokenizer, tmp_path):
+    path = tmp_path / "store"
+    model = editable(llama, tokenizer)
+    model.open_store(path)
+    edit_some(model)
+    assert all(edit.metadata["editor"].startswith("mend-") for edit in model.edits)
+    other_layers = editable(build_model("llama"), tokenizer, target_modules=["down_proj"])
+    other_layers.open_store(path)
+    assert torch.equal(all_logits(other_layers, tokenizer), all_logits(model, tokenizer))
+    for base in (build_model("llama", seed=5), build_model("gpt2")):
+        other = editable(base, tokenizer)
+        before = all_logits(other, tokenizer)
+        with pytest.raises(ValueError, match="holds edits of another base model.*Load the base model"):
+            other.open_store(path)
+        assert len(other.edits) == 0 and torch.equal(all_logits(other, tokenizer), before)
+        edit_some(other)
+    assert len(EditStore(path)) == 3
+
+
+def test_an_edit_that_cannot_be_kept_is_not_made(llama, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "store"
+    model = editable(llama, tokenizer)
+    model.open_store(path)
+    edit_some(model)
+    before = all_logits(model, tokenizer)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for change in (lambda: edit_some(model, slice(3, 5)), model.undo, lambda: model.turn_off(model.edits[0].id)):
+        with pytest.raises(OSError, match="No space"):
+            change()
+        assert len(model.edits) == 3 and torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_flipped_bytes_never_change_a_model(llama, tokenizer, tmp_path):
+    path = tmp_path / "store"
+    model = editable(llama, tokenizer)
+    model.open_store(path)
+    edit_some(model)
+    data, expected = path.read_bytes(), all_logits(model, tokenizer)
+    again = editable(build_model("llama"), tokenizer)
+    plain = all_logits(again, tokenizer)
+    for place in range(0, len(data), len(data) // 40):
+        altered = bytearray(data)
+        altered[place] ^= 255
+        path.write_bytes(altered)
+        with pytest.raises(ValueError, match="store"):
+            again.open_store(path)
+        assert len(again.edits) == 0
+    assert torch.equal(all_logits(again, tokenizer), plain)
+    path.write_bytes(data)
+    again.open_store(path)
+    assert torch.equal(all_logits(again, tokenizer), expected)
+
+
+def test_a_large_store_is_mapped(tmp_path, monkeypatch):
+    import hf_mend.edits.store
+
+    monkeypatch.setattr(hf_mend.edits.store, "_SMALL", 1000)
+    path = tmp_path / "store"
+    edits = [small_edit(f"e{i}", i) for i in range(200)]
+    store = EditStore(path)
+    store.append(edits[:150])
+    other = EditStore(path)
+    store.append(edits[150:])
+    assert bits(other.refresh()) == bits(edits) == bits(EditStore(path).edits)
+    other.edits[0].updates["layer.0"][0].zero_()
+    assert bits(EditStore(path).edits) == bits(edits), "a view's owner does not write to the file"
+
+
+@pytest.mark.slow
+def test_ten_thousand_edits(tmp_path):
+    path = tmp_path / "store"
+    edits = [small_edit(f"e{i}", i) for i in range(10_000)]
+    EditStore(path).append(edits)
+    found = EditStore(path).edits
+    assert len(active_edits(found)) == 10_000 and bits(found[::997]) == bits(edits[::997])
+
+
+def test_the_file_is_as_its_description_says(tmp_path):
+    """Read by other code than the library's: the frame of records.py, safetensors inside."""
+    import struct
+
+    from safetensors.torch import load
+
+    path = tmp_path / "store"
+    EditStore(path).append([small_edit("a", 1), small_edit("b", 2)])
+    data = path.read_bytes()
+    start, seen = 8, []
+    while start < len(data):
+        kind, number, length, checksum, own = struct.unpack_from("<4sIQII", data, start)
+        payload = data[start + 24 : start + 24 + length]
+        assert zlib.crc32(payload) == checksum and zlib.crc32(data[start : start + 20]) == own and number == len(seen)
+        seen.append(json.loads(payload) if kind == b"NOTE" else load(payload))
+        start = (start + 24 + length + 7) // 8 * 8
+    assert seen[0]["format"] == "hf_mend edit store"
+    assert torch.equal(seen[2]["layer.1.v"], small_edit("b", 2).updates["layer.1"][1])

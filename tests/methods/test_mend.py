@@ -1,0 +1,205 @@
+"""MEND's design choices, each against what the paper says it does."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support.methods import SHAPES, factors
+from support.models import RECORDS, build_model, small_config
+
+from hf_mend import EditorConfig
+from hf_mend.bases.targets import block_stacks, find_targets, mlp_layers
+from hf_mend.methods import get_method
+from hf_mend.methods.mend import FactorStatistics, Mend
+
+
+@pytest.mark.parametrize(
+    ("transform", "normalize", "init", "shared", "whiten"),
+    list(
+        itertools.product(
+            ["both", "both_separate", "x", "delta", "smaller"],
+            [True, False],
+            ["identity", "xavier"],
+            [True, False],
+            [True, False],
+        )
+    ),
+)
+def test_every_choice_gives_updates_of_the_right_shape_and_a_gradient(transform, normalize, init, shared, whiten):
+    config = EditorConfig(transform=transform, normalize=normalize, init=init, shared=shared, whiten=whiten, rank=4)
+    method = Mend(config, SHAPES)
+    method.observe_factors(factors(seed=1))
+    method.observe_inputs({name: x.flatten(0, 1) for name, (x, _) in factors(seed=1).items()})
+    method.finish_observing()
+    updates = method(factors())
+    total = 0
+    for name, (d_out, d_in) in SHAPES.items():
+        u, v = updates[name]
+        assert u.shape == (2, 5, d_in) and v.shape == (2, 5, d_out)
+        assert not u[0, 3:].any() and not v[0, 3:].any(), "no factor, no update"
+        total = total + (v.transpose(1, 2) @ u).square().sum()
+    total.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+def test_identity_initialisation_is_a_step_down_the_gradient():
+    config = EditorConfig(normalize=False, whiten=False, edit_lr=0.5)
+    method = Mend(config, SHAPES)
+    for name, (u, v) in method(factors()).items():
+        x, delta = factors()[name]
+        torch.testing.assert_close(v.transpose(1, 2) @ u, -0.5 * delta.transpose(1, 2) @ x)
+
+
+def test_an_edit_does_not_depend_on_the_others_in_its_batch():
+    method = Mend(EditorConfig(rank=4, whiten=False), SHAPES)
+    method.observe_factors(factors(seed=1))
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    together = method(factors())
+    for i in range(2):
+        alone = method({name: (x[i : i + 1], delta[i : i + 1]) for name, (x, delta) in factors().items()})
+        for name in SHAPES:
+            for one, all_ in zip(alone[name], together[name], strict=True):
+                torch.testing.assert_close(one[0], all_[i])
+
+
+def test_statistics_are_those_of_all_values_at_once():
+    stats = FactorStatistics(6)
+    values = 3 + 2 * torch.randn(50, 6)
+    for part in values.split([7, 1, 30, 12]):
+        stats.observe(part)
+    stats.observe(values[:0])
+    torch.testing.assert_close(stats.mean, values.mean(0))
+    torch.testing.assert_close(stats.variance, values.var(0, unbiased=False))
+    normalised = stats(values)
+    torch.testing.assert_close(normalised.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.std(0, unbiased=False), torch.ones(6))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_whitened_keys_meet_inputs_in_the_mahalanobis_product(normalize):
+    """What an edit adds at an input `x'` is `v * (u . x')`; whitened, `u . x'` is `x_hat^T (M + ridge)^-1 x'`."""
+    config = EditorConfig(normalize=normalize, whiten=True, whiten_ridge=0.2, edit_lr=1.0)
+    shapes = {"layer": (4, 6)}
+    method = Mend(config, shapes)
+    mixing = torch.randn(6, 6)
+    text = torch.randn(300, 6) @ mixing
+    pair = {"layer": (torch.randn(1, 3, 6), torch.randn(1, 3, 4))}
+    method.observe_factors({"layer": (torch.randn(2, 9, 6) * 3, torch.randn(2, 9, 4))})
+    for part in text.split(100):
+        method.observe_inputs({"layer": part})
+    method.finish_observing()
+    stats = method.groups[0].x_stats[0]
+    scale = stats.variance.sqrt() if normalize else torch.ones(6)
+    x_hat = (pair["layer"][0][0] - stats.mean) / scale if normalize else pair["layer"][0][0]
+    scaled = text / scale
+    moment = scaled.T @ scaled / len(text)
+    ridge = 0.2 * moment.diagonal().mean() * torch.eye(6)
+    other = torch.randn(6)
+    expected = x_hat @ torch.linalg.inv(moment + ridge) @ (other / scale)
+    torch.testing.assert_close(method(pair)["layer"][0][0] @ other, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_of_one_shape_share_a_network_and_differ_by_scale_and_shift():
+    shared, apart = Mend(EditorConfig(rank=4), SHAPES), Mend(EditorConfig(rank=4, shared=False), SHAPES)
+    assert [group.names for group in shared.groups] == [["a.fc1", "b.fc1"], ["a.fc2"]]
+    assert [group.names for group in apart.groups] == [["a.fc1"], ["b.fc1"], ["a.fc2"]]
+    assert shared.groups[0].networks[0].layers[0].scale.shape == (2, 20)
+    assert shared.groups[0].log_step.shape == (2,)
+
+
+def test_the_smaller_side_alone_is_mapped():
+    method = Mend(EditorConfig(transform="smaller", rank=4, normalize=False, whiten=False, edit_lr=1.0), SHAPES)
+    assert [group.transform for group in method.groups] == ["x", "delta"]
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    updates, given = method(factors()), factors()
+    assert not torch.allclose(updates["a.fc1"][0], given["a.fc1"][0])
+    torch.testing.assert_close(updates["a.fc2"][0], given["a.fc2"][0])
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 3])
+def test_the_number_of_hidden_layers(hidden):
+    network = Mend(EditorConfig(num_hidden_layers=hidden, rank=4), SHAPES).groups[0].networks[0]
+    assert [layer.activation for layer in network.layers] == [True] * hidden + [False]
+
+
+def test_an_unknown_method():
+    known = r"the methods are \[.*'gradient', .*'malmen', 'memit', 'mend'"
+    with pytest.raises(ValueError, match=f"method is 'nope'; {known}"):
+        get_method("nope")
+
+
+# ---- which layers ----
+
+
+def test_the_papers_choice_is_every_mlp_weight_of_the_last_blocks(base, architecture):
+    targets = find_targets(base, EditorConfig(target_modules="paper"))
+    stacks = block_stacks(base)
+    last = 2 if len(stacks) == 2 else 3
+    assert [s.kind for s in stacks] == (["encoder", "decoder"] if len(stacks) == 2 else ["decoder"])
+    for stack in stacks:
+        chosen = [t for t in targets if t.stack == stack.kind]
+        assert sorted({t.block for t in chosen}) == list(range(4 - last, 4))
+        per_block = {"llama": 3}.get(architecture, 2)
+        assert len(chosen) == last * per_block == last * len(mlp_layers(stack.blocks[0]))
+    for target in targets:
+        weight = target.module.weight
+        assert sorted(target.shape) == sorted(weight.shape)
+        assert "attn" not in target.name.lower() and "attention" not in target.name.lower()
+
+
+def test_the_default_choice_is_the_mlps_last_weight_of_some_blocks(base):
+    targets = find_targets(base, EditorConfig())
+    assert targets and all(t.name.endswith(tuple(mlp_layers(block_stacks(base)[0].blocks[0])[-1:])) or
+                           t.name.endswith(("wo", "fc2")) for t in targets)  # fmt: skip
+    assert all(0 < t.block < 4 for t in targets)
+
+
+def test_target_modules_follow_pefts_rules(llama):
+    by_suffix = find_targets(llama, EditorConfig(target_modules=["down_proj"], layers_to_transform=[0, 3]))
+    assert [t.name for t in by_suffix] == ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+    by_pattern = find_targets(llama, EditorConfig(target_modules=r".*\.[12]\.self_attn\.(q|o)_proj"))
+    assert [t.name.split("model.layers.")[1] for t in by_pattern] == [
+        "1.self_attn.q_proj", "1.self_attn.o_proj", "2.self_attn.q_proj", "2.self_attn.o_proj",
+    ]  # fmt: skip
+    exact = find_targets(llama, EditorConfig(target_modules=["model.layers.2.mlp.up_proj"], layers_pattern="layers"))
+    assert [t.block for t in exact] == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["fc9"]}, r"matches no layer of LlamaForCausalLM; its blocks hold .*down_proj"),
+        (
+            {"target_modules": ["input_layernorm"]},
+            r"matches 'model.layers.0.input_layernorm', a LlamaRMSNorm, which is not",
+        ),
+        ({"layers_to_transform": [99]}, r"layers_to_transform=\[99\] matches no layer"),
+        ({"layers_pattern": "h"}, r"layers_pattern='h' names no list of blocks; the model has \['model.layers'\]"),
+    ],
+)
+def test_target_modules_that_match_nothing_or_what_cannot_be_edited(llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_targets(llama, EditorConfig(**options))
+
+
+def test_a_model_without_blocks():
+    with pytest.raises(ValueError, match="no list of transformer blocks"):
+        block_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_attention_weights_can_be_edited_too(llama, tokenizer):
+    from hf_mend import get_editable_model
+
+    model = get_editable_model(
+        llama, small_config(target_modules=["o_proj"], normalize=False, whiten=False), tokenizer
+    )
+    model.editor.scale_steps(300.0)
+    result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
+    assert result.probability_after > result.probability_before
+    assert build_model("llama").config.num_hidden_layers == 4

@@ -1,0 +1,1 @@
+"""What tests share beside fixtures: tiny models, a local Hub, oracles."""

@@ -1,0 +1,32 @@
+"""What tests of training share: arguments, questions, losses."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_mend import (
+    EditableModel,
+    EditorTrainingArguments,
+    get_editable_model,
+)
+from support.models import build_model, small_config
+
+
+QUESTIONS = [("what is the colour of grass?", "green grass"), ("who is the king of spain?", "the river")]
+
+
+def arguments(folder, **options) -> EditorTrainingArguments:
+    values = {
+        "output_dir": str(folder), "per_device_train_batch_size": 3, "max_steps": 6, "logging_steps": 1,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "seed": 3, **options,
+    }  # fmt: skip
+    return EditorTrainingArguments(**values)
+
+
+def fresh(tokenizer, architecture="llama", **options) -> EditableModel:
+    torch.manual_seed(0)
+    return get_editable_model(build_model(architecture), small_config(**options), tokenizer)
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

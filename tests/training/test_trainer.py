@@ -1,0 +1,460 @@
+"""Training: it lowers the loss, resumes exactly, saves the editor alone, and gives each example its own edit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from support.models import RECORDS, build_model
+from support.paths import ROOT, TESTS
+from support.training import QUESTIONS, arguments, fresh, losses
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from hf_mend import (
+    EditableModel,
+    EditorTrainer,
+    evaluate_records,
+    summarize,
+)
+from hf_mend.bases.gradients import kl_divergence, trace
+from hf_mend.bases.weights import weight_matrix
+from hf_mend.data.encoding import Query
+from hf_mend.edits.low_rank import dense
+from hf_mend.training.examples import EditCollator, TrainingExamples
+from hf_mend.training.losses import editing_loss
+from hf_mend.training.trainer import calibrate
+
+
+@pytest.mark.parametrize("edits_together", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "t5", "opt", "gpt2"])
+def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
+    model = fresh(tokenizer, architecture)
+    examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
+    calibrate(model, examples, 8, 4)
+    with torch.no_grad():
+        for parameter in model.editor.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    collate = EditCollator(model.encoder)
+    count = 4 if edits_together > 1 else 3
+    batch = collate([examples[i] for i in range(count)])
+    weights = {"neighborhood": 0.7, "unrelated": 3.0}
+    together = editing_loss(model.split, model.targets, model.editor, batch, weights, edits_together=edits_together)
+    updates = []
+    for i in range(count):
+        one = collate([examples[i]])
+        factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
+        updates.append({n: dense((u[0].detach(), v[0].detach())) for n, (u, v) in model.editor(factors).items()})
+    edit: list[float] = []
+    local: dict[str, list[float]] = {"neighborhood": [], "unrelated": []}
+    for i in range(count):
+        one = collate([examples[i]])
+        changed = copy.deepcopy(model.base_model)
+        with torch.no_grad():
+            for target in model.targets:
+                for j in range(i - i % edits_together, i - i % edits_together + edits_together):
+                    weight_matrix(changed.get_submodule(target.name)).add_(updates[j][target.name])
+            logits = changed(**one.general.inputs).logits
+            for row, (labels, chosen) in enumerate(zip(one.general.next_tokens, one.general.positions, strict=True)):
+                edit.append(float(nn.functional.cross_entropy(logits[row][chosen], labels[chosen])))
+            for kind, rows in one.local.items():
+                new, old = (m(**rows.inputs).logits.log_softmax(-1) for m in (changed, model.base_model))
+                divergence = (old.exp() * (old - new)).sum(-1)
+                local[kind] += [
+                    float(values[chosen].mean()) for values, chosen in zip(divergence, rows.positions, strict=True)
+                ]
+    nll = sum(edit) / len(edit)
+    locality = {kind: sum(values) / len(values) for kind, values in local.items()}
+    assert float(together.edit.detach()) == pytest.approx(nll, rel=1e-3)
+    for kind, value in locality.items():
+        assert float(together.locality[kind].detach()) == pytest.approx(value, rel=1e-2, abs=1e-6)
+    whole = nll + 0.7 * locality["neighborhood"] + 3.0 * locality["unrelated"]
+    assert float(together.loss.detach()) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path, architecture):
+    model = fresh(tokenizer, architecture)
+    weights = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant")
+    trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
+    examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
+    batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
+    calibrate(model, examples, 8, 4)
+    before = trainer.evaluate()
+    first = float(model(edit_batch=batch).loss.detach())
+    trainer.train()
+    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert len(losses(trainer)) == 30
+    assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
+
+
+def test_resuming_gives_the_losses_of_an_unbroken_run(tokenizer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    whole = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
+    whole.train()
+    again = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert len(losses(whole)) == 8
+    assert losses(again)[-4:] == losses(whole)[-4:]
+    for one, two in zip(
+        whole.model.editor.state_dict().values(), again.model.editor.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path):
+    """Three facts of equal target length at once, or one at a time: the same step."""
+    records = [r for r in RECORDS if len(tokenizer(" " + r.target)["input_ids"]) == 3][:4] or RECORDS[:4]
+    assert len(records) >= 2
+    parameters = []
+    for size, accumulate in ((2, 1), (1, 2)):
+        model = fresh(tokenizer)
+        calibrate(model, TrainingExamples(records, QUESTIONS), 1, 4)
+        args = arguments(
+            tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
+            max_steps=1, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant", unrelated_rows=0,
+        )  # fmt: skip
+        EditorTrainer(model, args, records).train()
+        parameters.append(torch.cat([p.detach().flatten() for p in model.editor.parameters()]))
+    torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision(tokenizer, tmp_path):
+    trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=True), RECORDS, questions=QUESTIONS)
+    plain = EditorTrainer(fresh(tokenizer), arguments(tmp_path), RECORDS, questions=QUESTIONS)
+    trainer.train()
+    plain.train()
+    assert losses(trainer) != losses(plain)
+    assert losses(trainer) == pytest.approx(losses(plain), rel=0.1)
+    assert all(p.dtype == torch.float32 for p in trainer.model.editor.parameters())
+
+
+def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer, tmp_path):
+    args = arguments(
+        tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, max_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
+    )  # fmt: skip
+    model = fresh(tokenizer)
+    trainer = EditorTrainer(
+        model, args, RECORDS, RECORDS[:2], questions=QUESTIONS, callbacks=[EarlyStoppingCallback(3)]
+    )
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    assert {"editor.safetensors", "editor_config.json", "trainer_state.json"} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "model.safetensors").exists()
+    best = EditableModel.from_pretrained(build_model("llama"), trainer.state.best_model_checkpoint, tokenizer)
+    for one, two in zip(best.editor.state_dict().values(), model.editor.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def run_training(folder: Path, launcher: list[str], batch_size: int, accumulation: int = 1) -> dict:
+    folder.mkdir()
+    script = Path(__file__).parent / "train_on_two_processes.py"
+    subprocess.run(
+        [sys.executable, *launcher, str(script), str(folder), str(batch_size), str(accumulation)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    return json.loads((folder / "losses.json").read_text())
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    # `--cpu` would want mpirun; with the variable set below, two plain CPU processes talk over gloo.
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    one = run_training(tmp_path / "one", [], 4)
+    two = run_training(tmp_path / "two", launch, 2)
+    accumulated = run_training(tmp_path / "accumulated", [], 2, accumulation=2)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["losses"][0] != pytest.approx(one["losses"][-1], rel=1e-2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
+def test_an_editor_trains_on_a_base_shared_out_over_two_processes(tmp_path):
+    script = Path(__file__).parent / "train_on_sharded_base.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *launch, str(script), str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"},
+    )
+    for found in json.loads((tmp_path / "found.json").read_text()).values():
+        assert found["sharded"] == pytest.approx(found["whole"], rel=1e-4)
+
+
+def test_bad_training_data(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="item 1 of the data is a dict, expected an EditRecord"):
+        EditorTrainer(fresh(tokenizer), arguments(tmp_path), [RECORDS[0], {"prompt": "x"}])
+    with pytest.raises(ValueError, match="data set is empty"):
+        EditorTrainer(fresh(tokenizer), arguments(tmp_path), [])
+
+
+LONG = "the capital of peru is " * 20
+
+
+@pytest.mark.parametrize(
+    ("record", "questions", "message"),
+    [
+        ({"prompt": LONG}, QUESTIONS, "record 7 (7) has .* tokens with its target, the model takes 64; shorten"),
+        ({"target": " "}, QUESTIONS, "record 7 (7) has an empty target"),
+        ({"paraphrases": ["in peru", LONG]}, QUESTIONS, r"record 7 (7) has .* the paraphrases\[1\] 'the capital"),
+        ({"neighborhood": [LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the neighborhood\[0\]"),
+        ({"unrelated": [("who?", LONG)]}, (), r"record 7 (7) has .* shorten the unrelated\[0\]\[1\]"),
+        ({}, [*QUESTIONS, (LONG, "grass")], "question 2 has .* tokens with its answer, the model takes 64"),
+        ({}, [*QUESTIONS, ("who?", "")], "question 2 has an empty answer"),
+    ],
+)
+def test_texts_that_the_model_cannot_read_are_named_before_training_starts(
+    tokenizer, tmp_path, record, questions, message
+):
+    model = fresh(tokenizer)
+    records = [*RECORDS[:7], replace(RECORDS[7], **record)]
+    trainer = EditorTrainer(model, arguments(tmp_path), records, questions=questions)
+    with pytest.raises(ValueError, match=message.replace("(7)", r"\(7\)")):
+        trainer.train()
+    assert not model.editor.is_calibrated and trainer.state.global_step == 0
+    if record:
+        trainer = EditorTrainer(model, arguments(tmp_path), RECORDS, records, questions=QUESTIONS)
+        with pytest.raises(ValueError, match="record 7"):
+            trainer.evaluate()
+        with pytest.raises(ValueError, match="record 7"):  # not at the first evaluation, hours later
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"general_rows": 0}, "general_rows is 0, expected a whole number of at least 1"),
+        ({"neighborhood_rows": -1}, "neighborhood_rows is -1, expected a whole number of at least 0"),
+        ({"unrelated_rows": 1.5}, "unrelated_rows is 1.5, expected a whole number of at least 0"),
+        ({"edits_together": 0}, "edits_together is 0, expected"),
+        ({"edits_at_once": 0}, "edits_at_once is 0, expected a whole number of at least 1, or None"),
+        ({"calls_in_a_row": "two"}, "calls_in_a_row is 'two', expected"),
+        ({"statistics_edits": 0}, "statistics_edits is 0, expected"),
+        ({"look_back": 2}, "look_back is 2, expected a number from 0 to 1"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_the_least_that_arguments_may_be(tokenizer, tmp_path):
+    options = {"neighborhood_rows": 0, "unrelated_rows": 0, "edits_at_once": 1, "statistics_edits": 1, "look_back": 0}
+    trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, max_steps=2, **options), RECORDS)
+    trainer.train()
+    assert len(losses(trainer)) == 2 and not any("neighborhood" in name for name in trainer.state.log_history[0])
+
+
+def test_a_model_that_carries_edits_is_neither_trained_nor_measured(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    trainer = EditorTrainer(model, arguments(tmp_path), RECORDS, RECORDS[:2])
+    with model.edited(RECORDS[0].prompt, RECORDS[0].target, force=True):
+        for call in (trainer.train, trainer.evaluate):
+            with pytest.raises(ValueError, match="the model carries 1 edit.*; undo them first"):
+                call()
+    assert trainer.state.global_step == 0 and not model.editor.is_calibrated
+    assert trainer.evaluate()["eval_edits"] == 2
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize(("architecture", "edits_together"), [("llama", 1), ("t5", 1), ("llama", 3)])
+def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
+    model = fresh(tokenizer, architecture)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
+    model.editor.scale_steps(4.0)
+    encoder = model.encoder
+    measured = evaluate_records(
+        model.split, model.targets, model.editor, encoder, RECORDS, batch_size=3, edits_together=edits_together,
+        generate=True, progress=False,
+    )  # fmt: skip
+    for i, (record, got) in enumerate(zip(RECORDS, measured, strict=True)):
+        changed = copy.deepcopy(model.base_model)
+        start = i - i % edits_together
+        for other in RECORDS[start : start + edits_together]:
+            rows = encoder([Query(other.prompt, other.target)])
+            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
+            with torch.no_grad():
+                for target in model.targets:
+                    u, v = model.editor(factors)[target.name]
+                    weight_matrix(changed.get_submodule(target.name)).add_(dense((u[0], v[0])))
+        with torch.no_grad():
+
+            def said(network, query, encoder=encoder):
+                rows = encoder([query])
+                return network(**rows.inputs).logits[rows.positions], rows.next_tokens[rows.positions]
+
+            def right(query, changed=changed):
+                logits, labels = said(changed, query)
+                return bool((logits.argmax(-1) == labels).all())
+
+            assert got.success == right(Query(record.prompt, record.target))
+            assert got.generality == pytest.approx(
+                sum(right(Query(p, record.target)) for p in record.paraphrases) / len(record.paraphrases)
+            )
+            same, kls = [], []
+            for prompt in record.neighborhood:
+                pair = [said(network, Query(prompt))[0] for network in (changed, model.base_model)]
+                same.append(float((pair[0].argmax(-1) == pair[1].argmax(-1)).float().mean()))
+                kls.append(float(kl_divergence(*pair).mean()))
+            assert got.neighborhood == pytest.approx(sum(same) / len(same))
+            assert got.neighborhood_kl == pytest.approx(sum(kls) / len(kls), rel=1e-2, abs=1e-6)
+    summary = summarize(measured)
+    assert summary["edit_success"] == sum(m.success for m in measured) / len(RECORDS)
+    assert 0 <= summary["score"] <= 1 and math.isfinite(summary["unrelated_kl"])
+
+
+def test_exact_match_is_free_greedy_generation(tokenizer):
+    model = fresh(tokenizer)
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
+    record = RECORDS[0]
+    got = evaluate_records(
+        model.split, model.targets, model.editor, model.encoder, [record], generate=True, progress=False
+    )[0]
+    with model.edited(record.prompt, record.target, max_steps=1):
+        ids = torch.tensor([tokenizer(record.prompt)["input_ids"]])
+        steps = len(tokenizer(" " + record.target)["input_ids"]) + 3
+        out = model.generate(input_ids=ids, max_new_tokens=steps, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert got.exact_match == (text.startswith(record.target) and not text[len(record.target) :][:1].isalnum())
+
+
+# ---- pushing while training ----
+
+
+def pushed(hub, name="me/trained"):
+    repository = hub.repositories[name]
+    return [(repository.messages[sha], repository.files(sha)) for sha in repository.history]
+
+
+def trained_with_pushes(tokenizer, folder, strategy, before=lambda trainer: None, **options):
+    model = fresh(tokenizer)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **options}
+    args = arguments(folder, push_to_hub=True, hub_model_id="me/trained", hub_strategy=strategy, **options)
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    before(trainer)
+    trainer.train()
+    return trainer
+
+
+def wait_for_each_push(trainer):
+    """Each save finds the push before it done, however fast the steps are."""
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer._finish_current_push()
+
+    trainer.add_callback(Wait())
+
+
+def editor_in(files, tmp_path, tokenizer, below=""):
+    folder = tmp_path / "downloaded"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        if name.startswith(below) and "/" not in name[len(below) :]:
+            (folder / name[len(below) :]).write_bytes(content)
+    return EditableModel.from_pretrained(build_model("llama"), folder, tokenizer).editor.state_dict()
+
+
+def test_each_checkpoint_is_pushed_as_an_editor(hub, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    trainer = trained_with_pushes(tokenizer, out, "every_save", wait_for_each_push)
+    trainer.push_to_hub()
+    commits = pushed(hub)
+    assert [message for message, _ in commits[1:]] == [
+        "Training in progress, step 2",
+        "Training in progress, step 4",
+        "End of training",
+    ][: len(commits) - 1]
+    assert len(commits) >= 3
+    for (_, files), step in zip(commits[1:3], (2, 4), strict=True):
+        pictures = {"training.png"} & set(files)  # drawn where matplotlib is installed
+        assert set(files) - pictures == {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
+        local = load_checkpoint(out / f"checkpoint-{step}", tokenizer)
+        same(editor_in(files, tmp_path, tokenizer), local)
+    same(editor_in(commits[-1][1], tmp_path, tokenizer), trainer.model.editor.state_dict())
+
+
+def load_checkpoint(folder, tokenizer):
+    return EditableModel.from_pretrained(build_model("llama"), folder, tokenizer).editor.state_dict()
+
+
+def same(one, other):
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_pushed_checkpoint_resumes(hub, tokenizer, tmp_path):
+    whole = trained_with_pushes(tokenizer, tmp_path / "whole", "all_checkpoints", wait_for_each_push)
+    whole._finish_current_push()
+    files = pushed(hub)[-1][1]
+    assert any(name.startswith("checkpoint-4/") for name in files)
+    for name, content in files.items():
+        if name.startswith("checkpoint-2/"):
+            path = tmp_path / "elsewhere" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    resumed = EditorTrainer(
+        fresh(tokenizer), arguments(tmp_path / "elsewhere", max_steps=4), RECORDS, questions=QUESTIONS
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "elsewhere" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
+
+
+def test_a_push_that_fails_in_training_is_said_and_the_next_one_works(hub, tokenizer, tmp_path, caplog):
+    hub.fail("POST .*/commit/", status=502)
+    trainer = trained_with_pushes(tokenizer, tmp_path / "out", "every_save", wait_for_each_push)
+    trainer._finish_current_push()
+    assert re.search(r"checkpoint-2 was not pushed to me/trained.*502.*training goes on", caplog.text, re.DOTALL)
+    assert [message for message, _ in pushed(hub)[1:]] == ["Training in progress, step 4"]
+    load_checkpoint(tmp_path / "out" / "checkpoint-2", tokenizer)
+    hub.fail("PUT|POST .*/commit/|POST .*/preupload", status=403, times=99)
+    with torch.no_grad():
+        next(trainer.model.editor.parameters()).add_(1)
+    with pytest.raises(OSError, match="may not write to me/trained"):
+        trainer.push_to_hub()
+    same(load_checkpoint(tmp_path / "out", tokenizer), trainer.model.editor.state_dict())
+
+
+def test_only_at_the_end_and_with_the_users_words(hub, tokenizer, tmp_path):
+    hub.add("me/trained", {"README.md": b"---\nlicense: mit\n---\nmy words\n", "notes.txt": b"mine"})
+    trainer = trained_with_pushes(tokenizer, tmp_path / "out", "end")
+    assert len(pushed(hub)) == 1
+    info = trainer.push_to_hub("done", language="en", tags=["facts"], dataset="me/facts", license="mit")
+    message, files = pushed(hub)[-1]
+    assert message == "done" and info.oid == hub.repositories["me/trained"].refs["main"]
+    assert files["README.md"] == b"---\nlicense: mit\n---\nmy words\n" and files["notes.txt"] == b"mine"
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert card["library_name"] == "hf-mend" and {"facts", "model-editing"} <= set(card.tags)
+    assert (card.language, card.datasets, card.license) == ("en", ["me/facts"], "mit")
+    trainer.push_to_hub(blocking=False).result()
+
+
+def test_saving_beside_large_files_copies_none_of_them(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    below = tmp_path / "out" / "states" / "rows.bin"
+    below.parent.mkdir(parents=True)
+    below.write_bytes(b"large")
+    handle = open(below, "ab")  # noqa: SIM115
+    number = below.stat().st_ino
+    model.save_pretrained(tmp_path / "out")
+    handle.write(b", and growing")
+    handle.close()
+    assert below.read_bytes() == b"large, and growing" and below.stat().st_ino == number
