@@ -26,6 +26,9 @@ setup(
         "accelerate>=1.0",
         "huggingface-hub>=1.0",
         "safetensors>=0.4.3",
+        "numpy>=1.24",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
         "filelock>=3.10",
         # Regular expressions from elsewhere, with a time limit; transformers needs it too.
         "regex>=2025.10.22",
@@ -47,6 +50,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "mypy>=1.10",
+            "import-linter>=2.1",
             "datasets>=3.0",
             "matplotlib>=3.8",
             "gradio>=6.0",

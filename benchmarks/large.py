@@ -1,5 +1,5 @@
 """
-Edits models past 10 billion parameters from disk: memory and time against one forward pass, and what larger ones need.
+Edit models past 10 billion parameters from disk: memory and time against one forward pass, and what larger ones need.
 
     python benchmarks/large.py --folder DIR --shape llama-13b --shape t5-xxl
 

@@ -1,5 +1,5 @@
 """
-How well a model carries many edits: each method with 1, 10, 100 and 1,000 edits, made in one call or in calls of ten.
+Measure how well a model carries 1, 10, 100 and 1,000 edits, made in one call or in calls of ten, by each method.
 
     python benchmarks/many_edits.py --data DIR
 

@@ -1,5 +1,5 @@
 """
-Trains a MEND editor for SmolLM2-135M-Instruct, measures it on the test facts and writes the table.
+Train a MEND editor for SmolLM2-135M-Instruct, measure it on the test facts and write the table.
 
     python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output model_cards/smollm2-135m-instruct-mend
 

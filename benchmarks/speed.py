@@ -1,5 +1,5 @@
 """
-The paper's procedure and this library's, on the same model, facts and layers, in one run: prints ratios, writes JSON.
+Compare the paper's procedure and this library's on the same model, facts and layers; print ratios and write JSON.
 
     python benchmarks/speed.py --data DIR
 

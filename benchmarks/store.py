@@ -1,5 +1,5 @@
 """
-The edit store and the cost of many edits: `python benchmarks/store.py`.
+Measure the edit store and the cost of many edits: `python benchmarks/store.py`.
 
 Appends and loads a file of edits of SmolLM2-135M-Instruct's width (three layers, rank 15, random factors), runs the
 model under a growing number of them, takes the memory that 1,000 need, and compresses real edits, made by the shipped
