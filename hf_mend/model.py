@@ -21,7 +21,7 @@ from .bases.weights import device_of, is_placed
 from .config import CONFIG_NAME, EditorConfig
 from .data.encoding import Encoder
 from .data.records import EditRecord
-from .editing.calibration_text import observe_ordinary_text
+from .editing.calibration_text import observe_calibration_text
 from .editing.pipeline import make_edits
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
 from .edits.active import EditStack, acting_edits
@@ -376,7 +376,7 @@ class EditableModel(PushesToHub, nn.Module):
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
         with self.disable_edits():
-            observe_ordinary_text(self.split, self.targets, self.editor, self.encoder, texts)
+            observe_calibration_text(self.split, self.targets, self.editor, self.encoder, texts)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
