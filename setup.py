@@ -20,6 +20,7 @@ setup(
     package_data={"hf_mend": ["py.typed", "templates/*.md", "templates/*.txt", "templates/*.html"]},
     python_requires=">=3.10",
     install_requires=[
+        "numpy>=1.24",
         "torch>=2.4",
         "transformers>=5.0",
         "peft>=0.17",
@@ -30,6 +31,8 @@ setup(
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "filelock>=3.10",
+        "pyyaml>=5.1",
+        "tqdm>=4.60",
         # Regular expressions from elsewhere, with a time limit; transformers needs it too.
         "regex>=2025.10.22",
         "typer>=0.15",

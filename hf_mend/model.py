@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,27 +21,20 @@ from .bases.weights import device_of, is_placed
 from .config import CONFIG_NAME, EditorConfig
 from .data.encoding import Encoder
 from .data.records import EditRecord
-from .editing.calibration_text import observe_ordinary_text
+from .editing.calibration_text import observe_calibration_text
 from .editing.pipeline import make_edits
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
 from .edits.active import EditStack, acting_edits
 from .edits.collection import Edits, turned
 from .edits.compression import Compression, compressed
 from .edits.edit import Edit, active_edits, check_supported, each_support_once, stacked
-from .edits.edits_file import edits_from_tensors
+from .edits.edits_file import read_edits_file, write_edits_file
 from .edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .edits.low_rank import truncated
 from .edits.store import EditStore
+from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
-from .hub.files import (
-    EDITS_NAME,
-    WEIGHTS_NAME,
-    read_tensors,
-    read_weights,
-    replaced_folder,
-    write_tensors,
-    write_weights,
-)
+from .hub.files import EDITS_NAME, WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
 from .methods import EditMethod, get_method, state_shapes, training_free_config
@@ -174,7 +166,7 @@ class EditableModel(PushesToHub, nn.Module):
             self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
-            write_weights(folder, WEIGHTS_NAME, tensors, {}, max_shard_size)
+            write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
             write_card(folder, self.editor_config, list(self.editor.shapes), self.card_notes, card_data)
 
     def load_editor(self, path: str | Path) -> None:
@@ -384,7 +376,7 @@ class EditableModel(PushesToHub, nn.Module):
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
         with self.disable_edits():
-            observe_ordinary_text(self.split, self.targets, self.editor, self.encoder, texts)
+            observe_calibration_text(self.split, self.targets, self.editor, self.encoder, texts)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
@@ -526,19 +518,7 @@ class EditableModel(PushesToHub, nn.Module):
         Args:
             save_directory (`str` or `Path`): The folder; made if missing.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, torch.Tensor] = {}
-        entries = []
-        for index, edit in enumerate(self._stack.edits):
-            for name, (u, v) in edit.updates.items():
-                tensors[f"{index}.{name}.u"], tensors[f"{index}.{name}.v"] = u, v
-            entries.append(edit.describe())
-        metadata = {
-            "edits": json.dumps(entries),
-            "base_fingerprint": json.dumps(fingerprint_of(self.base_model, self._stack.layers)),
-        }
-        write_tensors(folder / EDITS_NAME, tensors, metadata)
+        write_edits_file(save_directory, self._stack.edits, fingerprint_of(self.base_model, self._stack.layers))
 
     def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
         """
@@ -555,9 +535,8 @@ class EditableModel(PushesToHub, nn.Module):
         """
         self._check_usable()
         path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
-        tensors, metadata = read_tensors(path)
-        edits = edits_from_tensors(tensors, metadata, path)
-        check_edits_base(self.editor_config, self.base_model, metadata.get("base_fingerprint"), str(path))
+        edits, fingerprint = read_edits_file(path)
+        check_edits_base(self.editor_config, self.base_model, fingerprint, str(path))
         self._stack.check_fit(edits, path)
         with self._stored():
             self._stack.replace([*self._stack.edits, *edits])

@@ -129,7 +129,7 @@ def gradient_factors(
 
 def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> dict[str, torch.Tensor]:
     """
-    What enters the target layers on ordinary text, padding left out.
+    What enters the target layers on calibration text, padding left out.
 
     Args:
         split ([`SplitModel`]): The model.

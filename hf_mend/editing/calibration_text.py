@@ -1,4 +1,4 @@
-"""The ordinary text that a method which needs no training looks at before the first edit: what must stay."""
+"""The calibration text that a method which needs no training looks at before the first edit: what must stay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.encoding import Encoder, Query
 from ..methods import EditMethod
 
 
-def observe_ordinary_text(
+def observe_calibration_text(
     split: SplitModel,
     targets: Sequence[Target],
     method: EditMethod,
@@ -24,8 +24,8 @@ def observe_ordinary_text(
     batch_size: int = 16,
 ) -> None:
     """
-    Shows a method ordinary text, some 160 packaged lines and the user's own; what it saw before is then
-    forgotten, and stays on an error.
+    Show a method calibration text, some 160 packaged lines and the user's own. What the method saw before is discarded
+    when all were shown, and stays on an error.
 
     Args:
         split ([`SplitModel`]): The model.
@@ -39,13 +39,13 @@ def observe_ordinary_text(
         TypeError: One of `texts` is neither.
         ValueError: One of them is empty.
     """
-    packaged = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
+    packaged = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
     longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
     pairs = [(prompt[:longest], answer[:longest]) for prompt, answer in map(encoder.tokens, queries)]
     try:
-        for start in tqdm(range(0, len(pairs), batch_size), desc="Ordinary text", disable=len(pairs) < 1000):
+        for start in tqdm(range(0, len(pairs), batch_size), desc="Calibration text", disable=len(pairs) < 1000):
             rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
             method.observe_inputs(record_inputs(split, targets, rows))
             method.observe_texts(rows)

@@ -21,7 +21,7 @@ from ..edits.active import EditStack
 from ..edits.edit import Edit, acting_ids
 from ..edits.low_rank import Update
 from ..methods import EditMethod
-from .calibration_text import observe_ordinary_text
+from .calibration_text import observe_calibration_text
 from .joint import FoundUpdates, ask
 from .requests import Answers, EditRequest, EditResult
 from .search import _joint_finder, find_updates
@@ -59,7 +59,7 @@ def make_edits(
     support = _support(method, made_by, stack)
     if not method.trains and not method.is_calibrated:
         with stack.disabled():
-            observe_ordinary_text(split, targets, method, encoder)
+            observe_calibration_text(split, targets, method, encoder)
     earlier = stack.edits
     probed = {i: _answers(split, encoder, r.probes) for i, r in enumerate(requests) if r.probes}
     first_of: dict[tuple[str, bool], int] = {}

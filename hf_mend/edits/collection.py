@@ -9,7 +9,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, overload
 
-from ..hub.files import replaced_file
+from ..hub.atomic import replaced_file
 from .edit import Edit, active_edits
 
 

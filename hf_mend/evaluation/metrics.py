@@ -16,11 +16,12 @@ from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
 from ..data.encoding import Encoder, Query, Rows, batches
 from ..data.records import EditRecord
-from ..editing.calibration_text import observe_ordinary_text
+from ..editing.calibration_text import observe_calibration_text
 from ..editing.search import find_updates
 from ..edits.hook import applied
 from ..edits.low_rank import Update, together
 from ..methods import EditMethod
+from .generation import greedy_tokens
 
 
 @dataclass
@@ -88,7 +89,7 @@ def evaluate_records(
     """
     measured: list[Measured] = []
     if not method.trains and not method.is_calibrated:
-        observe_ordinary_text(split, targets, method, encoder)
+        observe_calibration_text(split, targets, method, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
@@ -119,7 +120,7 @@ def evaluate_records(
 def summarize(measured: Sequence[Measured]) -> dict[str, float]:
     """
     Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
-    is the mean of success, generality and both localities.
+    is the mean of success, generality, neighborhood and unrelated.
     """
     out = {"edits": float(len(measured))}
     for name, (values, weights) in metric_values(measured).items():
@@ -201,7 +202,7 @@ def measure_records(
             for name, value in values.items():
                 setattr(results[i], name, value)
     if generate:
-        said = _says_freely(split, encoder, records, edited(torch.arange(len(records))))
+        said = _says_freely(split, encoder, records, edited)
         for result, right in zip(results, said, strict=True):
             result.exact_match = right
     return results
@@ -251,37 +252,28 @@ def _says_freely(
     split: SplitModel,
     encoder: Encoder,
     records: Sequence[EditRecord],
-    edited: AbstractContextManager[None],
+    edited: Callable[[torch.Tensor], AbstractContextManager[None]],
     extra_tokens: int = 3,
 ) -> list[bool]:
     """
-    Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word. A row
-    ends with the model's context.
+    Whether greedy generation after the prompt, free of the target's text, says the target and then ends the word. It
+    ends with the model's context, or where the model stops by itself.
     """
-    prompts = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
-    said: list[list[int]] = [[] for _ in records]
-    steps = max(len(target) for _, target in prompts) + extra_tokens
+    queries = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
+    most = max(len(target) for _, target in queries) + extra_tokens + len(encoder.decoder_prefix[1:])
     longest = longest_input(split.model.config) or math.inf
-    room = [longest if encoder.is_encoder_decoder else longest - len(prompt) for prompt, _ in prompts]
-    with edited:
-        for _ in range(steps):
-            # The last token stands for the one that comes next: `pad` never puts it in.
-            rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])
-            rows.positions = _last_position(rows.positions)
-            tokens = logits_of(split, rows.to(split.device)).argmax(-1).tolist()
-            for out, token, most in zip(said, tokens, room, strict=True):
-                if len(out) < most:
-                    out.append(token)
-    results = []
-    for record, out in zip(records, said, strict=True):
-        text = encoder.decode(out)
-        rest = text[len(record.target) :]
-        results.append(text.startswith(record.target) and not rest[:1].isalnum())
-    return results
-
-
-def _last_position(positions: torch.Tensor) -> torch.Tensor:
-    """Each row's last true position alone."""
-    width = positions.shape[1]
-    last = (positions * torch.arange(width)).max(-1).values
-    return torch.arange(width)[None, :] == last[:, None]
+    rows_of: dict[int, list[int]] = {}  # how many tokens there is room for -> the records
+    for i, (prompt, _) in enumerate(queries):
+        room = longest if encoder.is_encoder_decoder else longest - len(prompt)
+        rows_of.setdefault(int(min(most, room)), []).append(i)
+    said = [""] * len(records)
+    for room, rows in rows_of.items():
+        if room > 0:
+            with edited(torch.tensor(rows)):
+                out = greedy_tokens(split.model, encoder, [queries[i][0] for i in rows], room)
+            for i, tokens in zip(rows, out, strict=True):
+                said[i] = encoder.decode(tokens)
+    return [
+        text.startswith(record.target) and not text[len(record.target) :][:1].isalnum()
+        for record, text in zip(records, said, strict=True)
+    ]

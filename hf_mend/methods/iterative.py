@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -141,7 +141,7 @@ class GradientSearch(IterativeMethod):
         parameters = self.start(look, seen.factors)
         result: Parameters = {name: [p.clone() for p in values] for name, values in parameters.items()}
         updates: dict[str, Update] = {}
-        adam = Adam(parameters, self.config.edit_lr)
+        adam = _Adam(parameters, self.config.edit_lr)
         for step in range(max_steps):
             if step:
                 seen = look(updates, requests[still])
@@ -156,12 +156,11 @@ class GradientSearch(IterativeMethod):
                         name: (x[going_on.to(x.device)], delta[going_on.to(delta.device)])
                         for name, (x, delta) in seen.factors.items()
                     }
-                    parameters = {name: _rows(values, going_on) for name, values in parameters.items()}
                     updates = self.updates(parameters)
                 for name, (x, delta) in self.more_factors(look, updates, step).items():
                     own_x, own_delta = seen.factors[name]
                     seen.factors[name] = (torch.cat([own_x, x], 1), torch.cat([own_delta, delta], 1))
-            adam.step(parameters, self.gradients(parameters, seen.factors))
+            adam.move(self.gradients(parameters, seen.factors))
             self.follow(parameters, seen.factors)
             self.constrain(parameters)
             steps[still] += 1
@@ -171,33 +170,26 @@ class GradientSearch(IterativeMethod):
         return self.found(result), steps.tolist()
 
 
-class Adam:
+class _Adam:
     """`torch.optim.Adam` for requests that are optimised side by side and end at different steps."""
 
-    def __init__(self, parameters: Parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)):
-        self.lr, self.betas, self.steps = lr, betas, 0
-        self.mean = {name: [torch.zeros_like(p) for p in values] for name, values in parameters.items()}
-        self.square = {name: [torch.zeros_like(p) for p in values] for name, values in parameters.items()}
+    def __init__(self, parameters: Parameters, lr: float):
+        self.parameters = parameters
+        self.adam = torch.optim.Adam([p for values in parameters.values() for p in values], lr, foreach=False)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Forgets all rows but these, `(rows,)`, bool."""
-        self.mean = {name: _rows(values, rows) for name, values in self.mean.items()}
-        self.square = {name: _rows(values, rows) for name, values in self.square.items()}
+        """Drop all rows of the parameters, in place, and of their state but these, `(rows,)`, bool."""
+        for p, state in self.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][rows.to(p.device)]
+            p.data, p.grad = p.data[rows.to(p.device)], None
 
-    def step(self, parameters: Parameters, gradients: Parameters) -> None:
-        """Moves the parameters, in place."""
-        self.steps += 1
-        first, second = self.betas
-        size = self.lr / (1 - first**self.steps)
-        for name, values in parameters.items():
-            for p, g, mean, square in zip(values, gradients[name], self.mean[name], self.square[name], strict=True):
-                mean.lerp_(g, 1 - first)
-                square.mul_(second).addcmul_(g, g, value=1 - second)
-                p.addcdiv_(mean, (square / (1 - second**self.steps)).sqrt_().add_(1e-8), value=-size)
-
-
-def _rows(values: Sequence[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-    return [value[rows.to(value.device)] for value in values]
+    def move(self, gradients: Parameters) -> None:
+        """Move the parameters, in place."""
+        for name, values in self.parameters.items():
+            for p, gradient in zip(values, gradients[name], strict=True):
+                p.grad = gradient
+        self.adam.step()
 
 
 def _put(result: Parameters, parameters: Parameters, places: torch.Tensor, rows: torch.Tensor) -> None:

@@ -310,14 +310,17 @@ def test_an_editor_is_measured(world, tmp_path):
     assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize(("method", "field"), [("gradient", "margin=1.5"), ("ft", "num_steps=3")])
-def test_a_method_is_measured_in_calls(world, method, field):
-    done = invoke("eval", method, world / "facts.json", "-m", world / "base", "--edits", 4, "--in-calls-of", 2,
+@pytest.mark.parametrize(
+    ("method", "field", "option"),
+    [("gradient", "margin=1.5", "--edits-per-call"), ("ft", "num_steps=3", "--in-calls-of")],  # the earlier name
+)
+def test_a_method_is_measured_in_calls(world, method, field, option):
+    done = invoke("eval", method, world / "facts.json", "-m", world / "base", "--edits", 4, option, 2,
                   "--metrics", "success", "--config", field, "--json", "--limit", 4)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     (state,) = result["states"]
-    assert (state["edits"], state["in_calls_of"], result["method"]) == (4, 2, method)
+    assert (state["edits"], state["edits_per_call"], result["method"]) == (4, 2, method)
 
 
 def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,9 +150,29 @@ def test_a_damaged_store_is_not_appended_to(tmp_path):
     assert path.read_bytes() == data
 
 
+def payload_of(body: bytes = bytes(16), **changes: Any) -> bytes:
+    """A record's safetensors with a header that was altered: the factors of one layer, (1, 2) each."""
+    entry = {"dtype": "F32", "shape": [1, 2]}
+    entries = {"l.u": {**entry, "data_offsets": [0, 8]}, "l.v": {**entry, "data_offsets": [8, 16], **changes}}
+    described = json.dumps(Edit("a", "p", "t", {}).describe())
+    text = json.dumps({"__metadata__": {"edit": described}, **entries}).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 @pytest.mark.parametrize(
     "payload, message",
     [
+        (payload_of(data_offsets=[0, 8]), "not a whole safetensors file .*does not begin where"),
+        (payload_of(bytes(24), data_offsets=[16, 24]), "not a whole safetensors file .*does not begin where"),
+        (payload_of(bytes(12)), "not a whole safetensors file .*ends outside"),
+        (payload_of(bytes(24)), "not a whole safetensors file .its tensors take 16 bytes of 24"),
+        (payload_of(shape=[1, 3]), "not a whole safetensors file"),
+        (payload_of(shape=[2**40, 2**40]), "not a whole safetensors file"),
+        (payload_of(shape=[-1, 2]), "has the header"),
+        (payload_of(dtype="I32"), "has dtype 'I32'"),
+        (payload_of(data_offsets=[8]), "not a whole safetensors file"),
+        (payload_of(data_offsets="8"), "not a whole safetensors file"),
+        (payload_of(data_offsets=[8, 12]), "not a whole safetensors file"),
         (b"x", "not a whole safetensors file"),
         ((2**60).to_bytes(8, "little"), "not a whole safetensors file"),
         (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.ones(2, 2))})), "no pair"),

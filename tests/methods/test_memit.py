@@ -14,7 +14,7 @@ from support.models import all_logits, small_config
 from hf_mend import EditableModel
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
-from hf_mend.editing.calibration_text import observe_ordinary_text
+from hf_mend.editing.calibration_text import observe_calibration_text
 from hf_mend.editing.search import find_updates
 from hf_mend.edits.low_rank import dense
 
@@ -140,7 +140,7 @@ def test_groups_are_joined_each_for_itself(llama, tokenizer):
     """Groups of two in one batch come to what calls of two come to."""
     model = memit(llama, tokenizer)
     queries = [Query(record.prompt, record.target) for record in RECORDS[:4]]
-    observe_ordinary_text(model.split, model.targets, model.editor, model.encoder)
+    observe_calibration_text(model.split, model.targets, model.editor, model.encoder)
     found = find_updates(
         model.split, model.targets, model.editor, model.encoder(queries), check=False, edits_together=2
     )
