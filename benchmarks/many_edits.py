@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from common import DATA, config_options, load_base, parse_with_data
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
+from hf_mend.config import config_class
 from hf_mend.demo.smollm2 import SMOLLM2_ID
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.evaluation.scores import held_out_passages, perplexity
@@ -60,7 +61,9 @@ def load(
     if method == "gradient" and not options:
         model = EditableModel(base, tokenizer=tokenizer)
     else:
-        model = EditableModel(base, EditorConfig(method=method, **options), tokenizer)
+        names = {item.name for item in fields(config_class(method))}
+        own = {name: value for name, value in options.items() if name in names}
+        model = EditableModel(base, EditorConfig(method=method, **own), tokenizer)
     if texts:
         model.observe(texts)
     return model
@@ -109,7 +112,12 @@ def main() -> None:
     parser.add_argument("--facts", default="facts_test.json", help="settings are chosen on facts_validation.json")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/many_edits"), help="without suffix")
     parser.add_argument("--methods", default=f"mend={EDITOR},gradient=gradient", help="name=folder or method, ...")
-    parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        help="EditorConfig's name=value (JSON), for the methods that have it; repeatable",
+    )
     parser.add_argument("--counts", default="1,10,100,1000", help="edits in one call")
     parser.add_argument("--sequential", default="10,100,1000", help="edits in calls of --call")
     parser.add_argument("--call", type=int, default=10)

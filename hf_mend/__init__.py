@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .edits.edit import Edit
     from .edits.store import EditStore
     from .evaluation.metrics import evaluate_records, summarize
+    from .methods import register_method
     from .model import EditableModel, get_editable_model
     from .training.cache import HiddenStateCache
     from .training.trainer import EditorTrainer, EditorTrainingArguments
@@ -43,6 +44,7 @@ __all__ = [
     "read_counterfact",
     "read_edits",
     "read_questions",
+    "register_method",
     "summarize",
     "write_edits",
 ]
@@ -60,6 +62,7 @@ _MODULES = {
     "edits.edit": ["Edit"],
     "edits.store": ["EditStore"],
     "evaluation.metrics": ["evaluate_records", "summarize"],
+    "methods": ["register_method"],
     "model": ["EditableModel", "get_editable_model"],
     "training.cache": ["HiddenStateCache"],
     "training.trainer": ["EditorTrainer", "EditorTrainingArguments"],

@@ -25,15 +25,6 @@ _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 _MATCHING_SECONDS = 2.0
 
-# Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
-# benchmarks/results/ for the measurements behind both.
-_DEFAULT_SPAN = (0.567, 0.767)
-
-
-# Methods that write at the subject want the blocks from which what is known of it is read further up.
-_DEFAULT_SPANS = {"memit": (0.267, 0.467), "rome": (0.333, 0.367)}
-
-
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -156,8 +147,7 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
             )
     chosen = config.target_modules
     if chosen is None or chosen in ("default", "paper"):
-        span = _DEFAULT_SPANS.get(config.method, _DEFAULT_SPAN)
-        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform, span))
+        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform, config.default_span))
     else:
         targets = list(_matching(model, stacks, chosen, config.layers_to_transform))
     if not targets:

@@ -62,7 +62,8 @@ class EvaluationOptions(Options):
     max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Facts in one pass.")] = 10
     config: Annotated[
-        list[str] | None, typer.Option(help="A field of EditorConfig for a method: name=value, in JSON. Repeatable.")
+        list[str] | None,
+        typer.Option(help="An option of a method (hf-mend info METHOD lists them): name=value, in JSON. Repeatable."),
     ] = None
 
     def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class EditMethod(nn.Module):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
 
     Attributes:
+        config_class (`type[EditorConfig]`): The class of the method's configuration, which holds its options.
         max_steps (`int`): Gradient steps that an edit may take where the user does not say.
         trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
             the model from a page of ordinary text, before the first edit.
@@ -31,6 +32,9 @@ class EditMethod(nn.Module):
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
             loss (see [`~hf_mend.editing.joint.find_joint_updates`]).
     """
+
+    config_class: type[EditorConfig] = EditorConfig
+    config: Any  # of the method's config_class
 
     max_steps: int = 3
     trains: bool = True
@@ -169,10 +173,51 @@ _METHODS: dict[str, type[EditMethod]] = {}
 _Method = TypeVar("_Method", bound=type[EditMethod])
 
 
-def register_method(name: str) -> Callable[[_Method], _Method]:
-    """Registers a method under the name that `EditorConfig.method` gives."""
+def register_method(name: str, config_class: type[EditorConfig] | None = None) -> Callable[[_Method], _Method]:
+    """
+    Registers a method under the name that `EditorConfig.method` gives, with the class of its configuration.
+
+    Args:
+        name (`str`): The method's name.
+        config_class (`type[EditorConfig]`, *optional*): A dataclass whose fields are the method's options; see
+            [`~hf_mend.config.option`]. Without it the method has the options of the method that it is a subclass of.
+
+    Returns:
+        `Callable`: A decorator for the method's class.
+
+    Raises:
+        TypeError: `config_class` is not a subclass of [`EditorConfig`].
+
+    Example:
+
+    ```python
+    from dataclasses import dataclass
+
+    from hf_mend import EditorConfig, register_method
+    from hf_mend.config import option
+    from hf_mend.methods import EditMethod
+
+
+    @dataclass
+    class PlainStepConfig(EditorConfig):
+        step: float = option(0.1, help="How far an edit goes down the gradient.", most=10)
+
+
+    @register_method("plain-step", PlainStepConfig)
+    class PlainStep(EditMethod):
+        def forward(self, factors):
+            return {name: (x, -self.config.step * delta) for name, (x, delta) in factors.items()}
+
+
+    config = EditorConfig(method="plain-step", step=0.5)
+    ```
+    """
+    if config_class is not None and not (isinstance(config_class, type) and issubclass(config_class, EditorConfig)):
+        raise TypeError(f"config_class is {config_class!r}, expected a subclass of EditorConfig")
 
     def register(cls: _Method) -> _Method:
+        if config_class is not None:
+            cls.config_class = config_class
         _METHODS[name] = cls
         return cls
 
@@ -211,3 +256,8 @@ def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) ->
 def registered_methods() -> Sequence[str]:
     """Names of all methods."""
     return sorted(_METHODS)
+
+
+def config_classes() -> dict[str, type[EditorConfig]]:
+    """The name of each method -> the class of its configuration, in the order in which they were registered."""
+    return {name: method.config_class for name, method in _METHODS.items()}

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..config import EditorConfig
+from ..config import EditorConfig, option
 from ..data.encoding import Rows
 from ..edits.low_rank import Update
 from .base import EditMethod
@@ -68,6 +68,27 @@ class Look(Protocol):
         ...
 
 
+@dataclass
+class IterativeConfig(EditorConfig):
+    """
+    The options of methods that look for an edit in many steps.
+
+    Args:
+        edit_lr (`float`, defaults to 1e-4): Adam's learning rate.
+        num_steps (`int`, defaults to 50): The most steps of an edit.
+        stop_loss (`float`, defaults to 0.1): An edit is found when every target token is the argmax, with a negative
+            log-likelihood of this or less, in nats.
+    """
+
+    edit_lr: float = option(1e-4, "Adam's learning rate.")
+    num_steps: int = option(50, "The most steps of an edit.", least=1, most=100_000)
+    stop_loss: float = option(
+        0.1,
+        "An edit is found when every target token is the argmax, with a negative log-likelihood of this or less, in "
+        "nats.",
+    )
+
+
 class IterativeMethod(EditMethod):
     """
     A method that looks for an update: `find` instead of `forward`. It edits as it is, without training.
@@ -75,9 +96,11 @@ class IterativeMethod(EditMethod):
     `max_steps` is the configuration's `num_steps`, where the caller does not say.
     """
 
+    config_class: type[EditorConfig] = IterativeConfig
+    config: IterativeConfig
     trains = False
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: IterativeConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.max_steps = config.num_steps
 

@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from ..config import EditorConfig
+from ..config import option
 from ..edits.low_rank import Update
 from .base import register_method
-from .mend import Mend
+from .mend import Mend, MendConfig
 from .ridge import ridge_keys
 
 
-@register_method("malmen")
+@dataclass
+class MalmenConfig(MendConfig):
+    """
+    The configuration of [`Malmen`]: all options of [`MendConfig`], and the ridge.
+
+    Args:
+        ridge (`float`, defaults to 1.0): Strength of the regression's ridge, from which each layer learns its own.
+    """
+
+    ridge: float = option(
+        1.0, "Strength of the ridge with which edits made together are merged, from which each layer learns its own."
+    )
+
+
+@register_method("malmen", MalmenConfig)
 class Malmen(Mend):
     """
     MALMEN for a set of layers. It takes the weights of a MEND editor of the same configuration.
@@ -28,11 +43,13 @@ class Malmen(Mend):
     that what an edit must not change counts most; without it, it is the paper's, which weighs all alike.
 
     Args:
-        config ([`EditorConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
+        config ([`MalmenConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    config: MalmenConfig
+
+    def __init__(self, config: MalmenConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.log_ridge = nn.Parameter(torch.full((len(self.shapes),), math.log(config.ridge)))
 

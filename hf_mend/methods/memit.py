@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..edits.low_rank import Update
 from .base import register_method
-from .iterative import Factors, GradientSearch, Look, Parameters
-from .moments import MergesByRidge
+from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
+from .moments import MergesByRidge, MergesByRidgeConfig
 
 
-@register_method("memit")
+@dataclass
+class MemitConfig(MergesByRidgeConfig, IterativeConfig):
+    """
+    The configuration of [`Memit`], with the options of [`IterativeConfig`], whose `edit_lr` (0.05) is of the search
+    for the shifts, and of [`MergesByRidgeConfig`]: `whiten_ridge` (0.01), `whiten_rank` (512), `ridge` (30) and
+    `margin` (1.25).
+    """
+
+    edit_lr: float = 0.05
+    whiten_ridge: float = 0.01
+    whiten_rank: int = 512
+    ridge: float = 30.0
+    margin: float = 1.25
+
+    # The blocks from which what is known of the subject is read further up.
+    default_span: ClassVar[tuple[float, float]] = (0.267, 0.467)
+
+
+@register_method("memit", MemitConfig)
 class Memit(MergesByRidge, GradientSearch):
     """
     Mass-editing memory (Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4): at the subject's last
@@ -29,11 +49,13 @@ class Memit(MergesByRidge, GradientSearch):
     that do not take beside the others ask for more.
 
     Args:
-        config ([`EditorConfig`]): `edit_lr` is Adam's learning rate on the shifts; `num_steps` and `stop_loss` say
+        config ([`MemitConfig`]): `edit_lr` is Adam's learning rate on the shifts; `num_steps` and `stop_loss` say
             when to end; what was found is asked for `margin` times; `ridge`, `whiten_rank` and `whiten_ridge` are of
             the regression.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
+
+    config: MemitConfig
 
     def start(self, look: Look, factors: Factors) -> Parameters:
         parameters = {}

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, all_logits, build_model, editable, fitting, small_config
 from support.training import QUESTIONS, arguments, losses
 
 from hf_mend import EditableModel, EditorTrainer, get_editable_model
@@ -59,7 +59,7 @@ def test_an_edit_is_that_of_the_cpu(base, architecture, tokenizer, tmp_path):
 def test_every_method_edits_as_on_the_cpu(base, tokenizer, method):
     torch.manual_seed(0)
     models = [
-        EditableModel(weights, small_config(method=method, num_steps=4, kl_texts=2), tokenizer).eval()
+        EditableModel(weights, small_config(method, **fitting(method, num_steps=4, kl_texts=2)), tokenizer).eval()
         for weights in (copy.deepcopy(base), base)
     ]
     if models[0].editor.trains:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, small_config
+from support.models import RECORDS, all_logits, build_model, fitting, small_config
 from support.training import QUESTIONS, arguments, fresh
 
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, evaluate_records, get_editable_model
@@ -66,7 +66,7 @@ def test_a_compacted_update_is_the_same_matrix():
 
 
 def perturbed(tokenizer, architecture="llama", method="malmen", **options) -> EditableModel:
-    model = fresh(tokenizer, architecture, method=method, ridge=0.3, **options)
+    model = fresh(tokenizer, architecture, **{"method": method, **fitting(method, ridge=0.3), **options})
     examples = TrainingExamples(RECORDS, QUESTIONS)
     calibrate(model, examples, 8, 4)
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monke
 
 
 def test_the_inputs_of_many_edits_become_fewer_rows():
-    method = get_method("malmen")(EditorConfig(rank=2), {"a": (3, 4)})
+    method = get_method("malmen")(EditorConfig("malmen", rank=2), {"a": (3, 4)})
     rows = {f"edit {i}": torch.randn(3, 4) for i in range(9)}
     for count, (edit_id, x) in enumerate(rows.items(), 1):
         method.remember(edit_id, {"a": x})
@@ -421,10 +421,10 @@ def test_a_method_without_parameters_is_not_trained(llama, tokenizer, tmp_path):
 def test_edits_from_a_store_are_spared_like_those_made_here(tokenizer, tmp_path, method):
     """Their inputs, as hooks on the plain modules see them under the stored edits: memit's at the subject's end."""
     records = [replace(record, subject="france") if "france" in record.prompt else record for record in RECORDS]
-    model = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    model = EditableModel(build_model("llama"), EditorConfig(method, **fitting(method, num_steps=3)), tokenizer)
     model.open_store(tmp_path / "edits.store")
     model.edit(records[:3], force=True)
-    again = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    again = EditableModel(build_model("llama"), EditorConfig(method, **fitting(method, num_steps=3)), tokenizer)
     stored = again.open_store(tmp_path / "edits.store")
     again.close_store()
     expected: dict[str, dict[str, torch.Tensor]] = {}
