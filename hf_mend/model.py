@@ -23,7 +23,9 @@ from .config import CONFIG_NAME, EditorConfig
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_ordinary_text
+from .editing.context import EditingContext
 from .editing.pipeline import make_edits
+from .editing.proposals import SearchOptions
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
 from .edits.active import EditStack, acting_edits
 from .edits.collection import Edits, turned
@@ -199,7 +201,7 @@ class EditableModel(PushesToHub, nn.Module):
         """
         if edit_batch is None:
             return self.base_model(*args, **kwargs)
-        loss: EditingLoss = editing_loss(self.split, self.targets, self.editor, edit_batch, **kwargs)
+        loss: EditingLoss = editing_loss(self.context, edit_batch, **kwargs)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +281,11 @@ class EditableModel(PushesToHub, nn.Module):
     # ---- editing ----
 
     @property
+    def context(self) -> EditingContext:
+        """Base model, edited layers and method as one thing; made anew, as a wrapper may replace the editor."""
+        return EditingContext(self.split, self.targets, self.editor)
+
+    @property
     def edits(self) -> Edits:
         """
         The edits the model carries, oldest first, to index, search and export. Of several of one prompt the last acts,
@@ -340,18 +347,8 @@ class EditableModel(PushesToHub, nn.Module):
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
-            results = make_edits(
-                self.split,
-                self.targets,
-                self.editor,
-                encoder,
-                self._stack,
-                requests,
-                max_steps=self.editor.max_steps if max_steps is None else max_steps,
-                batch_size=batch_size,
-                force=force,
-                check=check,
-            )
+            options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
+            results = make_edits(self.context, encoder, self._stack, requests, options, batch_size)
         for result in results:
             if result.success is False:
                 logger.warning(
@@ -384,7 +381,7 @@ class EditableModel(PushesToHub, nn.Module):
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
         with self.disable_edits():
-            observe_ordinary_text(self.split, self.targets, self.editor, self.encoder, texts)
+            observe_ordinary_text(self.context, self.encoder, texts)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
@@ -666,12 +663,12 @@ class EditableModel(PushesToHub, nn.Module):
     @contextmanager
     def _for_a_while(self) -> Iterator[None]:
         """After the context, the edits are what they were before it; no store knows of it."""
-        before, store, known = self._stack.edits, self._store, dict(self.editor.known_inputs)
+        before, store, keys = self._stack.edits, self._store, self._stack.preserved_keys.copy()
         self._store = None
         try:
             yield
         finally:
-            self._store, self.editor.known_inputs = store, known
+            self._store, self._stack.preserved_keys = store, keys
             self._stack.replace(before)
 
     def _check_usable(self) -> None:

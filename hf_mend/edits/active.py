@@ -16,6 +16,7 @@ from .collection import check_apart, check_known
 from .edit import Edit, active_edits, check_supported, each_support_once
 from .hook import AddsToOutput
 from .layer_sum import LayerSum
+from .preserved_keys import PreservedKeys
 
 
 def acting_edits(model: nn.Module) -> set[str]:
@@ -41,6 +42,7 @@ class EditStack:
         self._base_model = base_model
         self.edits: list[Edit] = []
         self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
+        self.preserved_keys = PreservedKeys()  # of the edits that a joining method made
         self._handles: list[Any] = []
         self._disabled = 0
 

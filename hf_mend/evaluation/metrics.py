@@ -17,6 +17,8 @@ from ..bases.targets import Target
 from ..data.encoding import Encoder, Query, Rows, batches
 from ..data.records import EditRecord
 from ..editing.calibration_text import observe_ordinary_text
+from ..editing.context import EditingContext
+from ..editing.proposals import SearchOptions
 from ..editing.search import find_updates
 from ..edits.hook import applied
 from ..edits.low_rank import Update, together
@@ -87,13 +89,14 @@ def evaluate_records(
             carries its edit alone, or its group's; what it returns goes into [`Measured`].
     """
     measured: list[Measured] = []
+    context = EditingContext(split, targets, method)
     if not method.trains and not method.is_calibrated:
-        observe_ordinary_text(split, targets, method, encoder)
+        observe_ordinary_text(context, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
             edits = encoder(queries).to(split.device)
-            found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
+            found = find_updates(context, [edits], SearchOptions(max_steps), edits_together)[0]
             updates = together(found.updates, edits_together)
             groups = torch.arange(len(chunk)) // edits_together
             edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ class EditMethod(nn.Module):
         reads_ordinary_text (`bool`): Whether it does that.
         takes_texts (`bool`): Whether a user's own text goes beside that page.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
-            loss (see [`~hf_mend.editing.joint.find_joint_updates`]).
+            loss (see [`~hf_mend.editing.proposals.FromGradient`]).
     """
 
     max_steps: int = 3
@@ -42,8 +42,6 @@ class EditMethod(nn.Module):
         super().__init__()
         self.config = config
         self.shapes = dict(shapes)
-        self.known_inputs: dict[str, dict[str, torch.Tensor]] = {}  # of edits, by their id
-        self._merged: tuple[list[str], dict[str, torch.Tensor]] = ([], {})  # those of some ids, in fewer rows
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         """
@@ -94,12 +92,7 @@ class EditMethod(nn.Module):
         """
         return type(self).join is not EditMethod.join
 
-    def remember(self, edit_id: str, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the inputs of an edit that was made, layer name -> `(tokens, d_in)`, so that later ones spare it."""
-        if self.joins:
-            self.known_inputs[edit_id] = dict(inputs)
-
-    def asked_at(
+    def key_inputs(
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
@@ -113,23 +106,6 @@ class EditMethod(nn.Module):
             `dict[str, torch.Tensor]`: Layer name -> `(edits, positions, d_in)`, zero where nothing is asked for.
         """
         return {name: x for name, (x, _) in factors.items()}
-
-    def inputs_of(self, edit_ids: Sequence[str], waiting: Iterable[str] = ()) -> dict[str, torch.Tensor]:
-        """
-        Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known. Where there are many, fewer rows
-        with the same `sum x x^T`. All others are forgotten, except those of the edits that are `waiting` to come back.
-        """
-        self.known_inputs = {one: self.known_inputs[one] for one in (*edit_ids, *waiting) if one in self.known_inputs}
-        known = [edit_id for edit_id in edit_ids if edit_id in self.known_inputs]
-        ids, merged = self._merged
-        if known[: len(ids)] != ids:
-            ids, merged = [], {}
-        new = [self.known_inputs[edit_id] for edit_id in known[len(ids) :]]
-        if new:
-            parts = {name: [merged[name]] if merged else [] for name in self.shapes}
-            merged = {name: _fewer_rows(torch.cat([*parts[name], *(x[name] for x in new)])) for name in self.shapes}
-        self._merged = (known, merged)
-        return merged
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Takes the factors of edits that are about to be made into running statistics, if the method has any."""
@@ -156,13 +132,6 @@ class EditMethod(nn.Module):
 
     def scale_steps(self, factor: float) -> None:
         """Makes every edit `factor` times as strong, from now on."""
-
-
-def _fewer_rows(x: torch.Tensor) -> torch.Tensor:
-    """`(rows, width)` with the same `x^T x`, and as many rows as columns where there were half as many again."""
-    if 2 * x.shape[0] <= 3 * x.shape[1]:
-        return x
-    return torch.linalg.qr(x.double(), mode="r").R.to(x.dtype)
 
 
 _METHODS: dict[str, type[EditMethod]] = {}

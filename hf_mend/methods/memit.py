@@ -75,7 +75,7 @@ class Memit(MergesByRidge, GradientSearch):
         margin = self.config.margin
         return {name: (key.unsqueeze(1), margin * shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
 
-    def asked_at(
+    def key_inputs(
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return {

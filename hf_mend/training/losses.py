@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.gradients import Factors, kl_divergence, row_means, trace
-from ..bases.split import HiddenState, SplitModel, logits_of
-from ..bases.targets import Target
+from ..bases.gradients import Factors, kl_divergence, row_means
+from ..bases.split import HiddenState
 from ..data.encoding import Rows
-from ..edits.hook import applied
+from ..editing.context import EditingContext
 from ..edits.low_rank import Update, compacted, together
-from ..methods import EditMethod
 from .examples import EditBatch
 
 
@@ -48,9 +46,7 @@ class EditingLoss:
 
 
 def editing_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float] = MappingProxyType({}),
     run_below: Callable[[Rows], HiddenState] | None = None,
@@ -65,9 +61,7 @@ def editing_loss(
     What lies below the lowest edited block runs once for each text and serves the un-edited and the edited pass.
 
     Args:
-        split ([`SplitModel`]): The base model.
-        targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Factors to updates; the only part with trainable parameters.
+        context ([`EditingContext`]): The base model and the method, the only part with trainable parameters.
         batch ([`EditBatch`]): The texts.
         locality_weights (`Mapping[str, float]`): Weight of the KL on each kind of local rows, 1 where none is given
             (the paper's is 1 / `c_edit`).
@@ -83,61 +77,52 @@ def editing_loss(
             before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
         look_back (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
-    below = run_below or (lambda rows: split.run_below(rows.inputs))
+    below = run_below or (lambda rows: context.split.run_below(rows.inputs))
     if calls_in_a_row > 1:
-        return sequential_loss(split, targets, method, batch, locality_weights, below, calls_in_a_row, look_back)
+        return sequential_loss(context, batch, locality_weights, below, calls_in_a_row, look_back)
     size = math.gcd(edits_together, len(batch))
     if edits_at_once is not None and edits_at_once < len(batch):
-        return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
+        return _two_stage_loss(context, batch, locality_weights, below, size, edits_at_once)
+    method = context.method
     carried = method.carried()
-    factors = _traced(split, targets, batch, below, carried)
+    factors = _traced(context, batch, below, carried)
     updates = method.join(together(method(factors), size))
-    return _loss_under(split, targets, (carried, updates), batch, locality_weights, below)
+    return _loss_under(context, (carried, updates), batch, locality_weights, below)
 
 
 def _traced(
-    split: SplitModel,
-    targets: Sequence[Target],
+    context: EditingContext,
     batch: EditBatch,
     below: Callable[[Rows], HiddenState],
     *carried: Mapping[str, Update],
 ) -> Factors:
     """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
     fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in carried]
-    with applied(targets, *fixed):
-        return trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))[0]
+    return context.trace(batch.edit, below(batch.edit), fixed)[0]
 
 
 def _loss_under(
-    split: SplitModel,
-    targets: Sequence[Target],
+    context: EditingContext,
     updates: Sequence[Mapping[str, Update]],
     batch: EditBatch,
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
 ) -> EditingLoss:
     """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
-
-    def edited_logits(rows: Rows, state: HiddenState) -> torch.Tensor:
-        with applied(targets, *updates):
-            return logits_of(split, rows, state)
-
     general = batch.general
-    edit = target_nll(edited_logits(general, below(general)), general)
+    edit = target_nll(context.logits(general, below(general), updates), general)
     loss, locality = edit, {}
     for kind, rows in batch.local.items():
         state = below(rows)
         with torch.no_grad():
-            base = logits_of(split, rows, state)
-        locality[kind] = row_means(kl_divergence(edited_logits(rows, state), base), rows).mean()
+            base = context.logits(rows, state)
+        locality[kind] = row_means(kl_divergence(context.logits(rows, state, updates), base), rows).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
 
 
 def _two_stage_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
@@ -146,10 +131,11 @@ def _two_stage_loss(
 ) -> EditingLoss:
     """`editing_loss` with the texts of `edits_at_once` edits in memory at a time."""
     parts = [batch.edits(start, start + edits_at_once) for start in range(0, len(batch), edits_at_once)]
+    method = context.method
     carried = method.carried()
     asked: dict[str, list[Update]] = {}
     for part in parts:
-        factors = _traced(split, targets, part, below, carried)
+        factors = _traced(context, part, below, carried)
         # Checkpointed: of the networks, too, one part's graph is in memory at a time.
         for name, pair in checkpoint(method, factors, use_reentrant=False).items():
             asked.setdefault(name, []).append(pair)
@@ -166,7 +152,7 @@ def _two_stage_loss(
     for number, part in enumerate(parts):
         owners = [(number * edits_at_once + i) // size for i in range(len(part))]
         seen = {name: _seen_by(owners, pairs) for name, pairs in leaves.items()}
-        loss = _loss_under(split, targets, (beside, seen), part, locality_weights, below)
+        loss = _loss_under(context, (beside, seen), part, locality_weights, below)
         share = len(part) / len(batch)
         if loss.loss.requires_grad:
             (loss.loss * share).backward()
@@ -184,9 +170,7 @@ def _two_stage_loss(
 
 
 def sequential_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
@@ -199,13 +183,14 @@ def sequential_loss(
     Li et al. 2025, "Reinforced Lifelong Editing for Language Models", whose memory backtracking this is).
 
     Args:
-        split, targets, method, batch, locality_weights: As for [`editing_loss`].
+        context, batch, locality_weights: As for [`editing_loss`].
         below (`Callable`): Gives the rows' hidden states at the lowest edited block.
         calls (`int`): How many; the batch is split evenly, and where it is too small a call has one edit.
         look_back (`float`): From 0, each call for itself, to 1, all alike.
     """
     each = max(1, len(batch) // calls)
     parts = [batch.edits(start, min(start + each, len(batch))) for start in range(0, len(batch), each)]
+    method = context.method
     carried = method.carried()
     made: dict[str, list[Update]] = {}
     inputs: dict[str, list[torch.Tensor]] = {}
@@ -213,7 +198,7 @@ def sequential_loss(
     shares: list[float] = []
     for number, part in enumerate(parts):
         earlier_edits = {name: _side_by_side(pairs) for name, pairs in made.items()}
-        factors = _traced(split, targets, part, below, carried, earlier_edits)
+        factors = _traced(context, part, below, carried, earlier_edits)
         asked = together(method(factors), len(part))
         kept = {name: torch.cat(x) for name, x in inputs.items()} if method.joins else {}
         for name, (u, v) in method.join(asked, kept).items():
@@ -223,7 +208,7 @@ def sequential_loss(
         for earlier, texts in enumerate(parts[: number + 1]):
             weight = look_back ** (number - earlier) * len(texts)
             if weight > 0:
-                losses.append(_loss_under(split, targets, (carried, seen), texts, locality_weights, below))
+                losses.append(_loss_under(context, (carried, seen), texts, locality_weights, below))
                 shares.append(weight)
     return _mean_loss(losses, shares)
 

@@ -58,7 +58,7 @@ def test_an_error_leaves_what_was_seen_before(llama, tokenizer, monkeypatch, met
 
     monkeypatch.setattr(ordinary_text, "record_inputs", failing)
     with pytest.raises(error):
-        ordinary_text.observe_ordinary_text(model.split, model.targets, model.editor, model.encoder)
+        ordinary_text.observe_ordinary_text(model.context, model.encoder)
     assert model.editor.is_calibrated == before
     assert all(torch.equal(buffer, seen[name]) for name, buffer in model.editor.named_buffers())
     assert len(getattr(model.editor, "_texts", [])) == len(texts)

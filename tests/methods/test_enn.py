@@ -53,7 +53,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     model = changed(tokenizer, architecture)
     editor = model.editor
     query = Query(RECORDS[0].prompt, RECORDS[0].target)
-    found = find_updates(model.split, model.targets, editor, model.encoder([query]))
+    found = find_updates(model.context, [model.encoder([query])])[0]
     plain = get_editable_model(by_hand(model), small_config(method="enn"), tokenizer)
     for i, (name, gradient) in enumerate(gradients(plain, query).items()):
         u, v = found.updates[name]
@@ -64,7 +64,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     rows = model.encoder([query])
     with torch.no_grad():
         right = model.base_model(**rows.inputs).logits[rows.positions].argmax(-1) == rows.next_tokens[rows.positions]
-    assert found.before.right[0] == right.tolist(), "before is what the untouched base says"
+    assert found.before.correct[0] == right.tolist(), "before is what the untouched base says"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
@@ -178,7 +178,7 @@ def test_large_steps_in_two_stages_have_the_same_loss_and_gradient(tokenizer):
     found = []
     for at_once in (None, 1):
         model.editor.zero_grad()
-        loss = editing_loss(model.split, model.targets, model.editor, batch, edits_together=2, edits_at_once=at_once)
+        loss = editing_loss(model.context, batch, edits_together=2, edits_at_once=at_once)
         loss.loss.backward()
         found.append((loss.loss.detach(), [p.grad.clone() for p in model.editor.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])

@@ -12,6 +12,7 @@ from hf_mend import EditableModel
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_ordinary_text
+from hf_mend.editing.context import EditingContext
 from hf_mend.methods import get_method
 from support.models import small_config
 
@@ -77,7 +78,7 @@ def inputs_of(model, target, rows) -> torch.Tensor:
 def second_moment(model, target, ridge, more=()) -> np.ndarray:
     """Of the packaged lines and more texts, by hand."""
     texts = get_method("ft-kl")(model.editor_config, model.editor.shapes)
-    observe_ordinary_text(model.split, model.targets, texts, model.encoder, more)
+    observe_ordinary_text(EditingContext(model.split, model.targets, texts), model.encoder, more)
     kept = []
     for rows in texts._texts:
         decoder = "decoder_input_ids" in rows.inputs and target.stack == "decoder"
