@@ -27,10 +27,10 @@ from .editing.context import EditingContext
 from .editing.pipeline import make_edits
 from .editing.proposals import SearchOptions
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
-from .edits.active import EditStack, acting_edits
+from .edits.active import ActiveEdits, acting_edits
 from .edits.collection import Edits, turned
 from .edits.compression import Compression, compressed
-from .edits.edit import Edit, active_edits, check_supported, each_support_once, stacked
+from .edits.edit import Edit, active_edits, check_required, each_base_delta_once, stacked
 from .edits.edits_file import edits_from_tensors
 from .edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .edits.low_rank import truncated
@@ -100,7 +100,7 @@ class EditableModel(PushesToHub, nn.Module):
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        self._stack = EditStack(self.targets, base_model)
+        self._stack = ActiveEdits(self.targets, base_model)
         self.card_notes = CardNotes()
         self._merged = False
         self._store: EditStore | None = None
@@ -479,7 +479,7 @@ class EditableModel(PushesToHub, nn.Module):
         edits, before = list(store.edits), self._stack.edits
         check_same_base(self.base_model, store.base_fingerprint, str(path))
         self._stack.check_fit(edits, path)
-        every = each_support_once([*edits, *before])
+        every = each_base_delta_once([*edits, *before])
         store.follow(edits, every)
         self._stack.replace(every)
         self._store = store
@@ -580,12 +580,12 @@ class EditableModel(PushesToHub, nn.Module):
             `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
 
         Raises:
-            ValueError: There is no edit, one needs a support that is missing, or `max_rank` is below 1.
+            ValueError: There is no edit, one requires a base delta that is missing, or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
         edits = self._stack.edits if edits is None else edits
-        check_supported(edits, "save_lora")
+        check_required(edits, "save_lora")
         edits = active_edits(edits)
         updates, error = stacked(edits), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):

@@ -70,7 +70,7 @@ class AcceptByRow(AcceptAll):
         def answers(shares: torch.Tensor) -> Answers:
             return self.proposer.score(batch, side_by_side(batch.updates, _scaled(updates, shares)))
 
-        shares, after = _best_shares(answers, batch.known_answers, batch.wanted)
+        shares, after = best_shares(answers, batch.known_answers, batch.wanted)
         batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
         batch.answers = after
         batch.wanted = (shares > 0) & ~after.all_correct
@@ -79,7 +79,7 @@ class AcceptByRow(AcceptAll):
         """All is decided already."""
 
 
-def _best_shares(
+def best_shares(
     answers: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, Answers]:
     """

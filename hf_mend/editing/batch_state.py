@@ -9,7 +9,7 @@ import torch
 
 from ..bases.gradients import Factors
 from ..bases.split import HiddenState
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from .scoring import Answers
 
@@ -41,7 +41,7 @@ class BatchState:
     Rows that run in one pass, and the updates found for them so far.
 
     Args:
-        rows ([`Rows`]): Prompts and targets, a row a request.
+        rows ([`EncodedBatch`]): Prompts and targets, a row a request.
         hidden ([`HiddenState`]): What `run_below` gave for them.
         before ([`Answers`]): What the model says without the updates.
         wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that a further step is to be proposed for.
@@ -57,7 +57,7 @@ class BatchState:
             [`~hf_mend.edits.hook.applied`] takes it.
     """
 
-    rows: Rows
+    rows: EncodedBatch
     hidden: HiddenState
     before: Answers
     wanted: torch.Tensor

@@ -10,7 +10,7 @@ import torch
 from ..bases.gradients import Factors, trace
 from ..bases.split import HiddenState, SplitModel, logits_of
 from ..bases.targets import Target
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..methods import EditMethod
@@ -33,13 +33,13 @@ class EditingContext:
     method: EditMethod
 
     def trace(
-        self, rows: Rows, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
+        self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> tuple[Factors, torch.Tensor]:
         """
         The factors of each row's gradient and the logits at the rows' positions: [`~hf_mend.bases.gradients.trace`].
 
         Args:
-            rows ([`Rows`]): Prompts and targets.
+            rows ([`EncodedBatch`]): Prompts and targets.
             hidden ([`HiddenState`], *optional*): What `split.run_below` gave for them; computed when missing.
             updates (`Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]`): What the rows are under, in this
                 order, as [`~hf_mend.edits.hook.applied`] takes it.
@@ -48,14 +48,14 @@ class EditingContext:
             return trace(self.split, self.targets, rows.inputs, rows.next_tokens, hidden)
 
     def logits(
-        self, rows: Rows, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
+        self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
         """The logits at the rows' positions, `(positions, vocab)`; the arguments are those of `trace`."""
         with applied(self.targets, *updates):
             return logits_of(self.split, rows, hidden)
 
     def answers(
-        self, rows: Rows, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
+        self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> Answers:
         """What the model says to the rows; the arguments are those of `trace`."""
         return score_targets(rows, self.logits(rows, hidden, updates))

@@ -9,7 +9,7 @@ import torch
 
 from ..bases.gradients import Factors, gradient_factors, kl_divergence, row_means
 from ..bases.split import HiddenState, logits_of
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..methods import Seen
@@ -24,7 +24,7 @@ class BatchLook:
 
     Args:
         context ([`EditingContext`]): The model, with whatever edits it carries, and its edited layers.
-        rows ([`Rows`]): Prompts and targets, a row a request.
+        rows ([`EncodedBatch`]): Prompts and targets, a row a request.
         hidden ([`HiddenState`]): What `run_below` gave for them.
         wanted (`torch.Tensor`): The numbers of the rows that are to be edited.
         beside (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Updates that the rows are under already, one for
@@ -34,7 +34,7 @@ class BatchLook:
     def __init__(
         self,
         context: EditingContext,
-        rows: Rows,
+        rows: EncodedBatch,
         hidden: HiddenState,
         wanted: torch.Tensor,
         beside: Mapping[str, Update] = MappingProxyType({}),
@@ -50,11 +50,11 @@ class BatchLook:
         return Seen(answers.all_correct, torch.tensor(answers.min_log_probability), factors)
 
     def places(self, layer: str) -> torch.Tensor:
-        kind = next(target.stack for target in self.context.targets if target.name == layer)
+        side = next(target.side for target in self.context.targets if target.name == layer)
         rows = self.rows[self.wanted]
         last = rows.positions.int().argmax(-1)  # the position that predicts the answer's first token
         if "decoder_input_ids" in rows.inputs:
-            if kind != "encoder":
+            if side != "encoder":
                 return last.cpu()
             width = rows.inputs["attention_mask"].shape[1]
             last = (rows.inputs["attention_mask"] * torch.arange(width, device=rows.positions.device)).argmax(-1)
@@ -62,7 +62,7 @@ class BatchLook:
             return last.cpu()
         return torch.where(rows.subjects >= 0, rows.subjects, last).cpu()
 
-    def drift(self, updates: Mapping[str, Update], texts: Rows) -> Factors:
+    def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         split, targets = self.context.split, self.context.targets
         requests = len(next(iter(updates.values()))[0])
         hidden = split.run_below(texts.inputs)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
 from ..data.encoding import Encoder, Query, length_batches
-from ..edits.active import EditStack
+from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
 from .batch_state import FoundUpdates
 from .calibration_text import observe_ordinary_text
@@ -36,7 +36,7 @@ class _Call:
     Args:
         context ([`EditingContext`]): The model and the method.
         encoder ([`Encoder`]): Tokenises and pads.
-        active ([`EditStack`]): The model's edits.
+        active ([`ActiveEdits`]): The model's edits.
         requests (`Sequence[EditRequest]`): The requests.
         options ([`SearchOptions`]): What the search for an update may do.
         batch_size (`int`): Most requests in one pass.
@@ -48,7 +48,7 @@ class _Call:
 
     context: EditingContext
     encoder: Encoder
-    active: EditStack
+    active: ActiveEdits
     requests: Sequence[EditRequest]
     options: SearchOptions
     batch_size: int
@@ -80,7 +80,7 @@ class _Call:
 def make_edits(
     context: EditingContext,
     encoder: Encoder,
-    active: EditStack,
+    active: ActiveEdits,
     requests: Sequence[EditRequest],
     options: SearchOptions,
     batch_size: int = 16,
@@ -153,10 +153,10 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
             if edit is not None:
                 call.edits[i] = edit
                 edit.metadata["editor"] = call.made_by
-                edit.needs = delta.id if delta is not None and edit.updates else None
+                edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
                     active.preserved_keys.by_edit[edit.id] = _present(of_rows.inputs, row)
-    deltas = [delta] if delta is not None and any(edit.needs for edit in call.edits.values()) else []
+    deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
     active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bases.split import HiddenState
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .batch_state import BatchState, check_finite, per_row
@@ -70,7 +70,7 @@ class Proposer(ABC):
         """How often steps are proposed at most."""
 
     @abstractmethod
-    def begin(self, rows: Rows) -> BatchState:
+    def begin(self, rows: EncodedBatch) -> BatchState:
         """The first look at a batch, without updates."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Proposer(ABC):
             if batch.answers is None:
                 batch.answers = self.score(batch, batch.seen)
 
-    def _state(self, rows: Rows, hidden: HiddenState, before: Answers) -> BatchState:
+    def _state(self, rows: EncodedBatch, hidden: HiddenState, before: Answers) -> BatchState:
         return BatchState(rows, hidden, before, before.all_correct.logical_not() | self.options.force)
 
 
@@ -105,7 +105,7 @@ class FromGradient(Proposer):
     def rounds(self) -> int:
         return (self.options.max_steps or 1) if self.options.check else 1
 
-    def begin(self, rows: Rows) -> BatchState:
+    def begin(self, rows: EncodedBatch) -> BatchState:
         hidden = self.context.split.run_below(rows.inputs)
         factors, logits = self.context.trace(rows, hidden, (self.base_delta,))
         check_finite("gradient", factors)
@@ -151,7 +151,7 @@ class FromSearch(Proposer):
     def rounds(self) -> int:
         return _ROUNDS if self.context.method.joins and self.options.check else 1
 
-    def begin(self, rows: Rows) -> BatchState:
+    def begin(self, rows: EncodedBatch) -> BatchState:
         hidden = self.context.split.run_below(rows.inputs)
         batch = self._state(rows, hidden, self.context.answers(rows, hidden))
         if not batch.wanted.any():

@@ -55,22 +55,22 @@ def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> 
     Raises:
         ValueError: The model carries edits that act with another editor's change.
     """
-    base_delta = method.carried()
+    base_delta = method.base_delta()
     if not base_delta:
         return None
     acting = acting_ids(edits)
     for edit in edits:
-        if edit.support and edit.id != made_by and edit.id in acting:
+        if edit.is_base_delta and edit.id != made_by and edit.id in acting:
             raise ValueError(
                 f"the model carries edits that act with the change {edit.id!r}, and this editor's is {made_by!r}: "
                 "with both it is a model that neither has learned to edit; undo those edits, or load the editor that "
                 "made them"
             )
     for edit in edits:
-        if edit.support and edit.id == made_by:
+        if edit.is_base_delta and edit.id == made_by:
             return edit
     updates = {name: (u.detach().clone(), v.detach().clone()) for name, (u, v) in base_delta.items()}
-    return Edit(made_by, "", "", updates, {"time": _now(), "editor": made_by}, support=True)
+    return Edit(made_by, "", "", updates, {"time": _now(), "editor": made_by}, is_base_delta=True)
 
 
 def as_result(

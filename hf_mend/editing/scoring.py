@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 
 
 @dataclass
@@ -36,12 +36,12 @@ class Answers:
         return all(self.correct[row]), self.log_probability[row]
 
 
-def score_targets(rows: Rows, logits: torch.Tensor) -> Answers:
+def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
     """
     Score the targets of some rows.
 
     Args:
-        rows ([`Rows`]): Prompts and targets.
+        rows ([`EncodedBatch`]): Prompts and targets.
         logits (`torch.Tensor` of shape `(positions, vocab)`): The model's, at the rows' positions.
     """
     labels = rows.next_tokens[rows.positions].to(logits.device)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .acceptance import AcceptAll, AcceptByGroup, AcceptByRow
@@ -20,7 +20,7 @@ from .proposals import FromGradient, FromSearch, Proposer, SearchOptions
 @torch.no_grad()
 def find_updates(
     context: EditingContext,
-    batches: Sequence[Rows],
+    batches: Sequence[EncodedBatch],
     options: SearchOptions | None = None,
     group_size: int | None = None,
     preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({}),
@@ -42,7 +42,7 @@ def find_updates(
 
     Args:
         context ([`EditingContext`]): The model and the method.
-        batches (`Sequence[Rows]`): Prompts and targets, a row a request, in batches that run in one pass.
+        batches (`Sequence[EncodedBatch]`): Prompts and targets, a row a request, in batches that run in one pass.
         options ([`SearchOptions`], *optional*): What the search may do.
         group_size (`int`, *optional*): For a method that joins, how many neighbouring rows of a batch are one group;
             all rows of all batches when missing.
@@ -56,7 +56,7 @@ def find_updates(
         ValueError: A gradient or an update is not finite, or the method has not seen the text it needs.
     """
     options = SearchOptions() if options is None else options
-    base_delta = context.method.carried() if base_delta is None else base_delta
+    base_delta = context.method.base_delta() if base_delta is None else base_delta
     kind = FromSearch if isinstance(context.method, IterativeMethod) else FromGradient
     proposer = kind(context, options, base_delta, progress)
     states = [proposer.begin(rows) for rows in batches]

@@ -14,8 +14,9 @@ from ..bases.gradients import kl_divergence, row_means
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
-from ..data.encoding import Encoder, Query, Rows, batches
+from ..data.encoding import EncodedBatch, Encoder, Query, batches
 from ..data.records import EditRecord
+from ..editing.batch_state import FoundUpdates
 from ..editing.calibration_text import observe_ordinary_text
 from ..editing.context import EditingContext
 from ..editing.proposals import SearchOptions
@@ -56,7 +57,7 @@ class Measured:
     further: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate_records(
+def evaluate_records(  # its eleven parameters are public
     split: SplitModel,
     targets: Sequence[Target],
     method: EditMethod,
@@ -97,18 +98,7 @@ def evaluate_records(
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
             edits = encoder(queries).to(split.device)
             found = find_updates(context, [edits], SearchOptions(max_steps), edits_together)[0]
-            updates = together(found.updates, edits_together)
-            groups = torch.arange(len(chunk)) // edits_together
-            edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
-
-            def edited(
-                owner: torch.Tensor,
-                updates: dict[str, Update] = updates,
-                groups: torch.Tensor = groups,
-                edit_taken: torch.Tensor = edit_taken,
-            ) -> AbstractContextManager[None]:
-                return applied(targets, _where(edit_taken[owner], method.carried()), _for_rows(updates, groups[owner]))
-
+            edited = _under_edits(context, found, edits_together)
             results = measure_records(split, encoder, chunk, edited, generate=generate)
             for i, result in enumerate(results if further is not None else []):
                 with edited(torch.tensor([i])):
@@ -211,7 +201,7 @@ def measure_records(
 
 
 def _of_rows(
-    kind: str, rows: Rows, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
+    kind: str, rows: EncodedBatch, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
 ) -> list[dict[str, float | bool]]:
     """The metrics of one kind of row, a record at a time."""
     labels = rows.next_tokens[rows.positions].to(after.device)
@@ -235,18 +225,33 @@ def _of_rows(
     return found
 
 
+def _under_edits(
+    context: EditingContext, found: FoundUpdates, group_size: int
+) -> Callable[[torch.Tensor], AbstractContextManager[None]]:
+    """A context in which rows are under the edits of their group, and under the base delta where one of these acts."""
+    updates = together(found.updates, group_size)
+    groups = torch.arange(len(found.steps)) // group_size
+    acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
+
+    def edited(owner: torch.Tensor) -> AbstractContextManager[None]:
+        base_delta = _where(acts[owner], context.method.base_delta())
+        return applied(context.targets, base_delta, _for_rows(updates, groups[owner]))
+
+    return edited
+
+
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
     return {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in updates.items()}
 
 
-def _where(acting: torch.Tensor, carried: dict[str, Update]) -> dict[str, Update]:
-    """What the method carries, for the rows where an edit acts, `(rows,)`."""
+def _where(acting: torch.Tensor, base_delta: dict[str, Update]) -> dict[str, Update]:
+    """The method's base delta, for the rows where an edit acts, `(rows,)`."""
     if acting.all():
-        return carried
+        return base_delta
     rows = len(acting)
     return {
         name: (u.expand(rows, *u.shape), v * acting.to(v.device, v.dtype)[:, None, None])
-        for name, (u, v) in carried.items()
+        for name, (u, v) in base_delta.items()
     }
 
 
@@ -269,7 +274,9 @@ def _says_freely(
     with edited:
         for _ in range(steps):
             # The last token stands for the one that comes next: `pad` never puts it in.
-            rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])
+            rows: EncodedBatch = encoder.pad(
+                [(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)]
+            )
             rows.positions = _last_position(rows.positions)
             tokens = logits_of(split, rows.to(split.device)).argmax(-1).tolist()
             for out, token, most in zip(said, tokens, room, strict=True):

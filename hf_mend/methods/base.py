@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 
 
@@ -57,16 +57,16 @@ class EditMethod(nn.Module):
         """
         raise NotImplementedError
 
-    def carried(self) -> dict[str, Update]:
+    def base_delta(self) -> dict[str, Update]:
         """
-        What the model carries beside the method's edits, once however many there are: a trained change of the base
+        What acts beside the method's edits, once however many there are: a trained change of the base
         under which gradients are taken and updates act. Layer name -> `(u, v)` of shapes `(rank, d_in)` and
         `(rank, d_out)`; empty for methods that edit the base as it is. A method that joins edits has none.
         """
         return {}
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         """
         Merges the edits of a group that are made together, so that they leave one another alone. Methods whose
@@ -75,8 +75,8 @@ class EditMethod(nn.Module):
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> what `forward` returned for the
                 edits of each group, side by side: `(groups, positions, d_in)` and `(groups, positions, d_out)`.
-            kept (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at which the
-                output is to stay.
+            preserved_keys (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at
+                which the output is to stay.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes, position for
@@ -87,8 +87,8 @@ class EditMethod(nn.Module):
     @property
     def joins(self) -> bool:
         """
-        Whether `join` does anything. Then `forward` returns not updates but inputs and the shifts of the layer's
-        output wanted there, `(x, d)`, and `join` finds the update that gives them.
+        Whether `join` does anything. Then `forward` returns not updates but inputs and the value residuals
+        wanted there, changes of the layer's output, `(x, d)`, and `join` finds the update that gives them.
         """
         return type(self).join is not EditMethod.join
 
@@ -96,7 +96,7 @@ class EditMethod(nn.Module):
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
-        The inputs at which edits of a method that joins ask for shifts.
+        The inputs at which edits of a method that joins ask for value residuals.
 
         Args:
             factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the edits.
@@ -119,7 +119,7 @@ class EditMethod(nn.Module):
     def forget_observed(self) -> None:
         """Forgets what was observed since the statistics were last ended; those stay until they are ended anew."""
 
-    def observe_texts(self, texts: Rows) -> None:
+    def observe_texts(self, texts: EncodedBatch) -> None:
         """Takes ordinary text itself, for a method that looks at it while it edits."""
 
     def finish_observing(self) -> None:

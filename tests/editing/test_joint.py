@@ -234,7 +234,7 @@ def test_two_stage_gradients_are_those_of_the_whole(tokenizer, architecture, met
     found = []
     for at_once in (None, edits_at_once):
         model.editor.zero_grad()
-        loss = editing_loss(model.context, batch, weights, None, edits_together, edits_at_once=at_once)
+        loss = editing_loss(model.context, batch, weights, None, edits_together, micro_batch_size=at_once)
         loss.loss.backward()
         found.append((loss, [parameter.grad.clone() for parameter in model.editor.parameters()]))
     (whole, gradients), (staged, others) = found
@@ -251,7 +251,7 @@ def test_a_step_without_gradients_is_only_a_value(tokenizer):
     model = perturbed(tokenizer)
     batch = EditCollator(model.encoder)([TrainingExamples(RECORDS, QUESTIONS)[i] for i in range(4)])
     with torch.no_grad():
-        loss = model(edit_batch=batch, edits_together=4, edits_at_once=2)
+        loss = model(edit_batch=batch, group_size=4, micro_batch_size=2)
     assert not loss.loss.requires_grad
 
 
@@ -262,9 +262,7 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
     collate = EditCollator(model.encoder)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     records = [examples[i] for i in range(4)]
-    found = model(
-        edit_batch=collate(records), locality_weights={"neighborhood": 2.0}, calls_in_a_row=calls, look_back=0.5
-    )
+    found = model(edit_batch=collate(records), locality_weights={"neighborhood": 2.0}, calls=calls, decay=0.5)
     changed = build_model("llama")
     spared: dict[str, list[torch.Tensor]] = {}
     total = weights = 0.0
@@ -306,9 +304,9 @@ def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch, calls_in_a_row=4).loss.detach())
+    first = float(model(edit_batch=batch, calls=4).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, calls_in_a_row=4).loss.detach()) < first - 0.05
+    assert float(model(edit_batch=batch, calls=4).loss.detach()) < first - 0.05
 
 
 def test_malmen_trains(tokenizer, tmp_path):
@@ -322,9 +320,9 @@ def test_malmen_trains(tokenizer, tmp_path):
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
     ridge = model.editor.log_ridge.detach().clone()
-    first = float(model(edit_batch=batch, edits_together=8).loss.detach())
+    first = float(model(edit_batch=batch, group_size=8).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, edits_together=8).loss.detach()) < first - 0.1
+    assert float(model(edit_batch=batch, group_size=8).loss.detach()) < first - 0.1
     assert not torch.equal(model.editor.log_ridge, ridge)
 
 

@@ -116,13 +116,14 @@ def test_edits_made_together_lead_to_their_targets_and_are_undone_to_the_bit(bas
 def test_edits_that_do_not_take_beside_the_others_ask_for_more(llama, tokenizer, monkeypatch):
     """A strong ridge gives them half of what they ask for at first."""
     said = []
-    for rounds in (1, 3):
-        monkeypatch.setattr("hf_mend.editing.proposals._ROUNDS", rounds)
+    for rounds in (3, 1):  # three unless told otherwise
+        if rounds == 1:
+            monkeypatch.setattr("hf_mend.editing.proposals._ROUNDS", 1)
         model = memit(copy.deepcopy(llama), tokenizer, ridge=100.0)
         results = model.edit(RECORDS[:4])
         said.append(log_probabilities(results).mean())
         assert max(result.steps for result in results) == 10 * rounds
-    assert said[1] > said[0] + 0.5
+    assert said[0] > said[1] + 0.5
 
 
 def test_a_later_call_spares_the_inputs_of_an_earlier_one(llama, tokenizer):

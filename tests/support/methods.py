@@ -81,7 +81,7 @@ def second_moment(model, target, ridge, more=()) -> np.ndarray:
     observe_ordinary_text(EditingContext(model.split, model.targets, texts), model.encoder, more)
     kept = []
     for rows in texts._texts:
-        decoder = "decoder_input_ids" in rows.inputs and target.stack == "decoder"
+        decoder = "decoder_input_ids" in rows.inputs and target.side == "decoder"
         mask = rows.positions if decoder else rows.inputs["attention_mask"].bool()
         kept.append(inputs_of(model, target, rows)[mask].double().numpy())
     x = np.concatenate(kept)
