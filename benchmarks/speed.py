@@ -35,7 +35,7 @@ from hf_mend import (
     read_questions,
 )
 from hf_mend.bases.gradients import kl_divergence, row_means
-from hf_mend.bases.targets import block_stacks, lowest_block
+from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query, length_batches
 from hf_mend.hub.cards import machine
 from hf_mend.training.examples import EditBatch, EditCollator, TrainingExample, TrainingExamples
@@ -215,7 +215,7 @@ def edit_figures(
     rows = model.encoder([Query(record.prompt, record.target)]).to(model.device)
     figures: dict[str, float] = {"tokens": rows.inputs["input_ids"].numel()}
     kind, lowest = lowest_block(model.targets)
-    depth = len(next(stack for stack in block_stacks(model.base_model) if stack.kind == kind).blocks)
+    depth = len(next(one for one in block_lists(model.base_model) if one.kind == kind).blocks)
     figures["f"] = (depth - lowest) / depth
 
     def forward() -> None:

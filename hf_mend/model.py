@@ -22,12 +22,14 @@ from .config import CONFIG_NAME, EditorConfig
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_calibration_text
+from .editing.context import EditingContext
 from .editing.pipeline import make_edits
+from .editing.proposals import SearchOptions
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
-from .edits.active import EditStack, acting_edits
+from .edits.active import ActiveEdits, acting_edits
 from .edits.collection import Edits, turned
 from .edits.compression import Compression, compressed
-from .edits.edit import Edit, active_edits, check_supported, each_support_once, stacked
+from .edits.edit import Edit, active_edits, check_required, each_base_delta_once, stacked
 from .edits.edits_file import read_edits_file, write_edits_file
 from .edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .edits.low_rank import truncated
@@ -90,7 +92,7 @@ class EditableModel(PushesToHub, nn.Module):
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        self._stack = EditStack(self.targets, base_model)
+        self._stack = ActiveEdits(self.targets, base_model)
         self.card_notes = CardNotes()
         self._merged = False
         self._store: EditStore | None = None
@@ -191,7 +193,7 @@ class EditableModel(PushesToHub, nn.Module):
         """
         if edit_batch is None:
             return self.base_model(*args, **kwargs)
-        loss: EditingLoss = editing_loss(self.split, self.targets, self.editor, edit_batch, **kwargs)
+        loss: EditingLoss = editing_loss(self.context, edit_batch, **kwargs)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,6 +273,11 @@ class EditableModel(PushesToHub, nn.Module):
     # ---- editing ----
 
     @property
+    def context(self) -> EditingContext:
+        """Base model, edited layers and method as one thing; made anew, as a wrapper may replace the editor."""
+        return EditingContext(self.split, self.targets, self.editor)
+
+    @property
     def edits(self) -> Edits:
         """
         The edits the model carries, oldest first, to index, search and export. Of several of one prompt the last acts,
@@ -332,18 +339,8 @@ class EditableModel(PushesToHub, nn.Module):
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
-            results = make_edits(
-                self.split,
-                self.targets,
-                self.editor,
-                encoder,
-                self._stack,
-                requests,
-                max_steps=self.editor.max_steps if max_steps is None else max_steps,
-                batch_size=batch_size,
-                force=force,
-                check=check,
-            )
+            options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
+            results = make_edits(self.context, encoder, self._stack, requests, options, batch_size)
         for result in results:
             if result.success is False:
                 logger.warning(
@@ -376,7 +373,7 @@ class EditableModel(PushesToHub, nn.Module):
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
         with self.disable_edits():
-            observe_calibration_text(self.split, self.targets, self.editor, self.encoder, texts)
+            observe_calibration_text(self.context, self.encoder, texts)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
@@ -474,7 +471,7 @@ class EditableModel(PushesToHub, nn.Module):
         edits, before = list(store.edits), self._stack.edits
         check_same_base(self.base_model, store.base_fingerprint, str(path))
         self._stack.check_fit(edits, path)
-        every = each_support_once([*edits, *before])
+        every = each_base_delta_once([*edits, *before])
         store.follow(edits, every)
         self._stack.replace(every)
         self._store = store
@@ -562,12 +559,12 @@ class EditableModel(PushesToHub, nn.Module):
             `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
 
         Raises:
-            ValueError: There is no edit, one needs a support that is missing, or `max_rank` is below 1.
+            ValueError: There is no edit, one requires a base delta that is missing, or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
         edits = self._stack.edits if edits is None else edits
-        check_supported(edits, "save_lora")
+        check_required(edits, "save_lora")
         edits = active_edits(edits)
         updates, error = stacked(edits), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
@@ -645,12 +642,12 @@ class EditableModel(PushesToHub, nn.Module):
     @contextmanager
     def _for_a_while(self) -> Iterator[None]:
         """After the context, the edits are what they were before it; no store knows of it."""
-        before, store, known = self._stack.edits, self._store, dict(self.editor.known_inputs)
+        before, store, keys = self._stack.edits, self._store, self._stack.preserved_keys.copy()
         self._store = None
         try:
             yield
         finally:
-            self._store, self.editor.known_inputs = store, known
+            self._store, self._stack.preserved_keys = store, keys
             self._stack.replace(before)
 
     def _check_usable(self) -> None:

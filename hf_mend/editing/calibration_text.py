@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import resources
 
 from tqdm.auto import tqdm
 
 from ..bases.gradients import record_inputs
-from ..bases.split import SplitModel
-from ..bases.targets import Target
 from ..data.encoding import Encoder, Query
-from ..methods import EditMethod
+from .context import EditingContext
 
 
 def observe_calibration_text(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     encoder: Encoder,
     texts: Iterable[str | tuple[str, str]] = (),
     batch_size: int = 16,
@@ -28,9 +24,7 @@ def observe_calibration_text(
     when all were shown, and stays on an error.
 
     Args:
-        split ([`SplitModel`]): The model.
-        targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Its statistics are set then.
+        context ([`EditingContext`]): The model, and the method whose statistics are set then.
         encoder ([`Encoder`]): Tokenises and pads.
         texts (`Iterable[str | tuple[str, str]]`, *optional*): The user's: a text, or a prompt and its answer.
         batch_size (`int`, defaults to 16): Texts in one pass.
@@ -40,6 +34,7 @@ def observe_calibration_text(
         ValueError: One of them is empty.
     """
     packaged = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
+    split, method = context.split, context.method
     longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
@@ -47,7 +42,7 @@ def observe_calibration_text(
     try:
         for start in tqdm(range(0, len(pairs), batch_size), desc="Calibration text", disable=len(pairs) < 1000):
             rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
-            method.observe_inputs(record_inputs(split, targets, rows))
+            method.observe_inputs(record_inputs(split, context.targets, rows))
             method.observe_texts(rows)
         method.finish_observing()
     finally:

@@ -108,7 +108,7 @@ class EditStore:
 
         Raises:
             KeyError: An id is not among the edits.
-            ValueError: An edit is part of a compressed one that stays, or the support of one.
+            ValueError: An edit is part of a compressed one that stays, or the base delta of one.
         """
         edits = self.refresh()
         check_known(edits, ids)
@@ -215,7 +215,7 @@ class EditStore:
     def _change(self, note: dict[str, list[str]]) -> None:
         gone = set(note.get("undo", []))
         # Another process's edit may need what went with the last one here.
-        needed = {edit.needs for edit in self._edits.values() if edit.id not in gone}
+        needed = {edit.requires for edit in self._edits.values() if edit.id not in gone}
         for word, change in _CHANGES.items():
             for one in note.get(word, []):
                 if one in self._edits and not (word == "undo" and one in needed):  # two may both have undone it

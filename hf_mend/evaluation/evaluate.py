@@ -138,7 +138,7 @@ def evaluate(
     check_asked(model, records, sorted(asked), chosen)
     method = model.editor
     if not method.trains and not method.is_calibrated:
-        observe_calibration_text(model.split, model.targets, method, model.encoder)
+        observe_calibration_text(model.context, model.encoder)
     passages = held_out_passages(model, text) if "perplexity" in chosen else []
     steps = method.max_steps if max_steps is None else max_steps
     settings = {

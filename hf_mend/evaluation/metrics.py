@@ -14,9 +14,12 @@ from ..bases.gradients import kl_divergence, row_means
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
-from ..data.encoding import Encoder, Query, Rows, batches
+from ..data.encoding import EncodedBatch, Encoder, Query, batches
 from ..data.records import EditRecord
+from ..editing.batch_state import FoundUpdates
 from ..editing.calibration_text import observe_calibration_text
+from ..editing.context import EditingContext
+from ..editing.proposals import SearchOptions
 from ..editing.search import find_updates
 from ..edits.hook import applied
 from ..edits.low_rank import Update, together
@@ -55,7 +58,7 @@ class Measured:
     further: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate_records(
+def evaluate_records(  # its eleven parameters are public
     split: SplitModel,
     targets: Sequence[Target],
     method: EditMethod,
@@ -88,25 +91,15 @@ def evaluate_records(
             carries its edit alone, or its group's; what it returns goes into [`Measured`].
     """
     measured: list[Measured] = []
+    context = EditingContext(split, targets, method)
     if not method.trains and not method.is_calibrated:
-        observe_calibration_text(split, targets, method, encoder)
+        observe_calibration_text(context, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
             edits = encoder(queries).to(split.device)
-            found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
-            updates = together(found.updates, edits_together)
-            groups = torch.arange(len(chunk)) // edits_together
-            edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
-
-            def edited(
-                owner: torch.Tensor,
-                updates: dict[str, Update] = updates,
-                groups: torch.Tensor = groups,
-                edit_taken: torch.Tensor = edit_taken,
-            ) -> AbstractContextManager[None]:
-                return applied(targets, _where(edit_taken[owner], method.carried()), _for_rows(updates, groups[owner]))
-
+            found = find_updates(context, [edits], SearchOptions(max_steps), edits_together)[0]
+            edited = _under_edits(context, found, edits_together)
             results = measure_records(split, encoder, chunk, edited, generate=generate)
             for i, result in enumerate(results if further is not None else []):
                 with edited(torch.tensor([i])):
@@ -209,7 +202,7 @@ def measure_records(
 
 
 def _of_rows(
-    kind: str, rows: Rows, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
+    kind: str, rows: EncodedBatch, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
 ) -> list[dict[str, float | bool]]:
     """The metrics of one kind of row, a record at a time."""
     labels = rows.next_tokens[rows.positions].to(after.device)
@@ -233,18 +226,33 @@ def _of_rows(
     return found
 
 
+def _under_edits(
+    context: EditingContext, found: FoundUpdates, group_size: int
+) -> Callable[[torch.Tensor], AbstractContextManager[None]]:
+    """A context in which rows are under the edits of their group, and under the base delta where one of these acts."""
+    updates = together(found.updates, group_size)
+    groups = torch.arange(len(found.steps)) // group_size
+    acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
+
+    def edited(owner: torch.Tensor) -> AbstractContextManager[None]:
+        base_delta = _where(acts[owner], context.method.base_delta())
+        return applied(context.targets, base_delta, _for_rows(updates, groups[owner]))
+
+    return edited
+
+
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
     return {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in updates.items()}
 
 
-def _where(acting: torch.Tensor, carried: dict[str, Update]) -> dict[str, Update]:
-    """What the method carries, for the rows where an edit acts, `(rows,)`."""
+def _where(acting: torch.Tensor, base_delta: dict[str, Update]) -> dict[str, Update]:
+    """The method's base delta, for the rows where an edit acts, `(rows,)`."""
     if acting.all():
-        return carried
+        return base_delta
     rows = len(acting)
     return {
         name: (u.expand(rows, *u.shape), v * acting.to(v.device, v.dtype)[:, None, None])
-        for name, (u, v) in carried.items()
+        for name, (u, v) in base_delta.items()
     }
 
 

@@ -52,5 +52,5 @@ class EditableNetwork(LearnedSteps):
         steps = dict(zip(self.shapes, self.steps, strict=True))
         return {name: (x, -steps[name] * delta) for name, (x, delta) in self.unit_factors(factors).items()}
 
-    def carried(self) -> dict[str, Update]:
+    def base_delta(self) -> dict[str, Update]:
         return {name: as_pair(change) for name, change in zip(self.shapes, self.changes, strict=True)}

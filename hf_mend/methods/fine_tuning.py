@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import option
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update, as_pair
 from .base import register_method
 from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
@@ -76,13 +76,13 @@ class FineTuningWithPenalty(FineTuning):
 
     def __init__(self, config: FineTuningWithPenaltyConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
-        self._texts: list[Rows] = []
-        self._observed: list[Rows] = []
+        self._texts: list[EncodedBatch] = []
+        self._observed: list[EncodedBatch] = []
 
     def forget_observed(self) -> None:
         self._observed = []
 
-    def observe_texts(self, texts: Rows) -> None:
+    def observe_texts(self, texts: EncodedBatch) -> None:
         count = self.config.kl_texts
         self._observed += [texts[start : start + count] for start in range(0, len(texts), count)]
 

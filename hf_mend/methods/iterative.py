@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ..config import EditorConfig, option
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from .base import EditMethod
 
@@ -25,15 +25,16 @@ class Seen:
     What a look at some requests shows, each under its own update.
 
     Args:
-        right (`torch.Tensor` of shape `(requests,)`, bool): Every token of the target is the argmax.
-        least (`torch.Tensor` of shape `(requests,)`): Log-probability of the target's least likely token.
+        correct (`torch.Tensor` of shape `(requests,)`, bool): Every token of the target is the argmax.
+        min_log_probability (`torch.Tensor` of shape `(requests,)`): Log-probability of the target's least likely
+            token.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the gradient of the
             target's negative log-likelihood, summed over its tokens, of shapes `(requests, seq, d_in)` and
             `(requests, seq, d_out)`: the gradient with respect to the weight is `sum_t delta_t x_t^T`.
     """
 
-    right: torch.Tensor
-    least: torch.Tensor
+    correct: torch.Tensor
+    min_log_probability: torch.Tensor
     factors: Factors
 
 
@@ -60,7 +61,7 @@ class Look(Protocol):
         """
         ...
 
-    def drift(self, updates: Mapping[str, Update], texts: Rows) -> Factors:
+    def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         """
         Factors of the gradient of `KL(un-edited || edited)` on other texts, its mean over positions and texts, each
         request's update for itself: `(requests, texts * seq, width)`.
@@ -153,7 +154,7 @@ class GradientSearch(IterativeMethod):
         """Adapts, in place, what the parameters hold of the layers' inputs, which steps on lower layers move."""
 
     def found(self, parameters: Parameters) -> dict[str, Update]:
-        """What the search returns: the updates, or for a method that joins them, inputs and shifts wanted there."""
+        """What the search returns: the updates, or for a method that joins them, inputs and residuals wanted there."""
         return self.updates(parameters)
 
     def find(self, look: Look, max_steps: int) -> tuple[dict[str, Update], list[int]]:
@@ -168,7 +169,7 @@ class GradientSearch(IterativeMethod):
         for step in range(max_steps):
             if step:
                 seen = look(updates, requests[still])
-                going_on = ~(seen.right & (seen.least >= -self.config.stop_loss))
+                going_on = ~(seen.correct & (seen.min_log_probability >= -self.config.stop_loss))
                 if not going_on.all():
                     _put(result, parameters, still, ~going_on)
                     still = still[going_on]

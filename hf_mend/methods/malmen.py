@@ -1,6 +1,6 @@
 """
-MALMEN: MEND's networks ask for shifts of a layer's output, and one ridge regression gives all edits theirs (Tan et al.
-2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
+MALMEN: MEND's networks ask for value residuals, changes of a layer's output, and one ridge regression gives all edits
+theirs (Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ class Malmen(Mend):
         return wanted
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         moments = {name: group.second_moment(i) for group in self.groups for i, name in enumerate(group.names)}
         ridge = dict(zip(self.shapes, self.log_ridge.exp(), strict=True))
         return {
-            name: (ridge_keys(x, ridge[name], moments[name], kept.get(name)), d) for name, (x, d) in updates.items()
+            name: (ridge_keys(x, ridge[name], moments[name], preserved_keys.get(name)), d)
+            for name, (x, d) in updates.items()
         }

@@ -107,16 +107,16 @@ class ObservesInputs(EditMethod):
 
 
 class MergesByRidge(ObservesInputs):
-    """A method that asks for shifts, which one ridge regression a layer gives: least change on ordinary text."""
+    """A method that asks for value residuals, which one ridge regression gives: least change on ordinary text."""
 
     config_class: type[EditorConfig] = MergesByRidgeConfig
     config: MergesByRidgeConfig
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
         return {
-            name: (ridge_keys(x, self.config.ridge, moments[name], kept.get(name)), d)
+            name: (ridge_keys(x, self.config.ridge, moments[name], preserved_keys.get(name)), d)
             for name, (x, d) in updates.items()
         }

@@ -73,9 +73,9 @@ class Rome(ObservesInputs, GradientSearch):
     def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:
         x, delta = factors[self.layer]
         keys, _ = parameters[self.layer]  # (requests, 1, d_in)
-        weights = x @ keys.transpose(1, 2)  # (requests, seq, 1): what each token gets of the shift
+        weights = x @ keys.transpose(1, 2)  # (requests, seq, 1): what each token gets of the residual
         return {self.layer: [torch.zeros_like(keys), weights.transpose(1, 2) @ delta]}
 
     def updates(self, parameters: Parameters) -> dict[str, Update]:
-        keys, shift = parameters[self.layer]
-        return {self.layer: (keys, shift)}
+        keys, residual = parameters[self.layer]
+        return {self.layer: (keys, residual)}

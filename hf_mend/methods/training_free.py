@@ -39,7 +39,7 @@ class UltraEditConfig(EditorConfig):
 class UltraEdit(ObservesFactors):
     """
     UltraEdit as published (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing"):
-    factors are normalised by statistics over all edits so far, and each token asks for the shift
+    factors are normalised by statistics over all edits so far, and each token asks for the value residual
     `-eta * |x_hat|^2 * delta_hat`.
 
     Args:
@@ -68,7 +68,7 @@ class UltraEdit(ObservesFactors):
         return wanted
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         return {name: (ridge_keys(x, self.config.ridge), d) for name, (x, d) in updates.items()}
 
@@ -91,8 +91,9 @@ class WhitenedGradient(MergesByRidge):
     an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
     has no trained editor.
 
-    It is asked for as shifts at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly where the
-    ridge is small, and best for all edits together where there are several. The size of a step comes from the loss.
+    It is asked for as value residuals at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly
+    where the ridge is small, and best for all edits together where there are several. The size of a step comes from
+    the loss.
 
     Args:
         config ([`WhitenedGradientConfig`]): `whiten_rank`, `whiten_ridge` (here best near 1) and `ridge`.

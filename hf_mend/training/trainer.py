@@ -24,7 +24,7 @@ from ..bases.limits import longest_input
 from ..bases.sharded import whole_state
 from ..bases.split import logits_of
 from ..data.checks import check_query
-from ..data.encoding import Query, Rows, batches
+from ..data.encoding import EncodedBatch, Query, batches
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..edits.hook import applied
@@ -244,10 +244,10 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             edit_batch=inputs,
             locality_weights=weights,
             run_below=self.hidden_states,
-            edits_together=2 ** (self.state.global_step % doublings),
-            edits_at_once=self.args.edits_at_once,
-            calls_in_a_row=self.args.calls_in_a_row,
-            look_back=self.args.look_back,
+            group_size=2 ** (self.state.global_step % doublings),
+            micro_batch_size=self.args.edits_at_once,
+            calls=self.args.calls_in_a_row,
+            decay=self.args.look_back,
         )
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
@@ -442,7 +442,7 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
     editor = model.editor
     for chunk in tqdm(list(batches(order, batch_size)), desc="Statistics of the factors"):
         batch = collate([examples[i] for i in chunk]).to(model.device)
-        with applied(model.targets, editor.carried()):
+        with applied(model.targets, editor.base_delta()):
             factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
         editor.observe_factors(factors)
         for rows in (batch.edit, *batch.local.values()):
@@ -452,18 +452,18 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
     editor.scale_steps(_best_first_step(model, first))
 
 
-def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
+def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> float:
     losses = dict.fromkeys((2.0**power for power in range(-14, 9)), 0.0)
     for rows in edits:
         rows = rows.to(model.device)
         state = model.split.run_below(rows.inputs)
-        carried = model.editor.carried()
-        with applied(model.targets, carried):
+        base_delta = model.editor.base_delta()
+        with applied(model.targets, base_delta):
             factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
         with torch.no_grad():
             updates = model.editor.join(model.editor(factors))
             for factor in losses:
-                with applied(model.targets, carried, {name: (u, v * factor) for name, (u, v) in updates.items()}):
+                with applied(model.targets, base_delta, {name: (u, v * factor) for name, (u, v) in updates.items()}):
                     losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0

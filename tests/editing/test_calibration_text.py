@@ -58,7 +58,7 @@ def test_an_error_leaves_what_was_seen_before(llama, tokenizer, monkeypatch, met
 
     monkeypatch.setattr(calibration_text, "record_inputs", failing)
     with pytest.raises(error):
-        calibration_text.observe_calibration_text(model.split, model.targets, model.editor, model.encoder)
+        calibration_text.observe_calibration_text(model.context, model.encoder)
     assert model.editor.is_calibrated == before
     assert all(torch.equal(buffer, seen[name]) for name, buffer in model.editor.named_buffers())
     assert len(getattr(model.editor, "_texts", [])) == len(texts)

@@ -206,7 +206,8 @@ def test_a_joining_method_spares_what_was_compressed(llama, tokenizer):
     ids = edit_some(model, slice(0, 2))
     model.compress_edits(rank=4)
     asked = []
-    spared = model.editor.inputs_of
-    model.editor.inputs_of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
+    keys = model._stack.preserved_keys
+    spared = keys.of
+    keys.of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
     edit_some(model, slice(3, 4))
     assert asked == [ids]

@@ -53,7 +53,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     model = changed(tokenizer, architecture)
     editor = model.editor
     query = Query(RECORDS[0].prompt, RECORDS[0].target)
-    found = find_updates(model.split, model.targets, editor, model.encoder([query]))
+    found = find_updates(model.context, [model.encoder([query])])[0]
     plain = get_editable_model(by_hand(model), small_config(method="enn"), tokenizer)
     for i, (name, gradient) in enumerate(gradients(plain, query).items()):
         u, v = found.updates[name]
@@ -64,7 +64,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     rows = model.encoder([query])
     with torch.no_grad():
         right = model.base_model(**rows.inputs).logits[rows.positions].argmax(-1) == rows.next_tokens[rows.positions]
-    assert found.before.right[0] == right.tolist(), "before is what the untouched base says"
+    assert found.before.correct[0] == right.tolist(), "before is what the untouched base says"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
@@ -75,7 +75,7 @@ def test_two_edits_carry_the_change_once_and_undoing_both_gives_the_base(tokeniz
     with_one = all_logits(model, tokenizer)
     model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True, max_steps=1)
     support, *edits = model.edits
-    assert support.support and [edit.prompt for edit in edits] == [record.prompt for record in RECORDS[:2]]
+    assert support.is_base_delta and [edit.prompt for edit in edits] == [record.prompt for record in RECORDS[:2]]
     close(all_logits(model, tokenizer), all_logits(by_hand(model, [edit.updates for edit in edits]), tokenizer))
     with model.disable_edits():
         assert torch.equal(all_logits(model, tokenizer), untouched)
@@ -93,10 +93,10 @@ def test_edits_of_one_call_and_of_one_prompt_see_the_change_once(tokenizer):
     model = changed(tokenizer)
     model.edit([r.prompt for r in RECORDS[:2]], [r.target for r in RECORDS[:2]], force=True, max_steps=1)
     both = all_logits(model, tokenizer)
-    close(both, all_logits(by_hand(model, [edit.updates for edit in model.edits if edit.needs]), tokenizer))
+    close(both, all_logits(by_hand(model, [edit.updates for edit in model.edits if edit.requires]), tokenizer))
     model.undo()
     again = model.edit(RECORDS[0].prompt, RECORDS[2].target, force=True, max_steps=1)
-    acting = [edit.updates for edit in model.edits.active if edit.needs]
+    acting = [edit.updates for edit in model.edits.active if edit.requires]
     assert len(acting) == 1 and again.superseded
     close(all_logits(model, tokenizer), all_logits(by_hand(model, acting), tokenizer))
 
@@ -122,7 +122,7 @@ def test_edits_go_wherever_others_do_and_take_the_change_along(tokenizer, tmp_pa
     model.compress_edits(rank=64)
     close(all_logits(model, tokenizer), edited)
     model.edit(RECORDS[2].prompt, RECORDS[2].target, force=True, max_steps=1)
-    parts = [edit.updates for edit in model.edits if edit.needs]
+    parts = [edit.updates for edit in model.edits if edit.requires]
     expected = all_logits(by_hand(model, parts), tokenizer)
     close(all_logits(model, tokenizer), expected)
     close(all_logits(model.merge_and_unload(), tokenizer), expected)
@@ -152,7 +152,7 @@ def test_an_edit_without_its_change_is_refused(tokenizer, tmp_path):
         model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True)
 
 
-@pytest.mark.parametrize("options", [{"edits_together": 2}, {"calls_in_a_row": 2}])
+@pytest.mark.parametrize("options", [{"group_size": 2}, {"calls": 2}])
 def test_the_loss_is_that_of_the_changed_model_against_the_untouched_base(tokenizer, options):
     """The same method without a change, on a base that has it in its weights, but for what must stay."""
     model = changed(tokenizer)
@@ -178,7 +178,7 @@ def test_large_steps_in_two_stages_have_the_same_loss_and_gradient(tokenizer):
     found = []
     for at_once in (None, 1):
         model.editor.zero_grad()
-        loss = editing_loss(model.split, model.targets, model.editor, batch, edits_together=2, edits_at_once=at_once)
+        loss = editing_loss(model.context, batch, group_size=2, micro_batch_size=at_once)
         loss.loss.backward()
         found.append((loss.loss.detach(), [p.grad.clone() for p in model.editor.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -237,7 +237,7 @@ def test_an_undo_here_leaves_the_change_that_an_edit_of_another_process_needs(to
     second = other.edit(RECORDS[1].prompt, RECORDS[1].target, force=True, max_steps=1)
     one.undo(first.id)
     store = EditStore(path)
-    (support,) = [edit.id for edit in store.edits if edit.support]
+    (support,) = [edit.id for edit in store.edits if edit.is_base_delta]
     assert store.edits.ids == [support, second.id]
     again = changed(tokenizer)
     again.open_store(path)

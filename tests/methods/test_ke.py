@@ -129,7 +129,7 @@ def test_large_steps_in_two_stages_have_the_same_loss_and_gradient(tokenizer):
     found = []
     for at_once in (None, 1):
         model.editor.zero_grad()
-        loss = model(edit_batch=batch, edits_together=2, edits_at_once=at_once).loss
+        loss = model(edit_batch=batch, group_size=2, micro_batch_size=at_once).loss
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.editor.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])

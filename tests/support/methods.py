@@ -12,6 +12,7 @@ from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_calibration_text
+from hf_mend.editing.context import EditingContext
 from hf_mend.methods import get_method
 from support.models import fitting, small_config
 
@@ -77,10 +78,10 @@ def inputs_of(model, target, rows) -> torch.Tensor:
 def second_moment(model, target, ridge, more=()) -> np.ndarray:
     """Of the packaged lines and more texts, by hand."""
     texts = get_method("ft-kl")(EditorConfig(method="ft-kl"), model.editor.shapes)
-    observe_calibration_text(model.split, model.targets, texts, model.encoder, more)
+    observe_calibration_text(EditingContext(model.split, model.targets, texts), model.encoder, more)
     kept = []
     for rows in texts._texts:
-        decoder = "decoder_input_ids" in rows.inputs and target.stack == "decoder"
+        decoder = "decoder_input_ids" in rows.inputs and target.side == "decoder"
         mask = rows.positions if decoder else rows.inputs["attention_mask"].bool()
         kept.append(inputs_of(model, target, rows)[mask].double().numpy())
     x = np.concatenate(kept)

@@ -50,7 +50,7 @@ def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, archite
     count = 4 if edits_together > 1 else 3
     batch = collate([examples[i] for i in range(count)])
     weights = {"neighborhood": 0.7, "unrelated": 3.0}
-    together = editing_loss(model.split, model.targets, model.editor, batch, weights, edits_together=edits_together)
+    together = editing_loss(model.context, batch, weights, group_size=edits_together)
     updates = []
     for i in range(count):
         one = collate([examples[i]])
