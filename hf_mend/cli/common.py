@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..data.deprecation import renamed_in
+
 
 if TYPE_CHECKING:
     from ..config import EditorConfig
@@ -185,7 +187,7 @@ def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any
     Raises:
         ValueError: A pair is not of that form, or names no field.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)} | renamed_in(kind).keys()
     values = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")

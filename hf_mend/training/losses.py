@@ -54,10 +54,10 @@ def editing_loss(
     batch: EditBatch,
     locality_weights: Mapping[str, float] = MappingProxyType({}),
     run_below: Callable[[Rows], HiddenState] | None = None,
-    edits_together: int = 1,
-    edits_at_once: int | None = None,
-    calls_in_a_row: int = 1,
-    look_back: float = 0.9,
+    group_size: int = 1,
+    micro_batch_size: int | None = None,
+    calls_per_batch: int = 1,
+    decay: float = 0.9,
 ) -> EditingLoss:
     """
     Makes every edit of the batch: example b's rows see example b's factors alone, or those of its group's edits.
@@ -73,22 +73,22 @@ def editing_loss(
             (the paper's is 1 / `c_edit`).
         run_below (`Callable`, *optional*): Gives the rows' hidden states at the lowest edited block, as a
             [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
-        edits_together (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
+        group_size (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
             that leave one another alone. Where it does not divide the batch, their greatest common divisor is taken.
-        edits_at_once (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has the
-            same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
+        micro_batch_size (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has
+            the same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
             Meta Learning", section 4.2): that of the texts with respect to the updates, some texts after the others,
             and that of the updates with respect to the method's parameters.
-        calls_in_a_row (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that those
+        calls_per_batch (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that those
             before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
-        look_back (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
+        decay (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
     below = run_below or (lambda rows: split.run_below(rows.inputs))
-    if calls_in_a_row > 1:
-        return sequential_loss(split, targets, method, batch, locality_weights, below, calls_in_a_row, look_back)
-    size = math.gcd(edits_together, len(batch))
-    if edits_at_once is not None and edits_at_once < len(batch):
-        return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
+    if calls_per_batch > 1:
+        return sequential_loss(split, targets, method, batch, locality_weights, below, calls_per_batch, decay)
+    size = math.gcd(group_size, len(batch))
+    if micro_batch_size is not None and micro_batch_size < len(batch):
+        return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, micro_batch_size)
     carried = method.carried()
     factors = _traced(split, targets, batch, below, carried)
     updates = method.join(together(method(factors), size))
@@ -142,10 +142,10 @@ def _two_stage_loss(
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
     size: int,
-    edits_at_once: int,
+    micro_batch_size: int,
 ) -> EditingLoss:
-    """`editing_loss` with the texts of `edits_at_once` edits in memory at a time."""
-    parts = [batch.edits(start, start + edits_at_once) for start in range(0, len(batch), edits_at_once)]
+    """`editing_loss` with the texts of `micro_batch_size` edits in memory at a time."""
+    parts = [batch.edits(start, start + micro_batch_size) for start in range(0, len(batch), micro_batch_size)]
     carried = method.carried()
     asked: dict[str, list[Update]] = {}
     for part in parts:
@@ -164,7 +164,7 @@ def _two_stage_loss(
     value, edit = torch.zeros(()), torch.zeros(())
     locality: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts):
-        owners = [(number * edits_at_once + i) // size for i in range(len(part))]
+        owners = [(number * micro_batch_size + i) // size for i in range(len(part))]
         seen = {name: _seen_by(owners, pairs) for name, pairs in leaves.items()}
         loss = _loss_under(split, targets, (beside, seen), part, locality_weights, below)
         share = len(part) / len(batch)
@@ -191,18 +191,18 @@ def sequential_loss(
     locality_weights: Mapping[str, float],
     below: Callable[[Rows], HiddenState],
     calls: int,
-    look_back: float,
+    decay: float,
 ) -> EditingLoss:
     """
     The loss of edits made one call after another: each call's gradient factors are those of the model that the calls
-    before have left, and its loss looks back at their texts, a call further with `look_back` times the weight (after
+    before have left, and its loss looks back at their texts, a call further with `decay` times the weight (after
     Li et al. 2025, "Reinforced Lifelong Editing for Language Models", whose memory backtracking this is).
 
     Args:
         split, targets, method, batch, locality_weights: As for [`editing_loss`].
         below (`Callable`): Gives the rows' hidden states at the lowest edited block.
         calls (`int`): How many; the batch is split evenly, and where it is too small a call has one edit.
-        look_back (`float`): From 0, each call for itself, to 1, all alike.
+        decay (`float`): From 0, each call for itself, to 1, all alike.
     """
     each = max(1, len(batch) // calls)
     parts = [batch.edits(start, min(start + each, len(batch))) for start in range(0, len(batch), each)]
@@ -221,7 +221,7 @@ def sequential_loss(
             inputs.setdefault(name, []).append(asked[name][0][0].detach())
         seen = {name: _side_by_side(pairs) for name, pairs in made.items()}
         for earlier, texts in enumerate(parts[: number + 1]):
-            weight = look_back ** (number - earlier) * len(texts)
+            weight = decay ** (number - earlier) * len(texts)
             if weight > 0:
                 losses.append(_loss_under(split, targets, (carried, seen), texts, locality_weights, below))
                 shares.append(weight)
