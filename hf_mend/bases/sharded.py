@@ -23,7 +23,7 @@ def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
         module (`nn.Module`): The module.
     """
     with _gathered(module):
-        state: dict[str, torch.Tensor] = get_model_state_dict(module, options=_WHOLE)
+        state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
         # What DeepSpeed gathers is gone after the context.
         return {name: value.detach().clone() for name, value in state.items()} if _is_partitioned(module) else state
 

@@ -288,10 +288,15 @@ def test_the_trainers_model_is_the_one_it_was_given(tokenizer, tmp_path):
     assert trainer.model is model and len(losses(trainer)) == 1
 
 
-def test_a_models_forward_knows_of_no_loss(tokenizer):
+def test_the_loss_is_the_objectives_and_a_models_forward_is_the_bases(tokenizer):
     model = fresh(tokenizer)
-    with pytest.raises(TypeError, match="edit_batch"):
-        model(edit_batch=None)
+    objective = EditingObjective(model)
+    ids = torch.tensor([tokenizer(RECORDS[0].prompt)["input_ids"]])
+    assert torch.equal(model(ids).logits, model.base_model(ids).logits) and model(ids).logits.shape[:2] == ids.shape
+    assert objective.config is model.config and objective.train().training
+    assert model.editor.training and not model.base_model.training
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.editor.{name}" for name, _ in model.editor.named_parameters()}
 
 
 def test_the_least_that_arguments_may_be(tokenizer, tmp_path):
