@@ -38,9 +38,10 @@ from hf_mend.bases.gradients import kl_divergence, row_means
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query, length_batches
 from hf_mend.hub.cards import machine
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditBatch, EditCollator, TrainingExample, TrainingExamples
 from hf_mend.training.losses import target_nll
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -118,7 +119,7 @@ def papers_training_step(model: EditableModel, batch: EditBatch) -> None:
 
 
 def our_training_step(model: EditableModel, batch: EditBatch, cache: HiddenStateCache | None = None) -> None:
-    model(edit_batch=batch, run_below=cache).loss.backward()
+    EditingObjective(model)(batch, run_below=cache).loss.backward()
     model.editor.zero_grad(set_to_none=True)
 
 

@@ -85,8 +85,31 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
         TypeError: The weight cannot be written to.
     """
     weight = writable_weight(module)
+    weight.copy_(with_update(weight, update))
+
+
+def with_update(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """
+    The sum of a weight and an update, computed in float32 at least, in the weight's dtype and on its device.
+
+    Args:
+        weight (`torch.Tensor` of shape `(d_out, d_in)`): The weight.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+    """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
-    weight.copy_(weight.to(dtype) + update.to(weight.device, dtype))
+    return (weight.detach().to(dtype) + update.to(weight.device, dtype)).to(weight.dtype)
+
+
+def check_finite_weight(name: str, weight: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: A weight that is to be written holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"the weight of {name!r} with its edits holds NaN or infinity in {weight.dtype}, so nothing was merged; "
+            "undo the edits that are too large, or load the base model in a wider dtype"
+        )
 
 
 def device_of(module: Any) -> torch.device:

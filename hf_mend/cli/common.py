@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..data.deprecation import renamed_in
+
 
 if TYPE_CHECKING:
     from ..config import EditorConfig
@@ -188,7 +190,7 @@ def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any
     """
     from ..config import EditorConfig, options_of_methods
 
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)} | renamed_in(kind).keys()
     if kind is EditorConfig:
         known |= {*options_of_methods(), "r"}
     values = {}

@@ -71,7 +71,8 @@ def train(
 
     from ..config import EditorConfig
     from ..data.readers import read_edits, read_questions
-    from ..training.trainer import EditorTrainer, EditorTrainingArguments
+    from ..training.arguments import EditorTrainingArguments
+    from ..training.trainer import EditorTrainer
 
     # Whatever can be wrong in the files is found before a model is loaded.
     asked = read_questions(questions) if questions else []

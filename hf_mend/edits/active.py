@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.merge_adapters import merge_adapters_
+from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
-from ..bases.weights import add_to_weight_, check_own_weight, writable_weight
+from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
 from .edit import Edit, active_edits, check_required, each_base_delta_once
 from .hook import AddsToOutput
@@ -125,19 +125,28 @@ class ActiveEdits:
             self._disabled -= 1
             self._refresh()
 
-    def merge(self) -> None:
+    def merge(self, safe: bool = False) -> None:
         """
-        Adds all edits to the weights and forgets them. Adapters around the base model's layers are merged first: some
+        Add all edits to the weights and discard them. Adapters around the base model's layers are merged first: some
         scale the weight that they find.
+
+        Args:
+            safe (`bool`, defaults to `False`): Check first that all merged weights are finite.
 
         Raises:
             TypeError: A layer's weight cannot take an update, or is another's too; no weight has changed then.
+            ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
         edited = [target for target in self.targets if self._sums[target.name].edits]
         weights = [writable_weight(target.module) for target in edited]
         if self._base_model is not None:
             for target in edited:
                 check_own_weight(self._base_model, target.module)
+        if safe:
+            for target, weight in zip(edited, weights, strict=True):
+                update = self._sums[target.name].matrix(weight.device)
+                check_finite_weight(target.name, with_update(weight_with_adapters(target.module), update))
+        if self._base_model is not None:
             with self.disabled():
                 merge_adapters_(self._base_model)
         for target, weight in zip(edited, weights, strict=True):

@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save
 
+from ..data.deprecation import renamed_method
 from ..hub.atomic import replaced_file
 from ..hub.files import DTYPES, check_entries, header_size, read_header, read_json_object, shortened
 from .collection import Edits, check_apart, check_known, turned
@@ -115,15 +116,18 @@ class EditStore:
         check_apart(edits, set(ids))
         self._append(undo=list(ids))
 
-    def turn_off(self, ids: Sequence[str]) -> None:
-        """Turns edits off, with the errors of [`EditableModel.turn_off`]."""
+    def disable_edit(self, ids: Sequence[str]) -> None:
+        """Disable edits, with the errors of [`EditableModel.disable_edit`]."""
         turned(self.refresh(), ids, on=False)
         self._append(off=list(ids))
 
-    def turn_on(self, ids: Sequence[str]) -> None:
-        """Turns edits on again, with the errors of [`EditableModel.turn_on`]."""
+    def enable_edit(self, ids: Sequence[str]) -> None:
+        """Enable edits again, with the errors of [`EditableModel.enable_edit`]."""
         turned(self.refresh(), ids, on=True)
         self._append(on=list(ids))
+
+    turn_off = renamed_method("turn_off", "disable_edit")
+    turn_on = renamed_method("turn_on", "enable_edit")
 
     def follow(self, before: Sequence[Edit], after: Sequence[Edit]) -> None:
         """

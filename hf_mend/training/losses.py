@@ -52,7 +52,7 @@ def editing_loss(
     run_below: Callable[[EncodedBatch], HiddenState] | None = None,
     group_size: int = 1,
     micro_batch_size: int | None = None,
-    calls: int = 1,
+    calls_per_batch: int = 1,
     decay: float = 0.9,
 ) -> EditingLoss:
     """
@@ -73,13 +73,13 @@ def editing_loss(
             the same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
             Meta Learning", section 4.2): that of the texts with respect to the updates, some texts after the others,
             and that of the updates with respect to the method's parameters.
-        calls (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that those
-            before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
+        calls_per_batch (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that
+            those before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
         decay (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
     below = run_below or (lambda rows: context.split.run_below(rows.inputs))
-    if calls > 1:
-        return sequential_loss(context, batch, locality_weights, below, calls, decay)
+    if calls_per_batch > 1:
+        return sequential_loss(context, batch, locality_weights, below, calls_per_batch, decay)
     size = math.gcd(group_size, len(batch))
     if micro_batch_size is not None and micro_batch_size < len(batch):
         return _two_stage_loss(context, batch, locality_weights, below, size, micro_batch_size)

@@ -15,8 +15,8 @@ from hf_mend import EditableModel, EditorTrainer, get_editable_model
 from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.methods.base import registered_methods
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import TrainingExamples
-from hf_mend.training.trainer import calibrate
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -80,7 +80,7 @@ def test_training_begins_as_on_the_cpu(architecture, tokenizer, tmp_path, method
     for use_cpu in (True, False):
         torch.manual_seed(0)
         model = get_editable_model(build_model(architecture), small_config(method=method), tokenizer)
-        options = {"use_cpu": use_cpu, "max_steps": 3, "per_device_train_batch_size": 4, "edits_together": 2}
+        options = {"use_cpu": use_cpu, "max_steps": 3, "per_device_train_batch_size": 4, "group_size": 2}
         kept = {} if use_cpu else {"hidden_states_dir": str(tmp_path / "states")}
         trainer = EditorTrainer(
             model, arguments(tmp_path, **options, **kept), RECORDS, eval_dataset=RECORDS, questions=QUESTIONS

@@ -20,9 +20,10 @@ from hf_mend.edits.low_rank import compacted, dense
 from hf_mend.edits.preserved_keys import PreservedKeys
 from hf_mend.methods import get_method
 from hf_mend.methods.ridge import leading_eigenvectors, ridge_keys
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def moment_of(width: int) -> torch.Tensor:
@@ -225,16 +226,16 @@ def test_metrics_of_joined_edits(tokenizer, edits_together):
 
 @pytest.mark.parametrize("method", ["mend", "malmen"])
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-@pytest.mark.parametrize(("edits_together", "edits_at_once"), [(8, 3), (8, 1), (2, 4), (4, 2), (1, 3)])
-def test_two_stage_gradients_are_those_of_the_whole(tokenizer, architecture, method, edits_together, edits_at_once):
+@pytest.mark.parametrize(("group_size", "micro_batch_size"), [(8, 3), (8, 1), (2, 4), (4, 2), (1, 3)])
+def test_two_stage_gradients_are_those_of_the_whole(tokenizer, architecture, method, group_size, micro_batch_size):
     model = perturbed(tokenizer, architecture, method)
     examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=1)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     weights = {"neighborhood": 0.7, "unrelated": 3.0}
     found = []
-    for at_once in (None, edits_at_once):
+    for at_once in (None, micro_batch_size):
         model.editor.zero_grad()
-        loss = editing_loss(model.context, batch, weights, None, edits_together, micro_batch_size=at_once)
+        loss = editing_loss(model.context, batch, weights, None, group_size, micro_batch_size=at_once)
         loss.loss.backward()
         found.append((loss, [parameter.grad.clone() for parameter in model.editor.parameters()]))
     (whole, gradients), (staged, others) = found
@@ -251,7 +252,7 @@ def test_a_step_without_gradients_is_only_a_value(tokenizer):
     model = perturbed(tokenizer)
     batch = EditCollator(model.encoder)([TrainingExamples(RECORDS, QUESTIONS)[i] for i in range(4)])
     with torch.no_grad():
-        loss = model(edit_batch=batch, group_size=4, micro_batch_size=2)
+        loss = EditingObjective(model)(batch, group_size=4, micro_batch_size=2)
     assert not loss.loss.requires_grad
 
 
@@ -262,7 +263,9 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
     collate = EditCollator(model.encoder)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     records = [examples[i] for i in range(4)]
-    found = model(edit_batch=collate(records), locality_weights={"neighborhood": 2.0}, calls=calls, decay=0.5)
+    found = EditingObjective(model)(
+        collate(records), locality_weights={"neighborhood": 2.0}, calls_per_batch=calls, decay=0.5
+    )
     changed = build_model("llama")
     spared: dict[str, list[torch.Tensor]] = {}
     total = weights = 0.0
@@ -297,22 +300,22 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
 def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method):
     model = fresh(tokenizer, method=method)
     args = arguments(
-        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_in_a_row=4, learning_rate=1e-2,
+        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_per_batch=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch, calls=4).loss.detach())
+    first = float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, calls=4).loss.detach()) < first - 0.05
+    assert float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach()) < first - 0.05
 
 
 def test_malmen_trains(tokenizer, tmp_path):
     model = fresh(tokenizer, method="malmen")
     args = arguments(
-        tmp_path, max_steps=30, per_device_train_batch_size=8, edits_together=8, edits_at_once=4, learning_rate=1e-2,
+        tmp_path, max_steps=30, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
@@ -320,9 +323,9 @@ def test_malmen_trains(tokenizer, tmp_path):
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
     ridge = model.editor.log_ridge.detach().clone()
-    first = float(model(edit_batch=batch, group_size=8).loss.detach())
+    first = float(EditingObjective(model)(batch, group_size=8).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, group_size=8).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch, group_size=8).loss.detach()) < first - 0.1
     assert not torch.equal(model.editor.log_ridge, ridge)
 
 

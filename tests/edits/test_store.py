@@ -48,8 +48,8 @@ def test_undo_off_and_on_are_appended(tmp_path):
     store.append([small_edit(f"e{i}", i) for i in range(4)])
     size = path.stat().st_size
     store.undo(["e1"])
-    store.turn_off(["e0", "e3"])
-    store.turn_on(["e3"])
+    store.disable_edit(["e0", "e3"])
+    store.enable_edit(["e3"])
     assert path.stat().st_size - size < 400, "small records"
     for seen in (store.edits, other.refresh(), EditStore(path).edits):
         assert [(edit.id, edit.enabled) for edit in seen] == [("e0", False), ("e2", True), ("e3", True)]
@@ -66,7 +66,7 @@ def test_compacting_leaves_what_is_there(tmp_path):
     other.refresh()
     mapped = EditStore(path).edits
     store.undo([f"e{i}" for i in range(15)])
-    store.turn_off(["e17"])
+    store.disable_edit(["e17"])
     expected = bits(store.edits)
     assert store.compact() > path.stat().st_size
     assert bits(store.edits) == bits(other.refresh()) == bits(EditStore(path).edits) == expected
@@ -292,17 +292,17 @@ def test_a_model_comes_back_from_its_store(llama, tokenizer, tmp_path):
     first, second, third = edit_some(model)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.undo(second.id)
-    model.turn_off(first.id)
+    model.disable_edit(first.id)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.edit(RECORDS[2].prompt, "cairo town", max_steps=2, force=True)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     size = path.stat().st_size
     with model.edited(RECORDS[5].prompt, RECORDS[5].target, max_steps=1, force=True):
-        model.turn_on(first.id)
+        model.enable_edit(first.id)
     with model.carrying(list(model.edits)[:1]), model.disable_edits():
         pass
     assert path.stat().st_size == size, "what is for a while is not kept"
-    model.turn_on(first.id)
+    model.enable_edit(first.id)
     model.compress_edits(rank=3)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.undo()
@@ -373,7 +373,7 @@ def test_an_edit_that_cannot_be_kept_is_not_made(llama, tokenizer, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for change in (lambda: edit_some(model, slice(3, 5)), model.undo, lambda: model.turn_off(model.edits[0].id)):
+    for change in (lambda: edit_some(model, slice(3, 5)), model.undo, lambda: model.disable_edit(model.edits[0].id)):
         with pytest.raises(OSError, match="No space"):
             change()
         assert len(model.edits) == 3 and torch.equal(all_logits(model, tokenizer), before)

@@ -15,9 +15,10 @@ from hf_mend.bases.weights import add_to_weight_
 from hf_mend.data.encoding import Query
 from hf_mend.editing.search import find_updates
 from hf_mend.edits.low_rank import as_pair, dense
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def changed(tokenizer, architecture="llama", seed=7, **options) -> EditableModel:
@@ -81,9 +82,9 @@ def test_two_edits_carry_the_change_once_and_undoing_both_gives_the_base(tokeniz
         assert torch.equal(all_logits(model, tokenizer), untouched)
     assert model.undo().id == edits[1].id
     assert torch.equal(all_logits(model, tokenizer), with_one)
-    model.turn_off(first.id)
+    model.disable_edit(first.id)
     assert torch.equal(all_logits(model, tokenizer), untouched), "no edit acts, nor does the change"
-    model.turn_on(first.id)
+    model.enable_edit(first.id)
     assert torch.equal(all_logits(model, tokenizer), with_one)
     model.undo()
     assert not model.edits and torch.equal(all_logits(model, tokenizer), untouched)
@@ -152,19 +153,19 @@ def test_an_edit_without_its_change_is_refused(tokenizer, tmp_path):
         model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True)
 
 
-@pytest.mark.parametrize("options", [{"group_size": 2}, {"calls": 2}])
+@pytest.mark.parametrize("options", [{"group_size": 2}, {"calls_per_batch": 2}])
 def test_the_loss_is_that_of_the_changed_model_against_the_untouched_base(tokenizer, options):
     """The same method without a change, on a base that has it in its weights, but for what must stay."""
     model = changed(tokenizer)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
-    loss = model(edit_batch=batch, locality_weights={"neighborhood": 2.0}, **options)
+    loss = EditingObjective(model)(batch, locality_weights={"neighborhood": 2.0}, **options)
     plain = get_editable_model(by_hand(model), small_config(method="enn"), tokenizer)
     plain.editor.load_state_dict(model.editor.state_dict())
     with torch.no_grad():
         for change in plain.editor.changes:
             change.zero_()
-    theirs = plain(edit_batch=batch, **options)
+    theirs = EditingObjective(plain)(batch, **options)
     torch.testing.assert_close(loss.edit, theirs.edit, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(loss.locality["unrelated"], theirs.locality["unrelated"])
     loss.loss.backward()
@@ -194,9 +195,9 @@ def test_training_lowers_the_loss_and_the_editor_survives_its_file(tokenizer, tm
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch).loss.detach())
+    first = float(EditingObjective(model)(batch).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.1
     assert all(change.any() for change in model.editor.changes)
     model.save_pretrained(tmp_path / "editor")
     again = EditableModel.from_pretrained(build_model("llama"), tmp_path / "editor", tokenizer)
