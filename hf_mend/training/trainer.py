@@ -25,6 +25,7 @@ from ..bases.sharded import whole_state
 from ..bases.split import logits_of
 from ..data.checks import check_query
 from ..data.encoding import Query, Rows, batches
+from ..data.forms import DEFAULT_FORMS, available_forms
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..edits.hook import applied
@@ -35,7 +36,8 @@ from ..hub.files import WEIGHTS_NAME
 from ..hub.transfer import find_files
 from ..model import EditableModel
 from .cache import HiddenStateCache
-from .examples import EditBatch, EditCollator, TrainingExamples
+from .continuations import with_continuations
+from .examples import LOCAL_KINDS, Asking, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
 from .losses import target_nll
 
@@ -48,6 +50,9 @@ _LEAST = {
     "general_rows": 1,
     "neighborhood_rows": 0,
     "unrelated_rows": 0,
+    "same_subject_rows": 0,
+    "continuation_rows": 0,
+    "continuation_tokens": 0,
     "edits_together": 1,
     "edits_at_once": 1,
     "calls_in_a_row": 1,
@@ -72,6 +77,32 @@ class EditorTrainingArguments(TrainingArguments):
     general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
     neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
     unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    same_subject_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on prompts that ask the same subject for something else."}
+    )
+    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts an edit and step."})
+    continuation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
+    )
+    continuation_rows: int = field(default=1, metadata={"help": "Texts an edit and step for which that is asked."})
+    continuation_tokens: int = field(
+        default=8,
+        metadata={
+            "help": "How many tokens the un-edited model goes on with behind a target, greedily and before the first "
+            "step. With 0 other text stands there in its place, which costs nothing."
+        },
+    )
+    forms: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights with which forms of asking are drawn: prompt, paraphrase, question, chat, later_turn, "
+            "system. The default has all; a tokenizer without a chat template has no chats."
+        },
+    )
+    context_rate: float = field(default=0.4, metadata={"help": "Share of the texts that stand behind other text."})
+    edit_forms: dict[str, float] | None = field(
+        default=None, metadata={"help": "The same for the texts that make the edits; the prompt alone by default."}
+    )
     edits_together: int = field(
         default=1,
         metadata={
@@ -140,7 +171,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
     Args:
         model ([`EditableModel`]): The model whose editor is trained; it has a tokenizer.
         args ([`EditorTrainingArguments`]): How to train.
-        train_dataset (`Dataset` or list of [`EditRecord`]): The facts.
+        train_dataset (`Dataset` or list of [`EditRecord`], or [`TrainingExamples`]): The facts; or their draws, whose
+            own settings then stand in for what the arguments say about rows and forms.
         eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): Facts to measure on.
         questions (`Sequence[tuple[str, str]]`, *optional*): Unrelated questions and answers for the locality loss.
         kwargs: What else `Trainer` takes.
@@ -152,7 +184,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self,
         model: EditableModel,
         args: EditorTrainingArguments,
-        train_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
+        train_dataset: TrainingExamples | Dataset[EditRecord] | Sequence[EditRecord] | None = None,
         eval_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
         questions: Sequence[tuple[str, str]] = (),
         **kwargs: Any,
@@ -163,7 +195,9 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 "choose 'mend', 'malmen', 'ke' or 'enn' in EditorConfig.method to train an editor"
             )
         examples: TrainingExamples | None = None
-        if train_dataset is not None:
+        if isinstance(train_dataset, TrainingExamples):
+            examples = train_dataset
+        elif train_dataset is not None:
             examples = TrainingExamples(
                 _as_records(train_dataset),
                 questions,
@@ -171,8 +205,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 args.neighborhood_rows,
                 args.unrelated_rows,
                 args.data_seed if args.data_seed is not None else args.seed,
+                _asking(args, model),
+                args.same_subject_rows,
+                args.continuation_rows,
             )
-        kwargs.setdefault("data_collator", EditCollator(model.encoder))
+        kwargs.setdefault("data_collator", EditCollator(model.encoder, longest_input(model.config)))
         super().__init__(
             model=model,
             args=args,
@@ -210,13 +247,17 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             self._check_texts(_as_records(self.eval_dataset))
         if self.examples is not None and not self.model.editor.is_calibrated:
             calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
+        if self.examples is not None and self.examples.continuation_rows and self.args.continuation_tokens:
+            self._continue_texts(self.examples)
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(self.model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
                 if self.args.process_index == 0:
                     # An epoch draws about half of a record's texts; no other is computed.
-                    queries = self.examples.queries(self._epochs(len(self.examples)))
-                    cache.fill(self.model.encoder, queries, progress=not self.args.disable_tqdm)
+                    encoder, longest = self.model.encoder, longest_input(self.model.config)
+                    drawn = self.examples.queries(self._epochs(len(self.examples)))
+                    queries = (encoder.shortened(query, longest) for query in drawn)
+                    cache.fill(encoder, queries, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
         if self.model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
             self.model.editor_config.base_fingerprint = fingerprint_of(self.model.base_model, self.model.targets)
@@ -226,6 +267,19 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         output = super().train(*args, **kwargs)
         self._note_for_card()
         return output
+
+    def _continue_texts(self, examples: TrainingExamples) -> None:
+        """Each process needs all of what the base goes on with; the first computes it, the others read it."""
+        file = Path(self.args.output_dir) / "continuations.jsonl"
+        with self.args.main_process_first(local=False):
+            with_continuations(
+                examples,
+                self.model,
+                self._epochs(len(examples)),
+                self.args.continuation_tokens,
+                file=file,
+                progress=not self.args.disable_tqdm,
+            )
 
     def _epochs(self, facts: int) -> int:
         """How many epochs the training goes through, the last one maybe not to its end."""
@@ -238,7 +292,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The editing loss of a batch of different facts."""
-        weights = {"neighborhood": self.args.neighborhood_weight, "unrelated": self.args.unrelated_weight}
+        weights = {kind: getattr(self.args, f"{kind}_weight") for kind in LOCAL_KINDS}
         doublings = max(1, self.args.edits_together).bit_length()
         result = model(
             edit_batch=inputs,
@@ -467,6 +521,14 @@ def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
                     losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0
+
+
+def _asking(args: EditorTrainingArguments, model: EditableModel) -> Asking:
+    """The forms of asking that the arguments choose, as far as the model's tokenizer can write them."""
+    tokenizer = model.encoder.tokenizer
+    forms = available_forms(DEFAULT_FORMS if args.forms is None else args.forms, tokenizer)
+    edit_forms = None if args.edit_forms is None else available_forms(args.edit_forms, tokenizer)
+    return Asking(forms, args.context_rate, edit_forms)
 
 
 def _as_records(data: Any) -> list[EditRecord]:
