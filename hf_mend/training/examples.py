@@ -196,8 +196,13 @@ class TrainingExamples(Dataset[TrainingExample]):
     def draw(self, index: int, epoch: int) -> TrainingExample:
         """What a record contributes in an epoch, the texts with what the un-edited model says behind them."""
         texts = self.texts(index, epoch)
-        local = {kind: [self._continued(query) for query in queries] for kind, queries in texts.local.items()}
-        return replace(texts, **local) if self.continuations else texts
+        if not self.continuations:
+            return texts
+        return TrainingExample(
+            texts.edit,
+            texts.general,
+            **{kind: [self._continued(query) for query in queries] for kind, queries in texts.local.items()},
+        )
 
     def texts(self, index: int, epoch: int) -> TrainingExample:
         """What a record contributes in an epoch, as it is drawn."""

@@ -284,15 +284,16 @@ def by_length(rows: Rows) -> Iterator[tuple[torch.Tensor | None, Rows]]:
 
 # Batches below this many tokens are one pass; a part begins with a row shorter than this share of the last part's
 # longest.
-_FEW_TOKENS, _SHORTER = 1024, 0.75
+_FEW_TOKENS, _SHORTER = 256, 0.75
 
 
 def _of_rows(updates: Mapping[str, Update], index: torch.Tensor, total: int) -> Mapping[str, Update]:
     """The updates of some of `total` rows, of which equally many neighbouring ones belong to each group of edits."""
-    return {
-        name: (u, v) if u.dim() == 2 else tuple(side[(index * len(side) // total).to(side.device)] for side in (u, v))
-        for name, (u, v) in updates.items()
-    }  # fmt: skip
+    seen: dict[str, Update] = {}
+    for name, (u, v) in updates.items():
+        group = (index * len(u) // total).to(u.device)
+        seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
+    return seen
 
 
 def _leaf(side: torch.Tensor) -> torch.Tensor:

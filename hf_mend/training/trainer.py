@@ -270,7 +270,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def _continue_texts(self, examples: TrainingExamples) -> None:
         """Each process needs all of what the base goes on with; the first computes it, the others read it."""
-        file = Path(self.args.output_dir) / "continuations.jsonl"
+        file = Path(str(self.args.output_dir)) / "continuations.jsonl"
         with self.args.main_process_first(local=False):
             with_continuations(
                 examples,
