@@ -262,7 +262,9 @@ def by_length(rows: Rows) -> Iterator[tuple[torch.Tensor | None, Rows]]:
         order, and the part without the padding that it does not need.
     """
     mask = rows.inputs["attention_mask"]
-    if "decoder_input_ids" in rows.inputs or mask.numel() < _FEW_TOKENS:
+    # Processes that share a base out have to make the same passes, and a GPU would rather have few.
+    whole = torch.distributed.is_available() and torch.distributed.is_initialized() or mask.device.type != "cpu"
+    if whole or "decoder_input_ids" in rows.inputs or mask.numel() < _FEW_TOKENS:
         yield None, rows
         return
     order = sorted(enumerate(mask.sum(-1).tolist()), key=lambda pair: -pair[1])
