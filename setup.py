@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_mend", "hf_mend.*"]),
-    package_data={"hf_mend": ["py.typed", "templates/*.md", "templates/*.txt", "templates/*.html"]},
+    package_data={"hf_mend": ["py.typed", *(f"templates/*.{kind}" for kind in ("md", "txt", "html", "json"))]},
     python_requires=">=3.10",
     install_requires=[
         "numpy>=1.24",

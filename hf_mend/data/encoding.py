@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,12 +56,29 @@ class Query:
         answer (`str`, *optional*): What follows; without one, only the next token matters.
         chat (`bool`, defaults to `False`): The prompt is a user's turn and goes through the tokenizer's chat template.
         subject (`str`, *optional*): What the prompt is about, as it stands there.
+        context (`str`, defaults to `""`): Text before the prompt, in a chat in the same turn. One space joins the two,
+            or the white space that the context ends with.
+        turns (`tuple[tuple[str, str], ...]`): Earlier turns of the chat, each a role and what was said.
+        system (`str`, *optional*): The chat's system prompt; the template's own when left out.
+        after (`str` or `tuple[int, ...]`, *optional*): What follows the answer, as text or as token ids. Where it is
+            given, if only as nothing, the positions that matter are those that predict what follows the answer, and
+            the answer is only read.
     """
 
     prompt: str
     answer: str | None = None
     chat: bool = False
     subject: str | None = None
+    context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+    after: str | tuple[int, ...] | None = None
+
+    @property
+    def content(self) -> str:
+        """The context and the prompt as one text."""
+        joint = " " if self.context and not self.context[-1].isspace() else ""
+        return self.context + joint + self.prompt
 
 
 class Encoder:
@@ -99,6 +116,8 @@ class Encoder:
         self.pad_to = pad_to
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_token_id: int = 0 if pad is None else pad
+        end = tokenizer.eos_token_id
+        self._end: int = self.pad_token_id if end is None else end
 
     def __call__(self, queries: Sequence[Query]) -> EncodedBatch:
         """The queries as one batch, padded on the right."""
@@ -107,6 +126,11 @@ class Encoder:
         if any(query.subject for query in queries):
             places = [self._subject_place(query, prompt) for query, (prompt, _) in zip(queries, pairs, strict=True)]
             rows.subjects = torch.tensor(places)
+        if self.is_encoder_decoder:
+            for row, query in enumerate(queries):
+                if query.after is not None:  # of the decoder's tokens the answer's are only read
+                    read = len(self.decoder_prefix) - 1 + len(self._answer_ids(query))
+                    rows.positions[row, :read], rows.next_tokens[row, :read] = False, IGNORE
         return rows
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -116,24 +140,53 @@ class Encoder:
     def tokens(self, query: Query) -> tuple[list[int], list[int]]:
         """
         Token ids of the prompt and of the answer, white space around which does not count. An answer of none gives an
-        empty list.
+        empty list. Of a query with `after`, the answer belongs to what is read, and what follows it takes its place.
         """
-        text = self._text(query)
+        if query.after is None:
+            return self._prompt_ids(query), self._answer_ids(query)
+        after = self._ids(query.after) if isinstance(query.after, str) else list(query.after)
+        if self.is_encoder_decoder:  # a decoder predicts what follows from the answer's own last token
+            return self._prompt_ids(query), self._answer_ids(query) + (after or [self._end])
+        return self._prompt_ids(query) + self._answer_ids(query), after
+
+    def shortened(self, query: Query, longest: int | None) -> Query:
+        """
+        The query without its context, or without its earlier turns and system prompt too, where it would otherwise
+        be longer than the model takes.
+
+        Args:
+            query ([`Query`]): The texts.
+            longest (`int`, *optional*): Most tokens that the model takes.
+        """
+        if longest is None or not (query.context or query.turns or query.system or query.after):
+            return query
+        without = replace(query, context="")
+        bare = replace(without, turns=(), system=None, after=None if query.after is None else ())
+        for candidate in (query, without, bare):
+            lengths = [len(ids) for ids in self.tokens(candidate)]
+            if (max(lengths) if self.is_encoder_decoder else sum(lengths)) <= longest:
+                return candidate
+        return replace(bare, chat=False)
+
+    def _prompt_ids(self, query: Query) -> list[int]:
         # A template writes its own special tokens.
-        prompt = self._ids(text, special=not query.chat)
+        return self._ids(self._text(query), special=not query.chat)
+
+    def _answer_ids(self, query: Query) -> list[int]:
         if query.answer is None:
-            return prompt, []
+            return []
         answer = query.answer.strip()
         if self.is_encoder_decoder:  # alone behind a decoder's start token
-            return prompt, self._ids(answer)
+            return self._ids(answer)
+        text = self._text(query)
         after = answer if text[-1:].isspace() else f" {answer}"
         # Some tokenizers begin each text with a space, so that the answer needs something before it: the prompt, or,
         # where that would then end with another token (or ends with the tokenizer's own), one character for it.
         for before, special in ((text, not query.chat), ("\n", False), (text.rstrip()[-1:], False)):
             start, whole = self._ids(before, special), self._ids(before + after, special)
             if whole[: len(start)] == start:
-                return prompt, whole[len(start) :]
-        return prompt, self._ids(after)
+                return whole[len(start) :]
+        return self._ids(after)
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -142,8 +195,10 @@ class Encoder:
     def _text(self, query: Query) -> str:
         """The prompt as the model reads it."""
         if not query.chat:
-            return query.prompt
-        turns = [{"role": "user", "content": query.prompt}]
+            return query.content
+        system = [] if query.system is None else [("system", query.system)]
+        said = [*system, *query.turns, ("user", query.content)]
+        turns = [{"role": role, "content": content} for role, content in said]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _subject_place(self, query: Query, prompt: list[int]) -> int:

@@ -27,6 +27,8 @@ class EditRecord:
         portability (`list[tuple[str, str]]`): Questions whose answers follow from the edit.
         generation (`list[str]`): Prompts about the subject, to look at free text.
         group (`str`, *optional*): Neighbouring records of one group belong together: what follows needs all of them.
+        questions (`list[str]`): The fact asked as questions; the answer must be the target there too.
+        same_subject (`list[str]`): Prompts that ask something else about the same subject; the answer must stay.
     """
 
     prompt: str
@@ -41,6 +43,8 @@ class EditRecord:
     portability: list[tuple[str, str]] = field(default_factory=list)
     generation: list[str] = field(default_factory=list)
     group: str | None = None
+    questions: list[str] = field(default_factory=list)
+    same_subject: list[str] = field(default_factory=list)
 
 
 class EditDataset(Dataset[EditRecord]):

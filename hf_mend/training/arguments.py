@@ -14,6 +14,9 @@ _LEAST = {
     "general_rows": 1,
     "neighborhood_rows": 0,
     "unrelated_rows": 0,
+    "same_subject_rows": 0,
+    "continuation_rows": 0,
+    "continuation_tokens": 0,
     "group_size": 1,
     "micro_batch_size": 1,
     "calls_per_batch": 1,
@@ -44,6 +47,32 @@ class EditorTrainingArguments(TrainingArguments):
     general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
     neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
     unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    same_subject_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on prompts that ask the same subject for something else."}
+    )
+    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts an edit and step."})
+    continuation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
+    )
+    continuation_rows: int = field(default=1, metadata={"help": "Texts an edit and step for which that is asked."})
+    continuation_tokens: int = field(
+        default=8,
+        metadata={
+            "help": "How many tokens the un-edited model goes on with behind a target, greedily and before the first "
+            "step. With 0 other text stands there in its place, which costs nothing."
+        },
+    )
+    forms: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights with which forms of asking are drawn: prompt, paraphrase, question, chat, later_turn, "
+            "system. The default has all; a tokenizer without a chat template has no chats."
+        },
+    )
+    context_rate: float = field(default=0.4, metadata={"help": "Share of the texts that stand behind other text."})
+    edit_forms: dict[str, float] | None = field(
+        default=None, metadata={"help": "The same for the texts that make the edits; the prompt alone by default."}
+    )
     group_size: int = field(
         default=1,
         metadata={

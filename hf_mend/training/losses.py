@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,8 +27,12 @@ def target_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
         logits (`torch.Tensor` of shape `(tokens, vocab)`): The edited model's, at the rows' positions.
         rows ([`EncodedBatch`]): The texts; at all their positions there is a token to say.
     """
+    return _row_nll(logits, rows).mean()
+
+
+def _row_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     labels = rows.next_tokens[rows.positions].to(logits.device)
-    return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows).mean()
+    return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows)
 
 
 @dataclass
@@ -109,14 +113,27 @@ def _loss_under(
     below: Callable[[EncodedBatch], HiddenState],
 ) -> EditingLoss:
     """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
+
+    def edited(rows: EncodedBatch, state: HiddenState, index: torch.Tensor | None, total: int) -> torch.Tensor:
+        return context.logits(
+            rows, state, updates if index is None else [_of_rows(one, index, total) for one in updates]
+        )
+
     general = batch.general
-    edit = target_nll(context.logits(general, below(general), updates), general)
+    each: list[torch.Tensor] = []
+    for index, rows in by_length(general):
+        each.append(_row_nll(edited(rows, below(rows), index, len(general)), rows))
+    edit = torch.cat(each).mean()
     loss, locality = edit, {}
-    for kind, rows in batch.local.items():
-        state = below(rows)
-        with torch.no_grad():
-            base = context.logits(rows, state)
-        locality[kind] = row_means(kl_divergence(context.logits(rows, state, updates), base), rows).mean()
+    for kind, texts in batch.local.items():
+        each = []
+        for index, rows in by_length(texts):
+            state = below(rows)
+            with torch.no_grad():
+                base = context.logits(rows, state)
+            divergence = kl_divergence(edited(rows, state, index, len(texts)), base)
+            each.append(row_means(divergence, rows))
+        locality[kind] = torch.cat(each).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
 
@@ -223,6 +240,52 @@ def _mean_loss(losses: Sequence[EditingLoss], weights: Sequence[float]) -> Editi
 
     locality = {kind: mean([loss.locality[kind] for loss in losses]) for kind in losses[0].locality}
     return EditingLoss(mean([loss.loss for loss in losses]), mean([loss.edit for loss in losses]), locality)
+
+
+def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, EncodedBatch]]:
+    """
+    The rows in parts of about the same length, where they are many tokens and would be padding for the greater part:
+    forms of asking differ in length ten times.
+
+    Yields:
+        `tuple[torch.Tensor | None, EncodedBatch]`: The numbers of the part's rows, `None` for all of them in their
+        order, and the part without the padding that it does not need.
+    """
+    mask = rows.inputs["attention_mask"]
+    # Processes that share a base out have to make the same passes, and a GPU would rather have few.
+    whole = torch.distributed.is_available() and torch.distributed.is_initialized() or mask.device.type != "cpu"
+    if whole or "decoder_input_ids" in rows.inputs or mask.numel() < _FEW_TOKENS:
+        yield None, rows
+        return
+    order = sorted(enumerate(mask.sum(-1).tolist()), key=lambda pair: -pair[1])
+    parts: list[list[tuple[int, int]]] = []
+    for number, length in order:
+        if not parts or length < _SHORTER * parts[-1][0][1] and len(parts[-1]) * parts[-1][0][1] >= _FEW_TOKENS / 4:
+            parts.append([])
+        parts[-1].append((number, length))
+    if len(parts) == 1:
+        yield None, rows
+        return
+    for part in parts:
+        index = torch.tensor(sorted(number for number, _ in part), device=mask.device)
+        width = part[0][1]
+        inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
+        subjects = None if rows.subjects is None else rows.subjects[index]
+        yield index, EncodedBatch(inputs, rows.next_tokens[index, :width], rows.positions[index, :width], subjects)
+
+
+# Batches below this many tokens are one pass; a part begins with a row shorter than this share of the last part's
+# longest.
+_FEW_TOKENS, _SHORTER = 256, 0.75
+
+
+def _of_rows(updates: Mapping[str, Update], index: torch.Tensor, total: int) -> Mapping[str, Update]:
+    """The updates of some of `total` rows, of which equally many neighbouring ones belong to each group of edits."""
+    seen: dict[str, Update] = {}
+    for name, (u, v) in updates.items():
+        group = (index * len(u) // total).to(u.device)
+        seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
+    return seen
 
 
 def _leaf(side: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..bases.limits import longest_input
 from ..bases.sharded import whole_state
 from ..data.checks import check_query
 from ..data.encoding import Query
+from ..data.forms import DEFAULT_FORMS, available_forms
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..evaluation.checks import check_asked
@@ -33,7 +34,8 @@ from ..model import EditableModel
 from .arguments import EditorTrainingArguments
 from .cache import HiddenStateCache
 from .calibration import calibrate
-from .examples import EditBatch, EditCollator, TrainingExamples
+from .continuations import with_continuations
+from .examples import LOCAL_KINDS, Asking, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
 from .objective import EditingObjective
 
@@ -54,7 +56,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
     Args:
         model ([`EditableModel`]): The model whose editor is trained; it has a tokenizer.
         args ([`EditorTrainingArguments`]): How to train.
-        train_dataset (`Dataset` or list of [`EditRecord`]): The facts.
+        train_dataset (`Dataset` or list of [`EditRecord`], or [`TrainingExamples`]): The facts; or their draws, whose
+            own settings then stand in for what the arguments say about rows and forms.
         eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): Facts to measure on.
         questions (`Sequence[tuple[str, str]]`, *optional*): Unrelated questions and answers for the locality loss.
         kwargs: What else `Trainer` takes.
@@ -73,7 +76,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self,
         model: EditableModel,
         args: EditorTrainingArguments,
-        train_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
+        train_dataset: TrainingExamples | Dataset[EditRecord] | Sequence[EditRecord] | None = None,
         eval_dataset: Dataset[EditRecord] | Sequence[EditRecord] | None = None,
         questions: Sequence[tuple[str, str]] = (),
         **kwargs: Any,
@@ -84,7 +87,9 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 "choose 'mend', 'malmen', 'ke' or 'enn' in EditorConfig.method to train an editor"
             )
         examples: TrainingExamples | None = None
-        if train_dataset is not None:
+        if isinstance(train_dataset, TrainingExamples):
+            examples = train_dataset
+        elif train_dataset is not None:
             examples = TrainingExamples(
                 _as_records(train_dataset),
                 questions,
@@ -92,8 +97,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 args.neighborhood_rows,
                 args.unrelated_rows,
                 args.data_seed if args.data_seed is not None else args.seed,
+                _asking(args, model),
+                args.same_subject_rows,
+                args.continuation_rows,
             )
-        kwargs.setdefault("data_collator", EditCollator(model.encoder))
+        kwargs.setdefault("data_collator", EditCollator(model.encoder, longest_input(model.config)))
         super().__init__(
             model=model,
             args=args,
@@ -135,13 +143,17 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         model = self.editable_model
         if self.examples is not None and not model.editor.is_calibrated:
             calibrate(model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
+        if self.examples is not None and self.examples.continuation_rows and self.args.continuation_tokens:
+            self._continue_texts(self.examples)
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
                 if self.args.process_index == 0:
                     # An epoch draws about half of a record's texts; no other is computed.
-                    queries = self.examples.queries(self._epochs(len(self.examples)))
-                    cache.fill(model.encoder, queries, progress=not self.args.disable_tqdm)
+                    encoder, longest = model.encoder, longest_input(model.config)
+                    drawn = self.examples.queries(self._epochs(len(self.examples)))
+                    queries = (encoder.shortened(query, longest) for query in drawn)
+                    cache.fill(encoder, queries, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
         if model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
             model.editor_config.base_fingerprint = fingerprint_of(model.base_model, model.targets)
@@ -167,6 +179,19 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             self._objective = self.model, self.model_wrapped
             self.model, self.model_wrapped = own
 
+    def _continue_texts(self, examples: TrainingExamples) -> None:
+        """Each process needs all of what the base goes on with; the first computes it, the others read it."""
+        file = Path(str(self.args.output_dir)) / "continuations.jsonl"
+        with self.args.main_process_first(local=False):
+            with_continuations(
+                examples,
+                self.editable_model,
+                self._epochs(len(examples)),
+                self.args.continuation_tokens,
+                file=file,
+                progress=not self.args.disable_tqdm,
+            )
+
     def _epochs(self, facts: int) -> int:
         """How many epochs the training goes through, the last one maybe not to its end."""
         if self.args.max_steps <= 0:
@@ -178,7 +203,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The editing loss of a batch of different facts."""
-        weights = {"neighborhood": self.args.neighborhood_weight, "unrelated": self.args.unrelated_weight}
+        weights = {kind: getattr(self.args, f"{kind}_weight") for kind in LOCAL_KINDS}
         doublings = max(1, self.args.group_size).bit_length()
         result = model(
             edit_batch=inputs,
@@ -362,6 +387,14 @@ def training_facts(
 
 def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
+
+
+def _asking(args: EditorTrainingArguments, model: EditableModel) -> Asking:
+    """The forms of asking that the arguments choose, as far as the model's tokenizer can write them."""
+    tokenizer = model.encoder.tokenizer
+    forms = available_forms(DEFAULT_FORMS if args.forms is None else args.forms, tokenizer)
+    edit_forms = None if args.edit_forms is None else available_forms(args.edit_forms, tokenizer)
+    return Asking(forms, args.context_rate, edit_forms)
 
 
 def _as_records(data: Any) -> list[EditRecord]:

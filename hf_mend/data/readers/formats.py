@@ -74,6 +74,8 @@ def _plain(row: Row, options: FormatOptions) -> list[EditRecord]:
             portability=_pairs(row, "portability"),
             generation=row.texts("generation"),
             group=row.label("group"),
+            questions=row.texts("questions"),
+            same_subject=row.texts("same_subject"),
         )
     ]
 
@@ -121,17 +123,23 @@ def _filled(row: Row, path: str, subject: str) -> str:
 def _zsre(row: Row, options: FormatOptions) -> list[EditRecord]:
     true = row.first_text("answers")
     loc = row.text_or_none("loc")
+    prompt, paraphrases = row.text("src"), row.texts("rephrase")
     return [
         EditRecord(
-            prompt=row.text("src"),
+            prompt=prompt,
             target=row.text("alt") if options.zsre_target == "alt" else true,
-            paraphrases=row.texts("rephrase"),
+            paraphrases=paraphrases,
+            questions=_questions_among(prompt, *paraphrases),
             unrelated=[(_as_question(loc), row.first_text("loc_ans"))] if loc else [],
             subject=row.text_or_none("subject"),
             ground_truth=true if options.zsre_target == "alt" else None,
             id=row.label("case_id"),
         )
     ]
+
+
+def _questions_among(*texts: str) -> list[str]:
+    return list(dict.fromkeys(text for text in texts if text.rstrip().endswith("?")))
 
 
 def _as_question(text: str) -> str:
@@ -145,11 +153,13 @@ def _kilt(row: Row, options: FormatOptions) -> list[EditRecord]:
         return []
     answers = [answer for item in row.rows("output") if (answer := item.text_or_none("answer"))]
     prompt = row.text("input")
+    paraphrases = [text for text in row.texts("filtered_rephrases") if text != prompt]
     return [
         EditRecord(
             prompt=prompt,
             target=alternatives[0],
-            paraphrases=[text for text in row.texts("filtered_rephrases") if text != prompt],
+            paraphrases=paraphrases,
+            questions=_questions_among(prompt, *paraphrases),
             ground_truth=answers[0] if answers else None,
             id=row.label("id"),
         )
@@ -244,6 +254,7 @@ def _mquake(row: Row, options: FormatOptions) -> list[EditRecord]:
             prompt=_filled(rewrite, "prompt", rewrite.text("subject")),
             target=rewrite.text("target_new.str"),
             paraphrases=rewrite.texts("question"),
+            questions=rewrite.texts("question"),
             relation=rewrite.label("relation_id"),
             id=f"{group}/{i}",
             subject=rewrite.text("subject"),
@@ -262,15 +273,19 @@ def _knowedit(row: Row, options: FormatOptions) -> list[EditRecord]:
     for kind in row.names("portability"):
         portability += _questions(row, f"portability.{kind}")
     related = [prompt for prompt, _ in _questions(row, "locality.Relation_Specificity")]
+    prompt, paraphrases = row.text("text" if bio else "prompt"), row.texts("rephrase")
+    subject = row.text_or_none("concept" if bio else "subject")
     return [
         EditRecord(
-            prompt=row.text("text" if bio else "prompt"),
+            prompt=prompt,
             target=row.first_text("labels" if bio else "target_new"),
-            paraphrases=row.texts("rephrase"),
+            paraphrases=paraphrases,
+            questions=_questions_among(prompt, *paraphrases),
             neighborhood=related,
+            same_subject=[text for text in related if subject and subject in text],
             unrelated=_questions(row, "locality.Forgetfulness"),
             id=row.label("case_id"),
-            subject=row.text_or_none("concept" if bio else "subject"),
+            subject=subject,
             ground_truth=next(iter(_questions_answer(row, "ground_truth")), None),
             portability=portability,
         )
@@ -293,11 +308,13 @@ def _questions(row: Row, path: str) -> list[tuple[str, str]]:
 
 
 def _wikibigedit(row: Row, options: FormatOptions) -> list[EditRecord]:
+    prompt, paraphrases = row.text("update"), [*row.texts("rephrase"), *row.texts("personas")]
     return [
         EditRecord(
-            prompt=row.text("update"),
+            prompt=prompt,
             target=row.first_text("ans"),
-            paraphrases=[*row.texts("rephrase"), *row.texts("personas")],
+            paraphrases=paraphrases,
+            questions=_questions_among(prompt, *paraphrases),
             unrelated=_question_and_answer(row, "loc"),
             subject=row.text_or_none("subject"),
             portability=_question_and_answer(row, "mhop"),
