@@ -6,12 +6,51 @@ import math
 
 import pytest
 import torch
-from support.models import RECORDS
+from support.models import RECORDS, all_logits, build_model, editable
 from support.training import perturbed
 
 from hf_mend.data.encoding import Query
 from hf_mend.editing.proposals import SearchOptions
 from hf_mend.editing.search import find_updates
+from hf_mend.edits.low_rank import dense
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+
+
+def test_steps_go_on_until_the_edit_takes_and_no_longer(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    result = model.edit(PROMPT, TARGET, max_steps=40)
+    assert result.success and 1 <= result.steps <= 40
+    with model.disable_edits():
+        pass
+    fewer = editable(build_model("llama"), tokenizer).edit(PROMPT, TARGET, max_steps=result.steps - 1 or 1)
+    assert fewer.success == (result.steps == 1)
+
+
+def test_a_step_that_overshoots_is_made_smaller(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.editor.scale_steps(20.0)
+    whole = model.edit(PROMPT, "rome paris lima", max_steps=1)
+    norm = model.undo().norms()[model.targets[0].name]
+    smaller = model.edit(PROMPT, "rome paris lima", max_steps=2)
+    assert not whole.success
+    assert smaller.probability_after > whole.probability_after
+    first = model.edits[0].updates[model.targets[0].name]
+    share = float(torch.linalg.matrix_norm(dense(tuple(side[: whole.rank] for side in first)))) / norm
+    assert share == pytest.approx(round(share * 8) / 8, rel=1e-3) and share < 1
+
+
+def test_steps_that_lead_away_from_the_target_are_not_taken(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    before = all_logits(model, tokenizer)
+    with torch.no_grad():
+        model.editor.config.edit_lr = -0.3  # up the gradient
+    result = model.edit(PROMPT, TARGET)
+    assert result.success is False and result.id is None and result.steps == 0 and model.edits == []
+    assert not result.already_known and "DID NOT TAKE" in str(result)
+    assert result.probability_after == result.probability_before
+    assert torch.equal(all_logits(model, tokenizer), before)
 
 
 @pytest.mark.parametrize("edits_together", [None, 4])
