@@ -7,7 +7,7 @@ import torch
 from support.models import RECORDS, build_model, small_config
 
 from hf_mend import EditorConfig
-from hf_mend.bases.targets import block_lists, find_targets, mlp_layers
+from hf_mend.bases.targets import block_lists, find_targets, lowest_block, mlp_layers, named_layers
 
 
 def test_the_papers_choice_is_every_mlp_weight_of_the_last_blocks(base, architecture):
@@ -76,3 +76,72 @@ def test_attention_weights_can_be_edited_too(llama, tokenizer):
     result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
     assert result.probability_after > result.probability_before
     assert build_model("llama").config.num_hidden_layers == 4
+
+
+def block(*names: str) -> torch.nn.Module:
+    """A block with a linear layer of each name, and a norm."""
+    found = torch.nn.Module()
+    for name in [*names, "norm"]:
+        parent = found
+        *outer, last = name.split(".")
+        for part in outer:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, torch.nn.LayerNorm(2) if name == "norm" else torch.nn.Linear(2, 3))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"], ["mlp.up_proj", "mlp.down_proj"]),
+        (["SelfAttention.q", "EncDecAttention.o", "DenseReluDense.wi", "DenseReluDense.wo"],
+         ["DenseReluDense.wi", "DenseReluDense.wo"]),
+        # Routers and gates of experts choose, and must never be edited; a gated MLP's `gate_proj` is no router.
+        (["attention.o", "mlp.gate", "mlp.router", "mlp.shared_expert_gate", "mlp.shared_expert.gate_proj",
+          "mlp.shared_expert.down_proj"], ["mlp.shared_expert.gate_proj", "mlp.shared_expert.down_proj"]),
+        # Experts without linear layers: the attention's output projection is left.
+        (["self_attn.q_proj", "self_attn.o_proj"], ["self_attn.o_proj"]),
+    ],
+)  # fmt: skip
+def test_the_layers_of_a_blocks_mlp(names, expected):
+    assert mlp_layers(block(*names)) == expected
+
+
+def tower(depth: int) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList(block("attn.o", "mlp.up", "mlp.down") for _ in range(depth))
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(1, [0]), (2, [1]), (4, [2]), (6, [3, 4]), (12, [7, 8]), (24, list(range(14, 18)))]
+)
+def test_the_default_blocks_of_a_model_of_any_depth(depth, blocks):
+    """From 0.567 to 0.767 of the depth, rounded, and one block at least."""
+    model = torch.nn.ModuleDict({"layers": tower(depth)})
+    assert [t.name for t in find_targets(model, EditorConfig())] == [f"layers.{i}.mlp.down" for i in blocks]
+
+
+def test_an_encoder_is_run_before_the_decoder_wherever_it_stands():
+    model = torch.nn.ModuleDict(
+        {"decoder": torch.nn.ModuleDict({"layers": tower(3)}), "encoder": torch.nn.ModuleDict({"layers": tower(4)}),
+         "heads": torch.nn.ModuleList([torch.nn.LayerNorm(2)])}
+    )  # fmt: skip
+    assert [(one.kind, one.name) for one in block_lists(model)] == [
+        ("encoder", "encoder.layers"), ("decoder", "decoder.layers"),
+    ]  # fmt: skip
+    paper = find_targets(model, EditorConfig(target_modules="paper"))
+    assert [t.name for t in paper] == [
+        f"{side}.layers.{i}.mlp.{name}"
+        for side, blocks in (("encoder", (2, 3)), ("decoder", (1, 2)))
+        for i in blocks
+        for name in ("up", "down")
+    ]
+    assert lowest_block(paper[::-1]) == ("encoder", 2) and lowest_block(paper[-3:]) == ("decoder", 1)
+    assert [t.shape for t in paper] == [(3, 2)] * 8
+
+
+def test_layers_are_found_by_name_in_a_block_or_not(llama):
+    found = named_layers(llama, ["lm_head", "model.layers.3.mlp.up_proj", "model.norm", "up_proj"])
+    assert [(t.name, t.shape) for t in found] == [("model.layers.3.mlp.up_proj", (48, 32)), ("lm_head", (160, 32))]
+    assert named_layers(llama, []) == []

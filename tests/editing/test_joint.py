@@ -51,6 +51,10 @@ def test_a_second_moment_inverts_what_it_is():
     torch.testing.assert_close(cut.solve(x) @ cut.matrix(), x)
     values = torch.linalg.eigvalsh(cut.matrix())
     torch.testing.assert_close(values[:5], values[:1].expand(5))
+    # What is left out counts as its mean, so that the trace stays, and the leading ones as they are.
+    torch.testing.assert_close(cut.matrix().trace(), 1.1 * moment.trace())
+    added = 0.1 * moment.diagonal().mean()
+    torch.testing.assert_close(values[5:], torch.linalg.eigvalsh(moment)[5:] + added)
 
 
 def test_a_compacted_update_is_the_same_matrix():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.models import RECORDS, all_logits, build_model, editable, probability
+
+from hf_mend.editing.requests import EditResult
+from hf_mend.edits.low_rank import dense
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -134,3 +139,53 @@ def test_not_finite_leaves_the_model_to_the_bit(llama, tokenizer, broken):
             model.base_model.lm_head.weight.copy_(kept)
     assert [e.id for e in model.edits] == edits
     assert torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_a_pass_has_no_more_tokens_than_its_bound_and_edits_are_the_same(llama, tokenizer, monkeypatch):
+    """However many requests a batch may have; padding counts, and a longer request runs alone."""
+    model = editable(llama, tokenizer)
+    model.edit(RECORDS, max_steps=1)
+    expected = {edit.prompt: edit for edit in model.undo_all()}
+    seen = []
+    handle = llama.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    monkeypatch.setattr("hf_mend.editing.pipeline._BATCH_TOKENS", 40)
+    model.edit([replace(record, paraphrases=[], neighborhood=[]) for record in RECORDS], max_steps=1)
+    handle.remove()
+    assert max(rows for rows, _ in seen) > 1 and all(rows == 1 or rows * length <= 40 for rows, length in seen)
+    for edit in model.edits:
+        for name, update in edit.updates.items():
+            torch.testing.assert_close(dense(update), dense(expected[edit.prompt].updates[name]), rtol=1e-3, atol=1e-5)
+
+
+def test_an_error_in_the_middle_of_a_call_leaves_the_edits_as_they_were(llama, tokenizer, monkeypatch):
+    """After the edits were added, while what all of them say together is looked at."""
+    model = editable(llama, tokenizer)
+    first = model.edit(RECORDS[3].prompt, RECORDS[3].target, max_steps=1, force=True)
+    before = all_logits(model, tokenizer)
+
+    set_after = EditResult.set_after
+
+    def interrupted(*args):
+        if len(model.edits) == 3:
+            raise KeyboardInterrupt
+        set_after(*args)
+
+    monkeypatch.setattr(EditResult, "set_after", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.edit(RECORDS[:2], max_steps=1)
+    assert model.edits.ids == [first.id] and torch.equal(all_logits(model, tokenizer), before)
+
+
+def test_an_edit_says_where_it_comes_from_and_its_share_of_the_time(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    asked = replace(RECORDS[0], subject="france")
+    results = model.edit([asked, *RECORDS[1:4], asked], max_steps=1, force=True)
+    assert [result.prompt for result in results] == [asked.prompt, *(r.prompt for r in RECORDS[1:4]), asked.prompt]
+    assert len({result.seconds for result in results}) == 1 and results[0].seconds > 0
+    assert [edit.metadata.get("subject") for edit in model.edits] == ["france", None, None, None]
+    assert len({edit.metadata["editor"] for edit in model.edits}) == 1
+    for edit, result in zip(model.edits, results, strict=False):
+        assert result.update_norms == pytest.approx(
+            {name: float(dense(update).norm()) for name, update in edit.updates.items()}, rel=1e-3
+        )
+        assert result.rank == max(len(u) for u, _ in edit.updates.values())

@@ -7,6 +7,9 @@ import torch
 from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend import EditRecord
+from hf_mend.data.encoding import Query
+from hf_mend.editing.requests import EditRequest, EditResult, as_requests, check_requests
+from hf_mend.editing.scoring import Answers
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -99,3 +102,78 @@ def test_two_targets_for_one_prompt_in_one_call(llama, tokenizer):
     with pytest.raises(ValueError, match="requests 0 and 2 want two answers to one prompt.*tokyo town.*cairo town"):
         model.edit([RECORDS[3].prompt, PROMPT, RECORDS[3].prompt + " "], ["tokyo town", TARGET, "cairo town"])
     assert model.edits == []
+
+
+RECORD = EditRecord("a b", "c", ["b a"], ["a d"], subject="b")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("p", "t", False, "q", ["r", "s"]), [EditRequest("p", "t", False, ["q"], ["r", "s"])]),
+        ((("p", "q"), ["t", "u"], True, [], []), [EditRequest("p", "t", True), EditRequest("q", "u", True)]),
+        ((RECORD, None, True, "z", []), [EditRequest("a b", "c", True, ["b a", "z"], ["a d"], "b")]),
+        (([RECORD, EditRecord("x", "y")], None, False, [], []),
+         [EditRequest("a b", "c", False, ["b a"], ["a d"], "b"), EditRequest("x", "y")]),
+    ],
+)  # fmt: skip
+def test_requests_are_what_a_person_would_write_down(asked, expected):
+    assert as_requests(*asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ((["p", "q"], ["t", "u"], False, "z", []), ValueError, "probes go with one edit, got 2; pass EditRecords"),
+        (("p", None, False, [], []), ValueError, "1 prompts and 0 targets"),
+        (([RECORD, "p"], ["t", "u"], False, [], []), TypeError, "or prompts are EditRecords; got EditRecord"),
+        (("p", "t", False, [None], []), TypeError, "paraphrases is a list of texts; it holds a NoneType"),
+    ],
+)
+def test_what_is_no_request(asked, error, message):
+    with pytest.raises(error, match=message):
+        as_requests(*asked)
+
+
+def test_probes_come_in_order_with_the_target_where_it_is_to_be_said():
+    request = EditRequest("p", "t", True, ["q", "r"], ["s"], "p")
+    assert request.query == Query("p", "t", True, "p")
+    assert request.probes == [Query("q", "t", True), Query("r", "t", True), Query("s", None, True)]
+
+
+def test_one_prompt_is_one_whatever_its_white_space_but_not_in_a_chat():
+    request = EditRequest("the capital of peru is", "tokyo town")
+    assert request.is_same(EditRequest(" the  capital of peru is ", "tokyo  town ", subject="peru"))
+    assert request.asked != EditRequest("the capital of peru is", "tokyo town", chat=True).asked
+    assert not request.is_same(EditRequest("the capital of peru is", "tokyo"))
+
+
+def test_the_same_request_twice_is_fine_and_two_answers_in_and_out_of_a_chat_too(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}", raising=False)
+    encoder = editable(llama, tokenizer).encoder
+    requests = [EditRequest(PROMPT, TARGET), EditRequest(PROMPT, "lima", chat=True), EditRequest(f"{PROMPT} ", TARGET)]
+    check_requests(requests, encoder, llama.config)
+    with pytest.raises(ValueError, match="requests 1 and 3 want two answers"):
+        check_requests([*requests, EditRequest(PROMPT, "oslo", chat=True)], encoder, llama.config)
+
+
+def test_a_probe_is_ok_where_the_target_is_said_or_the_answer_stayed(tokenizer):
+    request = EditRequest("p", "t", paraphrases=["q", "r"], locality=["s", "u"])
+    four = [0.0] * 4
+    before = Answers(four, [[5], [6], [7], [8]], [[False], [True], [True], [True]], four)
+    after = Answers(four, [[5], [9], [7], [9]], [[True], [False], [False], [True]], four)
+    result = EditResult("id", "p", "t", "", "", 0.1, 0.2, [True, False], 1, 0.5)
+
+    class Decodes:
+        def decode(self, tokens):
+            return str(tokens)
+
+    result.set_probes(request, before, after, Decodes())
+    assert [(p.prompt, p.before, p.after, p.ok) for p in result.paraphrases] == [
+        ("q", "[5]", "[5]", True), ("r", "[6]", "[9]", False),
+    ]  # fmt: skip
+    assert [(p.prompt, p.ok) for p in result.locality] == [("s", True), ("u", False)]
+    assert result.success is False and not result.already_known
+    shown = str(result)
+    assert "Edit id: DID NOT TAKE" in shown and "tokens that are now the argmax: 1 of 2" in shown
+    assert "paraphrase BAD 'r': '[6]' -> '[9]'" in shown and "locality ok  's'" in shown

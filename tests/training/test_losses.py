@@ -10,15 +10,14 @@ from support.models import RECORDS, build_model
 from support.training import QUESTIONS, fresh, perturbed
 from torch import nn
 
-from hf_mend import (
-    EditableModel,
-)
+from hf_mend import EditableModel
 from hf_mend.bases.gradients import kl_divergence, trace
 from hf_mend.bases.weights import weight_matrix
+from hf_mend.data.encoding import EncodedBatch
 from hf_mend.edits.low_rank import dense
 from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
-from hf_mend.training.losses import editing_loss
+from hf_mend.training.losses import editing_loss, target_nll
 from hf_mend.training.objective import EditingObjective
 
 
@@ -138,3 +137,24 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
                 weight = 0.5 ** (number - earlier)
                 total, weights = total + weight * loss, weights + weight * len(texts)
     assert float(found.loss.detach()) == pytest.approx(total / weights, rel=1e-3)
+
+
+def test_a_row_weighs_the_same_however_long_its_target_is():
+    """The mean of the rows' means, worked out token by token; three tokens here and one there."""
+    tokens = torch.tensor([[-100, 3, 1, 2], [2, -100, -100, -100]])
+    rows = EncodedBatch({"input_ids": torch.zeros(2, 4, dtype=torch.long)}, tokens, tokens != -100)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5).bfloat16()
+    each = [-float(logits[i].float().softmax(-1)[label].log()) for i, label in enumerate([3, 1, 2, 2])]
+    assert float(target_nll(logits, rows)) == pytest.approx((sum(each[:3]) / 3 + each[3]) / 2, rel=1e-5)
+
+
+def test_groups_that_do_not_divide_the_batch_are_made_smaller(tokenizer):
+    """Of six edits, groups of four are groups of two; what has no weight of its own counts once."""
+    model = perturbed(tokenizer, method="mend")
+    batch = EditCollator(model.encoder)([TrainingExamples(RECORDS, QUESTIONS)[i] for i in range(6)])
+    with torch.no_grad():
+        four, two, three = (editing_loss(model.context, batch, {"unrelated": 3.0}, group_size=n) for n in (4, 2, 3))
+    assert torch.equal(four.loss, two.loss) and float(three.loss) != pytest.approx(float(two.loss), rel=1e-4)
+    whole = float(two.edit) + float(two.locality["neighborhood"]) + 3 * float(two.locality["unrelated"])
+    assert float(two.loss) == pytest.approx(whole, rel=1e-5)

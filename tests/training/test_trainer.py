@@ -33,6 +33,7 @@ from hf_mend.data.encoding import Query
 from hf_mend.edits.low_rank import dense
 from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
+from hf_mend.training.losses import editing_loss
 from hf_mend.training.objective import EditingObjective
 
 
@@ -116,6 +117,43 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path
         EditorTrainer(model, args, records).train()
         parameters.append(torch.cat([p.detach().flatten() for p in model.editor.parameters()]))
     torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
+
+
+def test_a_first_step_of_adam_moves_each_parameter_by_its_own_learning_rate(tokenizer, tmp_path):
+    """Adam's first step is as long as the learning rate: `step_learning_rate` for a layer's edit step and ridge."""
+    model = fresh(tokenizer, method="malmen")
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
+    before = {name: parameter.detach().clone() for name, parameter in model.editor.named_parameters()}
+    args = arguments(tmp_path, max_steps=1, learning_rate=1e-4, step_learning_rate=0.03, lr_scheduler_type="constant")
+    EditorTrainer(model, args, RECORDS, questions=QUESTIONS).train()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.editor.named_parameters()}
+    steps = {name for name in moved if name.split(".")[-1] in ("log_step", "log_ridge")}
+    assert len(steps) == 1 + len(model.editor.groups)
+    for name, distance in moved.items():
+        if name in steps:
+            assert distance == pytest.approx(0.03, rel=0.05), name
+        else:
+            assert distance <= 1.1e-4, name
+    assert max(distance for name, distance in moved.items() if name not in steps) > 0.9e-4
+
+
+@pytest.mark.parametrize(("group_size", "expected"), [(4, [1, 2, 4, 1, 2]), (3, [1, 2, 1, 2, 1])])
+def test_steps_go_through_groups_of_one_two_four_and_so_on(tokenizer, tmp_path, group_size, expected):
+    """Each step's loss is that of its own batch, group size and weights."""
+    model = fresh(tokenizer)
+    options = {"group_size": group_size, "max_steps": 5, "neighborhood_weight": 0.3, "unrelated_weight": 50.0}
+    args = arguments(tmp_path, per_device_train_batch_size=4, learning_rate=0.0, step_learning_rate=0.0, **options)
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    batches = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
+    trainer.train()
+    weights = {"neighborhood": 0.3, "unrelated": 50.0}
+    found = losses(trainer)
+    for batch, size, loss in zip(batches, expected, found, strict=False):
+        by_hand = float(editing_loss(model.context, batch, weights, group_size=size).loss.detach())
+        assert loss == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+    assert len(found) == 5
 
 
 def test_mixed_precision(tokenizer, tmp_path):
