@@ -143,12 +143,12 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
         torch.testing.assert_close(new[name][1].T @ new[name][0], expected, rtol=1e-2, atol=1e-3 * size)
 
 
-@pytest.mark.parametrize("edits_together", [None, 4])
-def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monkeypatch, edits_together):
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monkeypatch, group_size):
     """Networks have learned the first step; on a model that several edits have bent, another may ruin all."""
     model = perturbed(tokenizer)
     rows = model.encoder([Query(r.prompt, r.target) for r in RECORDS])
-    once = find_updates(model.context, [rows], SearchOptions(max_steps=1), edits_together)[0]
+    once = find_updates(model.context, [rows], SearchOptions(max_steps=1), group_size)[0]
     assert not once.after.all_correct.all(), "nothing would be left for a second step"
     calls, forward = [], type(model.editor).forward
 
@@ -160,7 +160,7 @@ def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monke
         return {name: (x, 300 * d.abs().mean() * torch.randn_like(d)) for name, (x, d) in wanted.items()}
 
     monkeypatch.setattr(type(model.editor), "forward", wild)
-    found = find_updates(model.context, [rows], SearchOptions(max_steps=4), edits_together)[0]
+    found = find_updates(model.context, [rows], SearchOptions(max_steps=4), group_size)[0]
     assert len(calls) > 1
     said, before = (sum(map(math.exp, answers.log_probability)) for answers in (found.after, once.after))
     assert said >= before * (1 - 1e-5)
@@ -192,15 +192,15 @@ def test_an_edit_made_with_others_is_undone_alone(tokenizer):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
-@pytest.mark.parametrize("edits_together", [1, 4, 8])
-def test_metrics_of_joined_edits(tokenizer, edits_together):
+@pytest.mark.parametrize("group_size", [1, 4, 8])
+def test_metrics_of_joined_edits(tokenizer, group_size):
     model = perturbed(tokenizer)
     measured = evaluate_records(
-        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=4, edits_together=edits_together,
+        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=4, group_size=group_size,
         progress=False,
     )  # fmt: skip
-    for start in range(0, len(RECORDS), edits_together):
-        group = RECORDS[start : start + edits_together]
+    for start in range(0, len(RECORDS), group_size):
+        group = RECORDS[start : start + group_size]
         updates = joint_by_hand(model, group)
         base = build_model("llama")
         changed = build_model("llama")
