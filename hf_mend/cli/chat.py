@@ -90,10 +90,7 @@ class Session:
         self.max_new_tokens = max_new_tokens
 
     def take(self, line: str) -> Turn | None:
-        """
-        Execute a line and return its turn, which holds the error if it fails; return `None` if the line ends the
-        session.
-        """
+        """Execute a line; its turn holds any error. Return `None` if the line ends the session."""
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return None

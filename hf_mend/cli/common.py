@@ -166,19 +166,19 @@ class Commands(TyperGroup):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; a `KeyError`'s without the quotes that it puts around it."""
+    """Return an error's message on one line, without the quotes that a `KeyError` adds."""
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(message).split()) or type(error).__name__
 
 
-def check_file(path: Path, content: str) -> None:
+def check_file(path: Path | None, content: str) -> None:
     """
-    Check that a file exists.
+    Check that a file exists, if one is given.
 
     Raises:
         FileNotFoundError: The file does not exist; the message names the expected content.
     """
-    if not path.is_file():
+    if path is not None and not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of {content}")
 
 

@@ -66,9 +66,8 @@ class EvaluationOptions(Options):
         from ..data.readers import read_edits, read_questions
         from ..evaluation.evaluate import choose_metrics
 
-        for path, content in ((self.questions, "questions"), (self.text, "text")):
-            if path is not None:
-                check_file(path, content)
+        check_file(self.questions, "questions")
+        check_file(self.text, "text")
         arguments: dict[str, Any] = {
             "edits": _counts(self.edits),
             "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],

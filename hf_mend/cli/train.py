@@ -31,8 +31,7 @@ class DataOptions(Options):
     def read(self, facts: Path) -> tuple[Sequence[EditRecord], list[EditRecord] | None, Sequence[tuple[str, str]]]:
         """Return the training facts, the evaluation facts and the questions."""
         for path, content in ((facts, "facts"), (self.eval_facts, "facts"), (self.questions, "questions")):
-            if path is not None:
-                check_file(path, content)
+            check_file(path, content)
         from ..data.readers import read_edits, read_questions
 
         asked = read_questions(self.questions) if self.questions else []
