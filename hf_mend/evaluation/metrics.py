@@ -224,9 +224,7 @@ def _of_rows(
 def _under_edits(
     context: EditingContext, found: FoundUpdates, group_size: int
 ) -> Callable[[torch.Tensor], AbstractContextManager[None]]:
-    """
-    Return a context in which rows are under their group's edits, and under the base delta where one of these acts.
-    """
+    """Return a context with the rows under their group's edits, and the base delta where one acts."""
     updates = together(found.updates, group_size)
     groups = torch.arange(len(found.steps)) // group_size
     acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0

@@ -54,9 +54,7 @@ class Run:
     progress: Progress
 
     def alone(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """
-        Measure single edits: a few one by one, for time, memory and perplexity; then all, side by side in batches.
-        """
+        """Measure single edits: a few one by one, for time, memory and perplexity; then all, in batches."""
         yield self.progress.part("alone/by themselves", lambda: self._by_themselves(numbers[:_ALONE]))
         with tqdm(total=len(numbers), desc="Single edits") as bar:
             for i, chunk in enumerate(batches(numbers, self.batch_size)):
