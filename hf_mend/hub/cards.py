@@ -92,20 +92,9 @@ def write_card(
     if notes.training:
         sections["training"] = table(("setting", "value"), list(notes.training.items()))
     if notes.training or notes.measured:  # an earlier editor's figures are not this one's
-        sections |= measured_sections(notes.measured, notes.command, editor_name(config), task_of(config))
+        sections |= _measured_sections(notes, config)
         sections["plots"] = _plots(folder, notes)
     update_card(folder, sections)
-
-
-def editor_name(config: EditorConfig) -> str:
-    """Return the default name of an editor: its base model's name and its method."""
-    base = Path(config.base_model_name_or_path or "editor").name
-    return f"{base}-{config.method}"
-
-
-def task_of(config: EditorConfig) -> str:
-    """Return the Hub's name of the base model's task."""
-    return "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
 
 
 def use_section(name: str) -> str:
@@ -128,29 +117,16 @@ def machine(device: torch.device | None = None) -> str:
     return f"{hardware}, torch {torch.__version__}"
 
 
-def measured_sections(
-    measured: Mapping[str, Mapping[str, float]],
-    command: str | None = None,
-    name: str = "editor",
-    task: str = "text-generation",
-) -> dict[str, str]:
-    """
-    Return the card sections with measurements: the table, and the front matter's `model-index`.
-
-    Args:
-        measured (`Mapping[str, Mapping[str, float]]`): Title of a group of facts -> metrics.
-        command (`str`, *optional*): The shell command that repeats the measurement.
-        name (`str`, defaults to `"editor"`): The editor's name in the `model-index`.
-        task (`str`, defaults to `"text-generation"`): The Hub's name of the base model's task.
-    """
-    if not measured:
+def _measured_sections(notes: CardNotes, config: EditorConfig) -> dict[str, str]:
+    """Return the card sections with measurements: the table, and the front matter's `model-index`."""
+    if not notes.measured:
         return {"metrics": _NOT_MEASURED, "results": ""}
-    text = metrics_table(measured)
-    if command is None:
+    text = metrics_table(notes.measured)
+    if notes.command is None:
         text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
     else:
-        text += f"\n\nThis measures it again:\n\n```bash\n{command}\n```"
-    return {"metrics": text, "results": model_index(name, measured, task)}
+        text += f"\n\nThis measures it again:\n\n```bash\n{notes.command}\n```"
+    return {"metrics": text, "results": _model_index(notes.measured, config)}
 
 
 def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
@@ -163,8 +139,10 @@ def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
     return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
 
 
-def model_index(name: str, measured: Mapping[str, Mapping[str, float]], task: str = "text-generation") -> str:
+def _model_index(measured: Mapping[str, Mapping[str, float]], config: EditorConfig) -> str:
     """Return the metrics as the Hub's `model-index` in YAML, with values rounded to four digits."""
+    name = f"{Path(config.base_model_name_or_path or 'editor').name}-{config.method}"
+    task = "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
     results = [
         EvalResult(
             task_type=task,

@@ -85,14 +85,14 @@ def _in_folder(folder: Path, name: str) -> Path:
     return found
 
 
+@dataclass
 class _Repository:
     """Files of one commit of a repository on the Hub."""
 
-    def __init__(self, name: str, subfolder: str | None, revision: str | None, hub_kwargs: dict[str, Any]):
-        self.name = name
-        self.subfolder = subfolder
-        self.revision = revision
-        self.hub_kwargs = hub_kwargs
+    name: str
+    subfolder: str | None
+    revision: str | None
+    hub_kwargs: dict[str, Any]
 
     def find(self, name: str) -> Path:
         try:
