@@ -171,7 +171,7 @@ def main() -> None:
     for count in [int(number) for number in arguments.together.split(",") if number]:
         groups[f"all, {count} edits applied together"] = evaluate_records(
             model.split, model.targets, model.editor, model.encoder, test,
-            max_steps=arguments.max_steps_of_an_edit, edits_together=count,
+            max_steps=arguments.max_steps_of_an_edit, group_size=count,
         )  # fmt: skip
     values = {title: summarize(group) for title, group in groups.items() if group}
     markdown = metrics_table(values)

@@ -1,4 +1,4 @@
-"""`AutoEditableModel`: the base model, its tokenizer and an editor from the editor's name alone."""
+"""`AutoEditableModel`: loads the base model, its tokenizer and an editor from the editor's name alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .model import EditableModel
 
 
 class AutoEditableModel:
-    """Loads an editor with the base model that its configuration names, as PEFT's `AutoPeftModel` does an adapter."""
+    """Load an editor with the base model that its configuration names, as PEFT's `AutoPeftModel` loads an adapter."""
 
     @classmethod
     def from_pretrained(
@@ -40,24 +40,24 @@ class AutoEditableModel:
         **base_kwargs: Any,
     ) -> EditableModel:
         """
-        Loads base model, tokenizer and editor.
+        Load base model, tokenizer and editor.
 
         Args:
             editor_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a repository's id on the
                 Hub.
-            base_model_name_or_path (`str` or `Path`, *optional*): Where the base model is, if not where the editor's
-                configuration says.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's, loaded from its place when left out.
-            revision (`str`, *optional*): The editor's revision; the base model's is in the configuration.
+            base_model_name_or_path (`str` or `Path`, *optional*): The base model, if not the one that the editor's
+                configuration names.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer, loaded with it by default.
+            revision (`str`, *optional*): The editor's revision; the configuration has that of the base model.
             subfolder (`str`, *optional*): The editor's folder inside its repository.
             token, cache_dir, local_files_only: For both downloads, as in `hf_hub_download`.
             base_kwargs: For the base model: `device_map`, `dtype`, `quantization_config`, `offload_folder`,
-                `attn_implementation`, `trust_remote_code` (off unless given here), and what else its
-                `from_pretrained` takes.
+                `attn_implementation`, `trust_remote_code` (off by default), and other arguments of its
+                `from_pretrained`.
 
         Raises:
-            FileNotFoundError: There is no editor of that name.
-            ValueError: The configuration names no base model or is damaged, it is from the Hub and names a path for a
+            FileNotFoundError: The editor does not exist.
+            ValueError: The configuration names no base model or is damaged, comes from the Hub and names a path as the
                 base, or the editor does not fit the base.
 
         Example:
@@ -82,7 +82,7 @@ class AutoEditableModel:
         if base_revision:
             shared["revision"] = base_revision
         auto: Any = AutoModelForSeq2SeqLM if config.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
-        # Said, so that nobody is asked: the name of the base came from a file.
+        # Set explicitly, or transformers would prompt the user, and the name of the base comes from a file.
         base_kwargs.setdefault("trust_remote_code", False)
         base_model = auto.from_pretrained(place, **shared, **base_kwargs)
         if tokenizer is None:
@@ -102,18 +102,18 @@ def load_model(
     **options: Any,
 ) -> EditableModel:
     """
-    An editable model by the names of its parts.
+    Load an editable model by the names of its parts.
 
     Args:
         editor (`str`, *optional*): Hub id or folder of a trained editor.
-        base_model (`str`, *optional*): See [`load_base`]; the one that the editor names when left out.
-        revision (`str`, *optional*): The editor's.
-        config ([`EditorConfig`], *optional*): Of a new editor, where no trained one is named. Without either the
-            model is edited without training.
-        options: For [`load_base`].
+        base_model (`str`, *optional*): See [`load_base`]; the one that the editor names by default.
+        revision (`str`, *optional*): The editor's revision.
+        config ([`EditorConfig`], *optional*): The configuration of a new editor, if `editor` is `None`; by default a
+            method that needs no training.
+        options: Options of [`load_base`].
 
     Raises:
-        FileNotFoundError: There is no such editor.
+        FileNotFoundError: The editor does not exist.
         ValueError: An option's value is not known, or the editor is damaged or does not fit the base.
     """
     if editor is None:
@@ -129,14 +129,14 @@ def load_model(
 
 def load_edited(edits: str, base_model: str | None = None, **options: Any) -> EditableModel:
     """
-    A model with saved edits, and no trained editor: it is good for all but further edits.
+    Load a model with saved edits and without a trained editor; it is not meant for further edits.
 
     Args:
         edits (`str`): Folder or Hub id of the edits.
         base_model (`str`, *optional*), options: See [`load_base`].
 
     Raises:
-        FileNotFoundError: There are no such edits.
+        FileNotFoundError: The edits do not exist.
         ValueError: The edits are damaged or do not fit the model.
     """
     path = find_files(edits, [EDITS_NAME])[EDITS_NAME]
@@ -152,17 +152,17 @@ def load_edited(edits: str, base_model: str | None = None, **options: Any) -> Ed
 
 def load_base(name: str | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A base model and its tokenizer.
+    Load a base model and its tokenizer.
 
     Args:
-        name (`str`, *optional*): Hub id, folder, or `"smollm2"`, which is also the default: the packaged model.
+        name (`str`, *optional*): Hub id, folder, or `"smollm2"`, the packaged model, which is the default.
         options: `device_map`, `dtype` (a name), `trust_remote_code` (off by default), as for `from_pretrained`;
             `quantization`, `"4bit"` or `"8bit"`, by bitsandbytes.
 
     Raises:
         ValueError: An option's value is not known.
-        ImportError: The packaged model is asked for and its package is missing.
-        OSError: There is no such model.
+        ImportError: The packaged model is requested and its package is missing.
+        OSError: The model does not exist.
     """
     kwargs = _for_transformers(**options)
     code = {"trust_remote_code": kwargs.pop("trust_remote_code")}
@@ -179,8 +179,8 @@ def _for_transformers(
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The options as `from_pretrained` takes them."""
-    # Said even where it is off: left out, transformers would ask whoever sits at the terminal, or the pipe.
+    """Return the options as arguments of `from_pretrained`."""
+    # Set even if it is off, or transformers would prompt at the terminal or read the answer from a pipe.
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if dtype is not None:
         if dtype not in ("auto", "float32", "bfloat16", "float16"):

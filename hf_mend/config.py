@@ -1,4 +1,4 @@
-"""The configuration of an editor: what it edits, by which method, and which base model it was made for."""
+"""The configuration of an editor: its method, its edited layers and its base model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,11 @@ CONFIG_NAME = "editor_config.json"
 _LONGEST = 2000
 _MOST = 10_000
 _LARGEST_INT, _LARGEST_FLOAT = 2**32 - 1, 1e6
-# What the files of 0.1.0 hold for every method, whether it has such an option or not.
+# The options that files of 0.1.0 hold for every method, also if it has no such option.
 _OPTIONS_OF_0_1_0 = frozenset(
     ("rank", "num_hidden_layers", "transform", "normalize", "whiten", "whiten_ridge", "whiten_rank", "init", "shared")
-    + (
-        "edit_lr",
-        "num_steps",
-        "stop_loss",
-        "kl_weight",
-        "kl_texts",
-        "norm_bound",
-        "lora_alpha",
-        "seed",
-        "ridge",
-        "margin",
-    )
+    + ("edit_lr", "num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound", "lora_alpha", "seed", "ridge")
+    + ("margin",)
 )
 
 
@@ -48,28 +38,28 @@ def option(
     choices: Sequence[str] = (),
 ) -> Any:
     """
-    Declares an option of a method in its configuration, together with the values that it may have: a configuration
-    that comes from the Hub is checked against them. `None` stands for the default.
+    Declare an option of a method in its configuration, together with its valid values, against which a configuration
+    from the Hub is checked. `None` stands for the default.
 
     Args:
         default (`bool`, `int`, `float` or `str`): The default. Its type is the option's; a float may be given as an
             integer.
-        help (`str`): What the option is for.
+        help (`str`): The description of the option.
         least (`float`, *optional*): The smallest value. Without it an integer must not be negative, and a float must
             be positive.
         most (`float`, *optional*): The largest value: 2**32 - 1 for an integer and a million for a float if left out.
         choices (`Sequence[str]`, *optional*): All values of a string that is one of a few.
 
     Returns:
-        A dataclass field.
+        `dataclasses.Field`: The field of the dataclass.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": tuple(choices)})
 
 
 class _ConfigType(type):
     """
-    Makes `EditorConfig(method="memit", num_steps=20)` a `MemitConfig`. It acts on calls alone, so that `copy` and
-    `pickle` do what they do with any dataclass.
+    Make `EditorConfig(method="memit", num_steps=20)` a `MemitConfig`. Only calls are changed, so that `copy` and
+    `pickle` treat configurations as any dataclass.
     """
 
     if not TYPE_CHECKING:
@@ -125,12 +115,12 @@ class EditorConfig(metaclass=_ConfigType):
     ```
     """
 
-    method: str = field(default="mend", metadata={"help": "How factors become an edit; a file in hf_mend/methods/."})
+    method: str = field(default="mend", metadata={"help": "The name under which the method is registered."})
     task_type: str | None = field(
-        default=None, metadata={"help": "'CAUSAL_LM' or 'SEQ_2_SEQ_LM'; found from the base model when None."}
+        default=None, metadata={"help": "'CAUSAL_LM' or 'SEQ_2_SEQ_LM'; found from the base model if None."}
     )
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The base model that the editor was trained for."}
+        default=None, metadata={"help": "The base model that the editor was made for."}
     )
     revision: str | None = field(default=None, metadata={"help": "The base model's revision."})
     target_modules: str | list[str] | None = field(
@@ -142,7 +132,7 @@ class EditorConfig(metaclass=_ConfigType):
         },
     )
     layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to edit; all that target_modules matches when None."}
+        default=None, metadata={"help": "Indices of the blocks to edit; all that target_modules matches if None."}
     )
     layers_pattern: str | None = field(
         default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
@@ -155,12 +145,12 @@ class EditorConfig(metaclass=_ConfigType):
     # benchmarks/results/settings.md has the measurements.
     default_span: ClassVar[tuple[float, float]] = (0.567, 0.767)
 
-    if TYPE_CHECKING:  # what a call takes that returns an object of the method's own class
+    if TYPE_CHECKING:  # the signature of a call, which returns an object of the method's own class
 
         def __init__(self, method: str = "mend", **options: Any) -> None: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets `whiten_rank: int = 512` give an inherited option another default and keep its help and bounds."""
+        """Let `whiten_rank: int = 512` give an inherited option another default and keep its help and bounds."""
         super().__init_subclass__(**kwargs)
         inherited = {item.name: item for base in cls.__mro__[:0:-1] if _is_config(base) for item in fields(base)}
         for name in get_annotations(cls).keys() & inherited.keys() & vars(cls).keys():
@@ -169,16 +159,12 @@ class EditorConfig(metaclass=_ConfigType):
                 setattr(cls, name, field(default=default, metadata=inherited[name].metadata))
 
     def __post_init__(self) -> None:
-        # Whatever is read from the Hub comes through here: each value has its type and a bound.
+        # Every configuration from the Hub is checked here: each value has its type and a bound.
         for name in ("base_model_name_or_path", "revision", "layers_pattern"):
             value = getattr(self, name)
             _check(value is None or _is_text(value), name, value, f"a string of at most {_LONGEST} characters or None")
-        _check(
-            self.task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"),
-            "task_type",
-            self.task_type,
-            "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None",
-        )
+        task, tasks = self.task_type, "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None"
+        _check(task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"), "task_type", task, tasks)
         modules = self.target_modules
         _check(
             modules is None or _is_text(modules) or (_is_list_of(modules, str) and all(map(_is_text, modules))),
@@ -198,7 +184,7 @@ class EditorConfig(metaclass=_ConfigType):
         if isinstance(modules, (set, tuple)):
             self.target_modules = sorted(modules)
         for item in fields(self):
-            if "choices" in item.metadata:  # option() declared it
+            if "choices" in item.metadata:  # declared by option()
                 if getattr(self, item.name) is None:
                     setattr(self, item.name, item.default)
                 _check_option(item, getattr(self, item.name))
@@ -206,14 +192,14 @@ class EditorConfig(metaclass=_ConfigType):
     # ---- plain values and files ----
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
         """
-        Makes a configuration from plain values. What version 0.1.0 wrote for every method, also for those without such
-        an option, is left out where the method has no such option.
+        Make a configuration from plain values. Options that version 0.1.0 wrote for every method are ignored if the
+        method does not have them.
 
         Raises:
             ValueError: The method is not registered, a field is not known, or a value is not valid.
@@ -229,16 +215,16 @@ class EditorConfig(metaclass=_ConfigType):
         return cls(**{name: value for name, value in values.items() if name in known | {"r"}})
 
     def to_json(self) -> str:
-        """The configuration as JSON text, as `save_pretrained` writes it."""
+        """Return the configuration as JSON text, as `save_pretrained` writes it."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> EditorConfig:
         """
-        Reads `editor_config.json`.
+        Read `editor_config.json`.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             ValueError: The file is not a JSON object or holds a value that is not valid.
         """
         from .hub.files import read_json_file
@@ -248,7 +234,7 @@ class EditorConfig(metaclass=_ConfigType):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_kwargs: Any) -> EditorConfig:
         """
-        Reads the configuration of a saved editor.
+        Read the configuration of a saved editor.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder with an `editor_config.json`, or a repository's
@@ -265,7 +251,7 @@ class EditorConfig(metaclass=_ConfigType):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Writes `editor_config.json`, whole or not at all.
+        Write `editor_config.json`, whole or not at all.
 
         Args:
             save_directory (`str` or `Path`): The folder, which is made if it does not exist.
@@ -279,12 +265,11 @@ class EditorConfig(metaclass=_ConfigType):
 
     def push_to_hub(self, repo_id: str, **push_kwargs: Any) -> CommitInfo:
         """
-        Uploads `editor_config.json`; what else is in the repository stays.
+        Upload `editor_config.json`; other files in the repository stay.
 
         Args:
             repo_id (`str`): The repository; made if it does not exist.
-            push_kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`,
-                `subfolder`, as for [`~EditableModel.push_to_hub`], which also says what is raised.
+            push_kwargs: As for [`~EditableModel.push_to_hub`], whose errors are raised too.
         """
         from .hub.transfer import push_written
 
@@ -296,10 +281,10 @@ class EditorConfig(metaclass=_ConfigType):
 
 def config_class(method: str) -> type[EditorConfig]:
     """
-    The class of the method's configuration.
+    Return the class of a method's configuration.
 
     Raises:
-        ValueError: There is no method of that name.
+        ValueError: The method is not registered.
     """
     _check(_is_text(method) and method, "method", method, "the name of a method")
     found: type[EditorConfig] = _methods().get_method(method).config_class
@@ -307,7 +292,7 @@ def config_class(method: str) -> type[EditorConfig]:
 
 
 def options_of_methods() -> dict[str, list[str]]:
-    """The name of each option -> the methods that have it."""
+    """Return the names of all options with the methods that have them."""
     common = {item.name for item in fields(EditorConfig)}
     found: dict[str, list[str]] = {}
     for method, kind in _methods().config_classes().items():
@@ -318,13 +303,13 @@ def options_of_methods() -> dict[str, list[str]]:
 
 
 def _methods() -> Any:
-    # Methods are above configurations and import them. They are imported by name, when the first configuration is
-    # made, to be registered; an import statement here would turn the layers into a circle.
+    # Methods import configurations, so an import statement here would be circular. They are imported by name, and
+    # thereby registered, when the first configuration is made.
     return import_module(f"{__package__}.methods.base")
 
 
 def _method_and_class(cls: type[EditorConfig], method: Any) -> tuple[str, type[EditorConfig]]:
-    """The method of a configuration, `MISSING` for the class's own, and the class that the configuration has."""
+    """Return the method and the class of a configuration; `MISSING` stands for the method of the class."""
     if method is MISSING:
         names = [name for name, kind in _methods().config_classes().items() if kind is cls]
         method = "mend" if cls is EditorConfig else names[0] if names else None
@@ -350,7 +335,7 @@ def _no_such_option(method: str, kind: type[EditorConfig], name: str) -> str:
 
 
 def _check_option(item: Field[Any], value: Any) -> None:
-    """Checks a value against what [`option`] says of it."""
+    """Check a value against its declaration by [`option`]."""
     kind, (least, most, choices) = type(item.default), map(item.metadata.get, ("least", "most", "choices"))
     if choices:
         expected = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {choices}"
@@ -379,7 +364,7 @@ def _check(ok: Any, name: str, value: Any, expected: str) -> None:
 
 
 def _shortened(value: Any) -> str:
-    from .hub.files import shortened  # imports torch, for which nobody waits who imports this module
+    from .hub.files import shortened  # imports torch, which takes long
 
     return shortened(value)
 

@@ -42,15 +42,14 @@ logger = logging.get_logger(__name__)
 
 class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
     """
-    A causal or seq2seq language model that can be edited. The base model's weights are never written to, except by
-    [`~EditableModel.merge_and_unload`]. The edits act while this object lives, and [`~EditableModel.unload`] gives the
-    base back as it was.
+    A causal or seq2seq language model that can be edited. Only [`~EditableModel.merge_and_unload`] writes to the base
+    model's weights. The edits act while this object exists, and [`~EditableModel.unload`] returns the base unchanged.
 
     Args:
         base_model (`PreTrainedModel`): Any causal or seq2seq model, or a `PeftModel` of one, whose adapters stay
             active. It is set to eval mode and frozen.
-        editor_config ([`EditorConfig`], *optional*): What the editor edits and how. Without one the model is edited by
-            the best method that needs no training, [`~hf_mend.methods.training_free.WhitenedGradient`].
+        editor_config ([`EditorConfig`], *optional*): The editor's configuration. The default is the best method that
+            needs no training, [`~hf_mend.methods.training_free.WhitenedGradient`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer; `edit` needs it.
 
     Raises:
@@ -105,7 +104,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         **hub_kwargs: Any,
     ) -> EditableModel:
         """
-        Attaches a saved editor to a base model.
+        Attach a saved editor to a base model.
 
         Args:
             base_model (`PreTrainedModel`): The model to edit.
@@ -116,14 +115,14 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
 
         Raises:
             FileNotFoundError: The folder or repository has no editor.
-            ValueError: A file is damaged, or does not fit the base model; the base model is as it was.
+            ValueError: A file is damaged, or does not fit the base model, which stays unchanged.
         """
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
         base_model = plain_base(base_model)
         targets = find_targets(base_model, config)
         check_base(config, base_model, targets, source=str(editor_name_or_path))
-        # Read before anything is built, as large as the configuration says.
+        # The weights are checked before an editor of the size that the configuration states is built.
         expected = state_shapes(config, {target.name: target.shape for target in targets})
         tensors, _ = read_weights(files[WEIGHTS_NAME], expected)
         before = BaseState(base_model)
@@ -144,21 +143,20 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """
-        Writes `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing.
-
-        A process killed in the middle leaves an earlier folder of that name whole; files of other names are kept.
+        Write `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing, even if the process is
+        killed. Other files in the folder are kept.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            dtype (`torch.dtype`, *optional*): Of the stored matrices, to share a smaller file; vectors (steps,
-                statistics) stay in float32. A loaded editor computes in float32 whatever it was stored in.
+            dtype (`torch.dtype`, *optional*): The dtype of the stored matrices, for a smaller file; vectors (steps,
+                statistics) stay in float32. A loaded editor always computes in float32.
             max_shard_size (`int` or `str`, defaults to `"5GB"`): The largest size of a weight file; a larger editor is
                 written as several with an index.
             card_data (`Mapping[str, Any]`, *optional*): Fields of the card's front matter: `license`, `language`,
-                `datasets`, `tags` and what else `huggingface_hub.ModelCardData` takes. What training and measuring
-                came to is in the card anyway.
-            state_dict (`Mapping[str, torch.Tensor]`, *optional*): The editor's tensors; asked of the editor when
-                missing. Give them where processes share the editor out and one of them saves: see
+                `datasets`, `tags` and other fields of `huggingface_hub.ModelCardData`. The card also has the facts of
+                the training and the measurements.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*): The editor's tensors, read from the editor by
+                default. If the editor is sharded over processes and one of them saves, pass those of
                 [`~hf_mend.bases.sharded.whole_state`].
         """
         tensors = {
@@ -174,10 +172,10 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
 
     def load_editor(self, path: str | Path) -> None:
         """
-        Loads the editor's weights from a file that `save_pretrained` wrote, or from the index of several.
+        Load the editor's weights from a file that `save_pretrained` wrote, or from the index of several.
 
         Raises:
-            ValueError: The file is damaged or another editor's; the editor is as it was.
+            ValueError: The file is damaged or another editor's; the editor stays unchanged.
         """
         tensors, _ = read_weights(path, state_shapes(self.editor_config, self.editor.shapes))
         load_whole_state(self.editor, tensors)
@@ -191,11 +189,11 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
     @property
     def encoder(self) -> Encoder:
         """
-        What turns texts into this model's inputs.
+        Return the encoder of texts for this model.
 
         Raises:
-            ValueError: The model has no tokenizer, or is an encoder-decoder whose configuration does not say what its
-                answers start with.
+            ValueError: The model has no tokenizer, or is an encoder-decoder whose configuration does not state the
+                token that starts its answers.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -211,10 +209,10 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
 
     @property
     def context(self) -> EditingContext:
-        """Base model, edited layers and method as one thing; made anew, as a wrapper may replace the editor."""
+        """Return base model, edited layers and method, bundled anew as a wrapper may replace the editor."""
         return EditingContext(self.split, self.targets, self.editor)
 
-    def edit(
+    def edit(  # its nine parameters are public
         self,
         prompt: str | EditRecord | Sequence[str] | Sequence[EditRecord],
         target: str | Sequence[str] | None = None,
@@ -228,37 +226,35 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         batch_size: int = 16,
     ) -> EditResult | list[EditResult]:
         """
-        Makes the model answer `target` to `prompt`. Later edits see earlier ones; those of one call see what came
-        before it.
+        Make the model answer `target` to `prompt`. An edit is found on the model with the edits of earlier calls.
 
-        An edit of a prompt that has one already takes its place, and the result says which (`superseded`): the model
-        no longer sees the earlier one, until an undo of the later brings it back. Prompts are the same that differ
-        in white space alone.
+        An edit replaces an earlier edit of the same prompt, which the result names (`superseded`), until the later
+        edit is undone. Prompts that differ only in white space are the same.
 
         Args:
-            prompt (`str`, `EditRecord`, or a list of either): What is asked.
-            target (`str` or `list[str]`, *optional*): What to answer; left out for records.
-            chat (`bool`, defaults to `False`): The prompt is a user's turn in the tokenizer's chat template.
-            paraphrases (`str` or `Sequence[str]`): Prompts on which to check that the target is said too, beside a
-                record's own (a single edit only).
-            locality (`str` or `Sequence[str]`): Prompts on which to check that the answer stays, beside a record's
-                own (a single edit only).
-            max_steps (`int`, *optional*): A step that does not take is made smaller and followed by another, up to
-                this many; 1 is one whole step, come what may. The method's own number when left out: 3 with MEND, 6
-                without a trained editor.
-            force (`bool`, defaults to `False`): Edit also where the model says the target already; its paraphrases may
+            prompt (`str`, `EditRecord`, or a list of either): The prompt, or a record with its target.
+            target (`str` or `list[str]`, *optional*): The answer to the prompt; left out for records.
+            chat (`bool`, defaults to `False`): Treat the prompt as a user's turn in the tokenizer's chat template.
+            paraphrases (`str` or `Sequence[str]`): Prompts whose answer should be the target too, which is checked.
+                They are added to a record's own, and allowed for a single edit only.
+            locality (`str` or `Sequence[str]`): Prompts whose answer should stay, which is checked. They are added to
+                a record's own, and allowed for a single edit only.
+            max_steps (`int`, *optional*): The most steps of an edit: a step that does not take is made smaller and
+                followed by another. With 1, one whole step is made in any case. The default is the method's: 3 with
+                MEND, 6 without a trained editor.
+            force (`bool`, defaults to `False`): Edit even if the model says the target already, as its paraphrases may
                 not.
-            check (`bool`, defaults to `True`): Ask the edited model whether the edit took; without it there is one
-                step, and the result knows nothing of after.
-            batch_size (`int`, defaults to 16): Most edits in one pass; long requests go in smaller batches.
+            check (`bool`, defaults to `True`): Check with the edited model whether the edit took. Without it, one step
+                is made and the result has no measurements after the edit.
+            batch_size (`int`, defaults to 16): The most edits in one pass; long requests go in smaller batches.
 
         Returns:
-            [`EditResult`], or a list of them for lists. An edit that did not take says so there.
+            [`EditResult`], or a list of them for lists, which also states whether the edit took.
 
         Raises:
             ValueError: A prompt, target or probe is empty or too long, lists differ in length or have two targets for
-                one prompt, a limit is below 1, there is no tokenizer, or an update is not finite. The model is as it
-                was.
+                one prompt, a limit is below 1, there is no tokenizer, or an update is not finite. The model stays
+                unchanged.
             RuntimeError: The model has been merged or unloaded.
         """
         self._check_usable()
@@ -268,7 +264,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         self._warn_if_untrained()
-        with self._stored(), torch.inference_mode(False):  # an edit needs a gradient, whatever the caller's mode is
+        with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
             results = make_edits(self.context, encoder, self._stack, requests, options, batch_size)
         for result in results:
@@ -280,18 +276,18 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
 
     def observe(self, texts: Iterable[str | tuple[str, str]]) -> None:
         """
-        Shows a method that needs no training text of the kind that must stay, beside the packaged page: a few hundred
-        lines of what the model is used for. Its next edits change the layers' outputs there least. `save_pretrained`
-        keeps what it has seen; another call begins anew.
+        Add calibration text to the packaged one, for a method that needs no training: a few hundred lines of the kind
+        whose outputs must stay. Later edits change the layers' outputs on it least. `save_pretrained` stores the
+        statistics; another call replaces them.
 
         Args:
-            texts (`Iterable[str | tuple[str, str]]`): Texts, or prompts with their answers. Each is seen alone; a
-                text is read in two halves, and each half, prompt or answer to half the model's context.
+            texts (`Iterable[str | tuple[str, str]]`): Texts, or prompts with their answers. Each is read alone; a text
+                is read in two halves, and each half, prompt or answer is cut at half the model's context.
 
         Raises:
-            TypeError: One of the texts is neither.
-            ValueError: There is none, one is empty, or the editor takes no text: it is a trained one, or of a method
-                such as `"ft"` or `"ft-kl"`. The editor is as it was.
+            TypeError: An item is neither a text nor a pair.
+            ValueError: There is no text, one is empty, or the editor takes no text since it is trained, or of a method
+                such as `"ft"` or `"ft-kl"`. The editor stays unchanged.
             RuntimeError: The model has been merged or unloaded.
         """
         self._check_usable()
@@ -307,7 +303,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
 
     @contextmanager
     def edited(self, prompt: Any, target: Any = None, **kwargs: Any) -> Iterator[EditResult | list[EditResult]]:
-        """Within the context the model carries an edit (or several); see [`~EditableModel.edit`] for the arguments."""
+        """Edit the model within the context only; the arguments are those of [`~EditableModel.edit`]."""
         with self._for_a_while():
             yield self.edit(prompt, target, **kwargs)
 
@@ -349,12 +345,12 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         return self.base_model
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: all but the open store, which is one model's."""
+        """Return the state for a copy or a pickle: all but the open store, which belongs to one model."""
         return {**self.__dict__, "_store": None}
 
     @contextmanager
     def _for_a_while(self) -> Iterator[None]:
-        """After the context, the edits are what they were before it; no store knows of it."""
+        """Restore the edits after the context, and record nothing of it in a store."""
         before, store, keys = self._stack.edits, self._store, self._stack.preserved_keys.copy()
         self._store = None
         try:
@@ -364,7 +360,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
             self._stack.replace(before)
 
     def _warn_if_untrained(self) -> None:
-        """Say once that the editor is as it was initialised, if it is."""
+        """Warn once if the editor was never trained."""
         initial, self._initial_editor = self._initial_editor, None
         if initial is not None and self.editor.trains and editor_id(self.editor, self.editor_config.method) == initial:
             logger.warning(
@@ -380,11 +376,11 @@ def get_editable_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EditableModel:
     """
-    Wraps a model with a new, untrained editor, as PEFT's `get_peft_model` does with an adapter.
+    Wrap a model with a new, untrained editor, as PEFT's `get_peft_model` does with an adapter.
 
     Args:
         base_model (`PreTrainedModel`): The model to edit.
-        editor_config ([`EditorConfig`], *optional*): What the editor edits and how; see [`EditableModel`].
+        editor_config ([`EditorConfig`], *optional*): The editor's configuration; see [`EditableModel`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's tokenizer.
     """
     return EditableModel(base_model, editor_config, tokenizer)

@@ -22,6 +22,8 @@ def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
     Args:
         module (`nn.Module`): The module.
     """
+    if not module.state_dict():  # torch would ask for a process group
+        return {}
     with _gathered(module):
         state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
         # What DeepSpeed gathers is gone after the context.
@@ -36,6 +38,8 @@ def load_whole_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> 
         module (`nn.Module`): The module.
         tensors (`Mapping[str, torch.Tensor]`): Everything in its state dict, in any floating-point dtype.
     """
+    if not module.state_dict():
+        return
     with _gathered(module, write=True):
         set_model_state_dict(module, dict(tensors), options=_WHOLE)
 

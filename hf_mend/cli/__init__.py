@@ -1,8 +1,8 @@
 """
-`hf-mend`: the library from a shell. A thin layer: one small module a command, which imports the library only when it
-runs, so that `--help` is instant.
+`hf-mend`: the command line. Each command is a small module that imports the library only when it runs, so that
+`--help` is instant.
 
-A new command is a function in a module of its own that takes the options of `common` and returns a `Report`; it is
+A new command is a function in a module of its own that takes the options of `common` and returns a `Report`, and is
 registered below.
 """
 
@@ -50,7 +50,7 @@ def options(
     ] = False,
 ) -> None:
     """
-    Edits language models: one correction at a time, in seconds, without retraining.
+    Edit language models: one correction at a time, in seconds, without retraining.
 
     \b
     Exit codes:
@@ -61,5 +61,5 @@ def options(
 
 
 def main() -> None:
-    """The entry point of `hf-mend` and of `python -m hf_mend`."""
+    """Run `hf-mend` or `python -m hf_mend`."""
     app()

@@ -1,4 +1,4 @@
-"""`hf-mend chat`: ask, edit and undo by hand, with the answers before and after side by side."""
+"""`hf-mend chat`: ask, edit and undo interactively, with the answers before and after side by side."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chat(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Tries edits by hand: the answers before and after, side by side. Reads commands from a pipe just as well.
+    Try edits interactively, with the answers before and after side by side. Commands may come from a pipe too.
 
     \b
     Example:
@@ -67,7 +67,7 @@ def chat(
 
 @dataclass
 class Turn:
-    """What came of one line: for `--json`, for people, and whether it went well."""
+    """The result of one line: the output with and without `--json`, and whether the line succeeded."""
 
     document: dict[str, Any]
     text: str
@@ -76,12 +76,12 @@ class Turn:
 
 class Session:
     """
-    A conversation about one model, without its input and output.
+    A conversation with one model, apart from input and output.
 
     Args:
         model ([`EditableModel`]): The model.
-        chat (`bool`, defaults to `False`): Prompts are a user's turns in the chat template.
-        max_new_tokens (`int`, defaults to 24): Where an answer is cut off.
+        chat (`bool`, defaults to `False`): Treat prompts as a user's turns in the chat template.
+        max_new_tokens (`int`, defaults to 24): The most tokens of an answer.
     """
 
     def __init__(self, model: EditableModel, chat: bool = False, max_new_tokens: int = 24):
@@ -90,7 +90,7 @@ class Session:
         self.max_new_tokens = max_new_tokens
 
     def take(self, line: str) -> Turn | None:
-        """Does what a line asks for; `None` when it asks to leave. What is wrong with it is said in the turn."""
+        """Execute a line; its turn holds any error. Return `None` if the line ends the session."""
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return None
@@ -151,11 +151,11 @@ class Session:
 
 def side_by_side(before: str, after: str, width: int | None = None) -> str:
     """
-    Two texts in two columns.
+    Return two texts in two columns.
 
     Args:
         before, after (`str`): The texts.
-        width (`int`, *optional*): Of both columns and the line between; the terminal's by default.
+        width (`int`, *optional*): Width of the columns and the line between; the terminal's width by default.
     """
     column = max(10, ((width or shutil.get_terminal_size().columns) - 3) // 2)
     left = ["before", *(textwrap.wrap(before, column) or ["(nothing)"])]

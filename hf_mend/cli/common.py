@@ -1,4 +1,4 @@
-"""What all commands share: reports, exit codes, errors of one line, and the options that choose a model."""
+"""Shared parts of the commands: reports, exit codes, one-line errors, and the options that choose a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FAILED, USER_ERROR = 1, 2
 
-# What a wrong request raises, here or in the libraries below; anything else is a bug and shows its traceback.
+# The errors that a wrong request raises; any other error is a bug and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, LookupError, NotImplementedError)
 
 BaseModel = Annotated[
@@ -55,12 +55,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 
 
 class Options:
-    """A dataclass of options that several commands share; they take it by [`with_options`]."""
+    """The base of dataclasses of options, which a command takes by [`with_options`]."""
 
 
 @dataclass
 class ModelOptions(Options):
-    """The options that choose a base model and how it is loaded."""
+    """The options that choose a base model and determine how it is loaded."""
 
     base_model: BaseModel = None
     device_map: DeviceMap = None
@@ -71,7 +71,7 @@ class ModelOptions(Options):
     def load(
         self, editor: str | None = None, revision: str | None = None, config: EditorConfig | None = None
     ) -> EditableModel:
-        """The model with a trained editor, or a new one as `config` says; see [`~hf_mend.auto.load_model`]."""
+        """Load the model with a trained editor, or with a new one of `config`; see [`~hf_mend.auto.load_model`]."""
         from ..auto import load_model
 
         return load_model(
@@ -87,7 +87,7 @@ class ModelOptions(Options):
 
 
 def with_options(command: Callable[..., Report]) -> Callable[..., Report]:
-    """Gives a command the options of each parameter that is an [`Options`], in its place."""
+    """Replace each parameter of a command that is an [`Options`] by its fields."""
     hints = get_type_hints(command, include_extras=True)
     shared = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Options)}
     parameters: list[inspect.Parameter] = []
@@ -105,7 +105,7 @@ def with_options(command: Callable[..., Report]) -> Callable[..., Report]:
             values[name] = kind(**{item.name: values.pop(item.name) for item in fields(kind)})  # type: ignore[arg-type]
         return command(**values)
 
-    # Typer reads both; what it reads is the signature with the options, not the command's own.
+    # Typer reads both the signature and the annotations; they must be those with the options.
     del run.__wrapped__
     run.__signature__ = inspect.Signature(parameters, return_annotation=Report)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": Report}
@@ -115,12 +115,12 @@ def with_options(command: Callable[..., Report]) -> Callable[..., Report]:
 @dataclass
 class Report:
     """
-    What a command has to say.
+    The output of a command.
 
     Args:
-        document (`dict[str, Any]`): For `--json`.
-        text (`str`): For people; nothing is printed if it is empty.
-        ok (`bool`, defaults to `True`): Whether the exit code is 0, or 1.
+        document (`dict[str, Any]`): The output with `--json`.
+        text (`str`): The output without it; nothing is printed if it is empty.
+        ok (`bool`, defaults to `True`): Whether the exit code is 0; it is 1 otherwise.
     """
 
     document: dict[str, Any]
@@ -132,12 +132,12 @@ _STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
 
 def real_stdout() -> TextIO:
-    """Where a command that speaks while it runs writes; `sys.stdout` is for what libraries print then."""
+    """Return the stream for the output of a running command, as `sys.stdout` is redirected then."""
     return _STDOUT.get() or sys.stdout
 
 
 class ReportingCommand(TyperCommand):
-    """Prints the [`Report`] that the command returns. What libraries print meanwhile goes to stderr."""
+    """Print the [`Report`] that the command returns. Output of libraries goes to stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         _STDOUT.set(sys.stdout)
@@ -153,7 +153,7 @@ class ReportingCommand(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """Turns the error of a wrong request into one line and exit code 2."""
+    """Turn the error of a wrong request into one line and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -166,27 +166,29 @@ class Commands(TyperGroup):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; a `KeyError`'s without the quotes that it puts around it."""
+    """Return an error's message on one line, without the quotes that a `KeyError` adds."""
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(message).split()) or type(error).__name__
 
 
-def check_file(path: Path, content: str) -> None:
+def check_file(path: Path | None, content: str) -> None:
     """
+    Check that a file exists, if one is given.
+
     Raises:
-        FileNotFoundError: There is no such file; the message says what it should hold.
+        FileNotFoundError: The file does not exist; the message names the expected content.
     """
-    if not path.is_file():
+    if path is not None and not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of {content}")
 
 
 def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any]:
     """
-    The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text. Of `EditorConfig`
-    these are the fields of all methods; which of them the chosen method has, its configuration says when it is made.
+    Parse the `name=value` pairs of a repeated option as fields of a dataclass; a value that is not JSON is text. For
+    `EditorConfig` the fields of all methods are accepted, and its construction checks them for the chosen method.
 
     Raises:
-        ValueError: A pair is not of that form, or names no field.
+        ValueError: A pair does not have that form, or names no field.
     """
     from ..config import EditorConfig, options_of_methods
 
@@ -206,5 +208,5 @@ def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 edit`, `2 edits`."""
+    """Return `1 edit`, `2 edits` and so on."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

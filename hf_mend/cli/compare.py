@@ -1,4 +1,4 @@
-"""`hf-mend compare`: several editors and methods on one data set, in one report."""
+"""`hf-mend compare`: compare several editors and methods on one data set in one report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .common import AsJson, ModelOptions, Report, with_options
-from .evaluate import EvaluationOptions, measure, without_folder
+from .evaluate import OUTPUT, EvaluationOptions, measure, without_folder
 
 
 @with_options
@@ -22,19 +22,14 @@ def compare(
     ],
     *,
     data: Annotated[str, typer.Option(help="Facts: a file, or a data set's Hub id.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Folder for the results. A run that is cut off goes on from what is there already."
-        ),
-    ],
+    output: Annotated[Path, OUTPUT],
     options: EvaluationOptions,
     base: ModelOptions,
     as_json: AsJson = False,
 ) -> Report:
     """
-    Measures several editors and methods as hf-mend eval does one, and writes results.json, a Markdown table, plots
-    (with the extra `plots`) and report.html, one file that needs no network.
+    Measure several editors and methods as hf-mend eval does one, and write results.json, a Markdown table, plots (with
+    the extra `plots`) and report.html, one file that needs no network.
 
     \b
     Example:
@@ -67,7 +62,9 @@ def compare(
 
 
 def _options_of_each(names: list[str], pairs: list[str]) -> dict[str, list[str]]:
-    """Of several methods each takes the options that it has; what none of them has stays, for the error to say so."""
+    """
+    Return for each method the options that it has. An option that none has stays, to cause an error that names it.
+    """
     from ..config import options_of_methods
 
     methods = options_of_methods()

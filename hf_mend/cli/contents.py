@@ -1,4 +1,4 @@
-"""What a folder holds: an editor, saved edits or a LoRA adapter, with its files checked."""
+"""Contents of a folder: an editor, saved edits or a LoRA adapter, with checks of its files."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ PATTERNS = sorted({pattern for patterns in _FILES.values() for pattern in patter
 @dataclass
 class Contents:
     """
-    What is in a folder.
+    The contents of a folder.
 
     Args:
         kind (`str`): `"editor"`, `"edits"` or `"LoRA adapter"`.
-        files (`list[str]`): Names of the files that belong to it.
-        size (`int`): Of the weights, in bytes.
-        config ([`EditorConfig`], *optional*): An editor's.
-        adapter (`dict[str, Any]`, *optional*): An adapter's configuration.
-        edits (`list[Edit]`): Saved edits.
-        shapes (`dict[str, tuple[int, ...]]`): Of an editor's tensors.
+        files (`list[str]`): Names of the files of that kind.
+        size (`int`): Size of the weights in bytes.
+        config ([`EditorConfig`], *optional*): The configuration of an editor.
+        adapter (`dict[str, Any]`, *optional*): The configuration of an adapter.
+        edits (`list[Edit]`): The saved edits.
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of an editor's tensors.
     """
 
     kind: str
@@ -55,22 +55,22 @@ class Contents:
 
     @property
     def replaces(self) -> Sequence[str]:
-        """Patterns of files that an upload of this takes the place of."""
+        """Return patterns of the files that an upload replaces."""
         return {"editor": files_like(WEIGHTS_NAME), "edits": files_like(EDITS_NAME)}.get(self.kind, [])
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
     """
-    The folder of that name, or the files of a repository of the Hub, all of one commit and checked against its hashes.
+    Return a folder, downloaded from one commit and checked against the Hub's hashes if it is not local.
 
     Args:
         name (`str`): A folder, or a repository's id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
-        FileNotFoundError: It is neither.
-        OSError: The Hub refused or could not be reached.
-        ValueError: A file came damaged.
+        FileNotFoundError: The name is neither a folder nor a repository.
+        OSError: The Hub refused the download or could not be reached.
+        ValueError: A downloaded file is damaged.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -85,14 +85,14 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 def read_contents(folder: str | Path, name: str | None = None) -> Contents:
     """
-    Reads and checks what is in a folder, without a model.
+    Read and check the contents of a folder, without a model.
 
     Args:
         folder (`str` or `Path`): The folder.
-        name (`str`, *optional*): What messages call it.
+        name (`str`, *optional*): The folder's name in messages.
 
     Raises:
-        FileNotFoundError: There is nothing of the kind.
+        FileNotFoundError: The folder holds no editor, edits or adapter.
         ValueError: A file is damaged.
     """
     folder = Path(folder)
@@ -120,5 +120,5 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
     else:
         contents.adapter = read_json_file(folder / ADAPTER_CONFIG_NAME)
         with opened(weights):
-            pass  # its header is whole
+            pass  # opening checks the header
     return contents

@@ -1,4 +1,4 @@
-"""`hf-mend edit`: one edit, checked, and kept if asked."""
+"""`hf-mend edit`: make edits, check them, and save them on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @with_options
-def edit(
+def edit(  # typer makes an argument or option of each of the thirteen parameters
     prompt: Annotated[str | None, typer.Argument(help="What is asked.")] = None,
     target: Annotated[str | None, typer.Argument(help="What the model should answer.")] = None,
     *,
@@ -39,8 +39,8 @@ def edit(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Makes an edit, or a file of them, and says what came of it. Exit code 1: one did not take, or a probe is not as it
-    should be.
+    Make an edit, or all edits of a file, and report the results. The exit code is 1 if an edit did not take or a probe
+    failed.
 
     \b
     Example:
@@ -66,13 +66,11 @@ def edit(
     if edits is not None:
         model.load_edits(edits)
     made = model.edit(**asked, chat=chat)
-    saved = None
-    if save is not None:
-        model.save_edits(save)
-        saved = f"{plural(len(model.edits), 'edit')} saved in {save}"
     report = _report_of_many(made) if isinstance(made, list) else _report_of_one(made)
     report.document["saved"] = None if save is None else str(save)
-    report.text = "\n".join([report.text, *([saved] if saved else [])])
+    if save is not None:
+        model.save_edits(save)
+        report.text += f"\n{plural(len(model.edits), 'edit')} saved in {save}"
     return report
 
 
@@ -82,7 +80,7 @@ def _report_of_one(result: EditResult) -> Report:
 
 
 def _report_of_many(results: list[EditResult]) -> Report:
-    """Whether each edit took; what it did to its probes is in the numbers, since neighbours may well change."""
+    """Report whether each edit took; probes are only counted, since neighbours may change without an error."""
     took = sum(bool(result.success) for result in results)
     lines = [
         f"{'took        ' if result.success else 'DID NOT TAKE'}  {result.prompt!r} -> {result.target!r}"
@@ -101,5 +99,5 @@ def _report_of_many(results: list[EditResult]) -> Report:
 
 
 def as_values(result: EditResult) -> dict[str, Any]:
-    """An edit's result as plain JSON values."""
+    """Return an edit's result as plain JSON values."""
     return {**asdict(result), "success": result.success, "already_known": result.already_known}

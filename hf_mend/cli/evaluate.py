@@ -1,4 +1,4 @@
-"""`hf-mend eval`: an editor or a method on a data set, by the field's metrics."""
+"""`hf-mend eval`: evaluate an editor or a method on a data set by the field's metrics."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ if TYPE_CHECKING:
     from ..data.records import EditRecord
     from ..model import EditableModel
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        help="Folder for the results. A run that is cut off goes on from what is there already.",
-    ),
-]
+OUTPUT = typer.Option(
+    "--output", "-o", help="Folder for the results. A run that is cut off goes on from what is there already."
+)
 
 
 @dataclass
 class EvaluationOptions(Options):
-    """The options that say what is measured, and how."""
+    """The options of the measurements."""
 
     edits: Annotated[str, typer.Option(help="How many edits are kept at once, with commas: 1,10,100.")] = "1"
     edits_per_call: Annotated[
         int | None,
-        # The second is its earlier name.
+        # --in-calls-of is the earlier name.
         typer.Option(
             "--edits-per-call",
             "--in-calls-of",
@@ -67,13 +62,12 @@ class EvaluationOptions(Options):
     ] = None
 
     def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:
-        """The facts, and the other arguments of [`~hf_mend.evaluation.evaluate.evaluate`]."""
+        """Return the facts and the other arguments of [`~hf_mend.evaluation.evaluate.evaluate`]."""
         from ..data.readers import read_edits, read_questions
         from ..evaluation.evaluate import choose_metrics
 
-        for path, content in ((self.questions, "questions"), (self.text, "text")):
-            if path is not None:
-                check_file(path, content)
+        check_file(self.questions, "questions")
+        check_file(self.text, "text")
         arguments: dict[str, Any] = {
             "edits": _counts(self.edits),
             "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
@@ -82,11 +76,11 @@ class EvaluationOptions(Options):
         names = ("edits_per_call", "limit", "seed", "max_steps", "batch_size")
         asked = read_questions(self.questions) if self.questions else []
         records: Any = read_edits(data, self.format, questions=asked, seed=self.seed, keep_in_memory=False)
-        choose_metrics(arguments["metrics"], records)  # what is wrong with them is said before a model is loaded
+        choose_metrics(arguments["metrics"], records)  # raises its errors before a model is loaded
         return records, arguments | {name: getattr(self, name) for name in names}
 
     def words(self, data: str) -> list[str]:
-        """The options that are not at their default, as a shell takes them; files without their folders."""
+        """Return the options that differ from their defaults as words of a shell command; files without folders."""
         words = [data]
         for item in fields(self):
             value = getattr(self, item.name)
@@ -107,15 +101,15 @@ def evaluate(
     ],
     *,
     options: EvaluationOptions,
-    output: Output = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the figures into the editor's card.")] = False,
     revision: Revision = None,
     base: ModelOptions,
     as_json: AsJson = False,
 ) -> Report:
     """
-    Measures an editor, or a method that needs no training: success, generality, locality and what else the data
-    allows, with 95 % bootstrap intervals, for edits made alone or kept together.
+    Measure an editor, or a method that needs no training: success, generality, locality and the other metrics that the
+    data allows, with 95 % bootstrap intervals, for edits made alone or kept together.
 
     \b
     Example:
@@ -151,7 +145,7 @@ def measure(
     revision: str | None,
     output: Path | None,
 ) -> dict[str, Any]:
-    """One editor or method on a data set; what was measured already is taken from the output folder."""
+    """Measure one editor or method on a data set; measurements in the output folder are not repeated."""
     model = load(name, config, base, revision)
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.reports import as_result
@@ -169,7 +163,7 @@ def measure(
 
 
 def _training_time(editor: str, revision: str | None) -> str | None:
-    """What an editor's card says of it; a folder or repository may be without a card."""
+    """Return the training time that an editor's card states; a folder or repository may have no card."""
     from ..hub.cards import CARD_NAME, training_time
     from ..hub.transfer import find_files
 
@@ -181,10 +175,10 @@ def _training_time(editor: str, revision: str | None) -> str | None:
 
 def load(name: str, config: list[str] | None, base: ModelOptions, revision: str | None = None) -> EditableModel:
     """
-    The model with a trained editor, or with a method that needs no training.
+    Load the model with a trained editor, or with a method that needs no training.
 
     Raises:
-        ValueError: The method needs training, or options that are for methods come with an editor.
+        ValueError: The method needs training, or options of a method are given for an editor.
     """
     from dataclasses import replace
 
@@ -207,7 +201,9 @@ def load(name: str, config: list[str] | None, base: ModelOptions, revision: str 
 
 
 def without_folder(name: str) -> str:
-    """The name of a file or folder here without the folders above it, which mean nothing elsewhere; other names."""
+    """
+    Return a local file's name without its folders, which have no meaning on other machines; return other names as is.
+    """
     return Path(name).name if Path(name).exists() else name
 
 

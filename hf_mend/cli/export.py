@@ -1,4 +1,4 @@
-"""`hf-mend export`: saved edits as a LoRA adapter, or merged into the model's weights."""
+"""`hf-mend export`: export saved edits as a LoRA adapter, or merge them into the model's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from .common import AsJson, BaseModel, DeviceMap, Dtype, Report, TrustRemoteCode, plural
 
 
-def export(
+def export(  # typer makes an argument or option of each of the nine parameters
     edits: Annotated[str, typer.Argument(help="Saved edits: a folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
@@ -27,7 +27,7 @@ def export(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Writes saved edits in a form that needs no hf_mend: a LoRA adapter, or the merged model. No editor is needed.
+    Write saved edits in a form that needs no hf_mend: a LoRA adapter, or the merged model. No editor is needed.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`hf-mend info`: what an editor, a collection of edits or an adapter is, without loading a model."""
+"""`hf-mend info`: describe an editor, saved edits, an adapter or a method without loading a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def info(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Shows what an editor, saved edits or a LoRA adapter is, after checking the files, or the options of a method. No
+    Describe an editor, saved edits or a LoRA adapter after checking its files, or list the options of a method. No
     model is loaded.
 
     \b

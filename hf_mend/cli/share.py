@@ -1,4 +1,4 @@
-"""`hf-mend push` and `hf-mend pull`: editors, edits and adapters to and from the Hub."""
+"""`hf-mend push` and `hf-mend pull`: upload and download editors, edits and adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def push(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Uploads an editor, saved edits or an adapter in one commit, after checking the files. A card there keeps its words.
+    Upload an editor, saved edits or an adapter in one commit, after checking the files. A card there keeps its text.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def pull(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Downloads an editor, saved edits or an adapter, and checks the files. An earlier folder stays whole if that fails.
+    Download an editor, saved edits or an adapter, and check the files. An earlier folder stays whole if that fails.
 
     \b
     Example:

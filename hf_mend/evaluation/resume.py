@@ -1,4 +1,4 @@
-"""What a long computation has found so far, in a file from which it goes on when it was cut off."""
+"""A file of the finished parts of a long computation, from which it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..model import EditableModel
 
 class Progress:
     """
-    JSON lines, one a finished part, each with a hash of the settings that it depends on: a file may hold the parts of
-    several computations. What was cut off in the middle of a line is as if it had never been written.
+    JSON lines, one per finished part, each with a hash of the settings that it depends on, so that a file may hold
+    parts of several computations. An incomplete line is ignored.
 
     Args:
-        path (`str` or `Path`, *optional*): The file, made with its folder when the first part is there; nothing is
-            kept without it.
-        settings (`Mapping[str, Any]`): Whatever the parts depend on, as JSON values.
+        path (`str` or `Path`, *optional*): The file, made with its folder for the first part. Nothing is stored
+            without it.
+        settings (`Mapping[str, Any]`): The settings that the parts depend on, as JSON values.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]):
@@ -36,10 +36,10 @@ class Progress:
                     if entry["key"] == self.key:
                         self.parts[entry["part"]] = entry["found"]
                 except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # torn
+                    continue  # an incomplete line
 
     def part(self, name: str, find: Callable[[], Any]) -> Any:
-        """What the file has under this name, or what `find` returns, which is kept then."""
+        """Return the stored part of this name; if there is none, compute it with `find` and store it."""
         if name not in self.parts:
             self.parts[name] = find()
             if self.path is not None:
@@ -53,12 +53,12 @@ class Progress:
             if file.tell():
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
-                    file.write(b"\n")  # the torn line ends here
+                    file.write(b"\n")  # end the incomplete line
             file.write(json.dumps(entry).encode() + b"\n")
 
 
 def hash_of_editor(model: EditableModel) -> str:
-    """A hash of configuration and weights of a model's editor, and of its base."""
+    """Return a hash of the configuration and weights of a model's editor, and of its base."""
     digest = hashlib.sha256(model.editor_config.to_json().encode())
     base = [fingerprint_of(model.base_model, model.targets), str(model.config.name_or_path), str(model.dtype)]
     digest.update(json.dumps(base).encode())
@@ -69,7 +69,7 @@ def hash_of_editor(model: EditableModel) -> str:
 
 
 def hash_of(values: Iterable[Any]) -> str:
-    """A hash of JSON values."""
+    """Return a hash of JSON values."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""One evaluation: its edits are made, measured and undone, part after part, each independent of those before it."""
+"""One evaluation, in parts that are independent of one another: each makes, measures and undoes its edits."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .resume import Progress
 from .scores import counterfact_scores, in_the_wild, n_gram_entropy, perplexity, portability
 
 
-_ALONE = 5  # single edits that are timed one by one, and read under
+_ALONE = 5  # number of single edits that are timed, and for which perplexity is measured, one by one
 _FLUENCY_TOKENS = 100
 
 
 @dataclass
 class Run:
     """
-    One evaluation: what its parts need, and what is known of them already.
+    One evaluation: the inputs of its parts, and the parts that are finished.
 
     Args:
-        model ([`EditableModel`]): The model; it carries no edits.
-        records (`Sequence[EditRecord]`): The data set, of which the parts take records by their numbers.
+        model ([`EditableModel`]): The model, which carries no edits.
+        records (`Sequence[EditRecord]`): The data set, whose records the parts select by index.
         metrics (`list[str]`): Names in [`~hf_mend.evaluation.evaluate.METRICS`].
-        passages (`list[list[int]]`): Token ids of the texts for perplexity; none where it is not measured.
+        passages (`list[list[int]]`): Token ids of the texts for perplexity; empty if it is not measured.
         max_steps (`int`): As for [`~hf_mend.EditableModel.edit`].
         seed (`int`): The seed of methods that draw.
-        batch_size (`int`): Records in one pass.
-        progress ([`~hf_mend.evaluation.resume.Progress`]): Keeps the parts that are finished.
+        batch_size (`int`): Records in one forward pass.
+        progress ([`~hf_mend.evaluation.resume.Progress`]): The store of the finished parts.
     """
 
     model: EditableModel
@@ -54,7 +54,7 @@ class Run:
     progress: Progress
 
     def alone(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Single edits: a few by themselves, for time, memory and perplexity; then all, side by side in batches."""
+        """Measure single edits: a few one by one, for time, memory and perplexity; then all, in batches."""
         yield self.progress.part("alone/by themselves", lambda: self._by_themselves(numbers[:_ALONE]))
         with tqdm(total=len(numbers), desc="Single edits") as bar:
             for i, chunk in enumerate(batches(numbers, self.batch_size)):
@@ -64,7 +64,7 @@ class Run:
     def kept_together(
         self, measured: Sequence[list[int]], others: Sequence[list[int]], count: int, edits_per_call: int | None
     ) -> Iterator[dict[str, Any]]:
-        """`count` edits at once, group after group, until all facts are measured."""
+        """Measure states of `count` edits, group after group, until all facts are measured."""
         with tqdm(total=len(measured), desc=f"{count} edit{'s' if count > 1 else ''} at once") as bar:
             for i, first in enumerate(range(0, len(measured), count)):
                 group = measured[first : first + count]
@@ -114,7 +114,7 @@ class Run:
                     model.disable_edits, "exact_match" in self.metrics,
                 )  # fmt: skip
             for result, record, first in zip(measured, chosen, asked, strict=True):
-                # What follows from a group of edits is asked once.
+                # Portability of a group of edits is measured once.
                 result.further = self._further(record if first else replace(record, portability=[]))
             found: dict[str, Any] = {"measured": [asdict(m) for m in measured], "seconds_an_edit": seconds / len(made)}
             if read and self.passages:
@@ -123,14 +123,14 @@ class Run:
 
     @contextmanager
     def _made(self, units: Sequence[list[int]], edits_per_call: int | None) -> Iterator[tuple[float, int | None]]:
-        """Within the context the model carries the edits of these records; how long that took, and the peak."""
+        """Yield, while the model carries the edits of these records, the editing time and the peak of memory."""
         model = self.model
         with _as_it_was(model, self.seed), _quiet():
             try:
                 peak = _PeakMemory(model.device)
                 began = time.perf_counter()
                 for call in batches(units, edits_per_call or len(units)):
-                    # Without the texts that an edit of a record would be asked about.
+                    # Leave out the probes, which an edit of a record would check.
                     records = [
                         replace(self.records[i], paraphrases=[], neighborhood=[]) for unit in call for i in unit
                     ]
@@ -140,7 +140,7 @@ class Run:
                 model.undo_all()
 
     def _reduced(self, record: EditRecord) -> EditRecord:
-        """The record without what only metrics that nobody asked for need."""
+        """Return the record without the fields that only unrequested metrics need."""
         local = {"unrelated", "drawdown"} & set(self.metrics)
         return replace(
             record,
@@ -150,7 +150,7 @@ class Run:
         )
 
     def _further(self, record: EditRecord) -> dict[str, float]:
-        """The metrics that are found record by record, of the model as it is."""
+        """Return the metrics that are measured record by record, of the model with its present edits."""
         found: dict[str, float] = {}
         if "counterfact" in self.metrics and record.ground_truth:
             found |= counterfact_scores(self.model, record)
@@ -170,7 +170,7 @@ class Run:
 
 
 def _spread(group: Sequence[list[int]], others: Sequence[list[int]], count: int) -> list[list[int]]:
-    """`count` units: those of `group` at even distances among others."""
+    """Return `count` units, with those of `group` at even distances among the others."""
     places = {i * count // len(group): unit for i, unit in enumerate(group)}
     rest = iter(others)
     return [places[i] if i in places else next(rest) for i in range(count)]
@@ -179,8 +179,8 @@ def _spread(group: Sequence[list[int]], others: Sequence[list[int]], count: int)
 @contextmanager
 def _as_it_was(model: EditableModel, seed: int) -> Iterator[None]:
     """
-    Draws within the context depend on the seed alone, and a method's statistics are afterwards what they were: no part
-    of an evaluation depends on those before it, so that one which goes on gives what an unbroken one would have.
+    Make draws within the context depend on the seed alone, and restore the method's statistics after it. Thus no part
+    of an evaluation depends on earlier ones, and a resumed evaluation equals an uninterrupted one.
     """
     kept = {name: buffer.clone() for name, buffer in model.editor.named_buffers()}
     with torch.random.fork_rng():
@@ -195,7 +195,7 @@ def _as_it_was(model: EditableModel, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Edits that do not take are in the figures; a thousand warnings would say no more."""
+    """Silence the warnings about edits that do not take, which the metrics count."""
     logger = python_logging.getLogger("hf_mend.model")
     level = logger.level
     logger.setLevel(python_logging.ERROR)
@@ -206,7 +206,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _PeakMemory:
-    """The most memory since it was made: of the process, or on a GPU of its tensors."""
+    """The peak of memory since construction: of the process, or of the tensors on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -215,7 +215,7 @@ class _PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         except OSError:
             self.known = False  # not Linux
 

@@ -1,4 +1,4 @@
-"""The field's other metrics, each with its source, of a model under the edits that it carries."""
+"""The field's other metrics, with their sources, of a model with the edits that it carries."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def bootstrap_interval(
     weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """
-    Percentile bootstrap interval of a mean (Efron 1979); the same seed gives the same interval.
+    Return the percentile bootstrap interval of a mean (Efron 1979); the same seed gives the same interval.
 
     Args:
-        values (`Sequence[float]`): One value a record.
+        values (`Sequence[float]`): One value per record.
         level (`float`, defaults to 0.95): Share of the resampled means that lie inside.
-        draws (`int`, defaults to 2000): Resampled means.
-        seed (`int`, defaults to 0): Of the resampling.
-        weights (`Sequence[float]`, *optional*): What each value weighs in the mean; records are drawn with theirs.
+        draws (`int`, defaults to 2000): Number of resampled means.
+        seed (`int`, defaults to 0): Seed of the resampling.
+        weights (`Sequence[float]`, *optional*): Weight of each value in the mean, drawn together with the value.
 
     Raises:
-        ValueError: There are fewer than two values, `level` is no share, or there are no draws.
+        ValueError: There are fewer than two values, `level` is not between 0 and 1, or `draws` is below 1.
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, there are {len(values)}")
@@ -53,7 +53,7 @@ def bootstrap_interval(
     weighted = torch.tensor(values, dtype=torch.float64) * weight
     means: list[float] = []
     while len(means) < draws:
-        some = min(draws - len(means), max(1, 2_000_000 // len(values)))  # so much is in memory at once
+        some = min(draws - len(means), max(1, 2_000_000 // len(values)))  # bounds the memory
         index = torch.randint(len(values), (some, len(values)), generator=draw)
         means += (weighted[index].sum(-1) / weight[index].sum(-1)).tolist()
     means.sort()
@@ -63,8 +63,8 @@ def bootstrap_interval(
 
 def n_gram_entropy(text: str) -> float:
     """
-    Fluency as Meng et al. 2022 (ROME) measure it: entropies of the bigrams and trigrams in bits, weighted 2/3 and 4/3,
-    their mean. Words are runs between spaces, punctuation apart.
+    Return the fluency of a text (Meng et al. 2022, ROME): the mean of the entropies of bigrams and trigrams in bits,
+    weighted 2/3 and 4/3. Punctuation marks are words of their own.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     entropies = []
@@ -77,8 +77,8 @@ def n_gram_entropy(text: str) -> float:
 
 def normalized(text: str) -> str:
     """
-    An answer without case, punctuation, articles and double spaces (Rajpurkar et al. 2016, SQuAD). Unlike there, what
-    would leave nothing stays: silence is not the answer "A" or "+".
+    Return an answer without case, punctuation, articles and double spaces (Rajpurkar et al. 2016, SQuAD). Unlike
+    there, a step that would leave nothing is omitted, since silence is not the answer "A" or "+".
     """
     text = text.lower()
     words = "".join(character for character in text if character not in string.punctuation)
@@ -90,19 +90,19 @@ def in_the_wild(
     model: EditableModel, record: EditRecord, max_new_tokens: int = 64, instruction: str = _INSTRUCTION
 ) -> dict[str, bool]:
     """
-    Whether the model says the target when it is simply asked ("The Mirage of Model Editing", 2025): greedy generation
-    until the model stops by itself, no teacher forcing, no cut at the target's length, exact match after
+    Return whether the model answers with the target ("The Mirage of Model Editing", 2025): greedy generation until the
+    model stops by itself, without teacher forcing and cuts at the target's length, and exact match after
     normalisation.
 
     Args:
-        model ([`EditableModel`]): The model, with the edits to be measured.
-        record ([`EditRecord`]): What was edited.
-        max_new_tokens (`int`, defaults to 64): Where a model that does not stop is cut off.
-        instruction (`str`): What the question is put into, `{}` standing for it.
+        model ([`EditableModel`]): The model with its edits.
+        record ([`EditRecord`]): The edited record.
+        max_new_tokens (`int`, defaults to 64): The most tokens of an answer.
+        instruction (`str`): A text with the question in place of `{}`.
 
     Returns:
-        `dict[str, bool]`: For the `"question"` alone, with the `"instruction"`, and, if the tokenizer has a template,
-        in the `"chat"` template.
+        `dict[str, bool]`: Whether the answer to the `"question"` alone, with the `"instruction"`, and, if the
+        tokenizer has a template, in the `"chat"` template is the target.
     """
     return {
         name: normalized(answer(model, prompt, chat=chat, max_new_tokens=max_new_tokens)) == normalized(record.target)
@@ -113,7 +113,7 @@ def in_the_wild(
 def simple_questions(
     model: EditableModel, record: EditRecord, instruction: str = _INSTRUCTION
 ) -> dict[str, tuple[str, bool]]:
-    """The ways in which [`in_the_wild`] asks: name -> the prompt, and whether the chat template is around it."""
+    """Return the questions of [`in_the_wild`]: name -> prompt, and whether it is put into the chat template."""
     asked = {"question": (record.prompt, False), "instruction": (instruction.replace("{}", record.prompt), False)}
     if getattr(model.tokenizer, "chat_template", None):
         asked["chat"] = (record.prompt, True)
@@ -122,7 +122,7 @@ def simple_questions(
 
 @torch.no_grad()
 def mean_log_probabilities(model: EditableModel, queries: Sequence[Query], batch_size: int = 16) -> list[float]:
-    """Mean log-probability, in nats, of the tokens of each query's answer, teacher-forced."""
+    """Return the mean teacher-forced log-probability, in nats, of the tokens of each query's answer."""
     found: list[float] = []
     for chunk in batches(queries, batch_size):
         rows = model.encoder(chunk).to(model.device)
@@ -135,16 +135,16 @@ def mean_log_probabilities(model: EditableModel, queries: Sequence[Query], batch
 
 def counterfact_scores(model: EditableModel, record: EditRecord) -> dict[str, float]:
     """
-    CounterFact's scores and magnitudes (Meng et al. 2022): how often, and by how much, the target is likelier than the
-    truth on the prompt (efficacy) and its paraphrases, and the truth likelier than the target on the neighbours.
-    Probabilities are of a token, on geometric mean.
+    Return CounterFact's scores and magnitudes (Meng et al. 2022): how often, and by how much, the target is likelier
+    than the ground truth on the prompt (efficacy) and its paraphrases, and the ground truth likelier than the target
+    on the neighbours. The probability of an answer is the geometric mean of its tokens' probabilities.
 
     Args:
-        model ([`EditableModel`]): The model, with the edits to be measured.
-        record ([`EditRecord`]): What was edited, with what is true.
+        model ([`EditableModel`]): The model with its edits.
+        record ([`EditRecord`]): The edited record, with its ground truth.
 
     Raises:
-        ValueError: The record lacks what is true.
+        ValueError: The record has no ground truth.
     """
     if not record.ground_truth:
         raise ValueError(f"CounterFact's scores need ground_truth, which record {record.id or record.prompt!r} lacks")
@@ -165,40 +165,41 @@ def counterfact_scores(model: EditableModel, record: EditRecord) -> dict[str, fl
 
 
 def harmonic_score(efficacy: float, paraphrase: float, neighborhood: float) -> float:
-    """Harmonic mean of CounterFact's three scores (Meng et al. 2022); 0 if one of them is."""
+    """Return the harmonic mean of CounterFact's three scores (Meng et al. 2022), which is 0 if one of them is."""
     scores = (efficacy, paraphrase, neighborhood)
     return 0.0 if min(scores) <= 0 else 3 / sum(1 / score for score in scores)
 
 
 def portability(model: EditableModel, record: EditRecord) -> float:
     """
-    Share of the questions that follow from the edit whose answer is what greedy generation begins with, normalised
-    (Yao et al. 2023).
+    Return the share of portability questions (Yao et al. 2023) for which greedy generation begins with the answer,
+    after normalisation.
 
     Raises:
-        ValueError: The record has no such question.
+        ValueError: The record has no portability question.
     """
     if not record.portability:
         raise ValueError(f"portability needs questions, which record {record.id or record.prompt!r} lacks")
-    right = 0
+    correct = 0
     for question, expected in record.portability:
         said = normalized(answer(model, question))
-        right += f"{said} ".startswith(f"{normalized(expected)} ")
-    return right / len(record.portability)
+        correct += f"{said} ".startswith(f"{normalized(expected)} ")
+    return correct / len(record.portability)
 
 
 def held_out_passages(
     model: EditableModel, text: str | None = None, passages: int = 12, length: int = 128
 ) -> list[list[int]]:
     """
-    Passages of a text, as token ids. The text by default has nothing to do with anybody's facts and needs no download:
-    Python's documentation, which comes with the interpreter (and differs a little from one version to the next).
+    Return passages of a text as token ids. The default text is Python's documentation, which comes with the
+    interpreter (with small differences between versions), needs no download and is unrelated to the facts of data
+    sets.
 
     Args:
-        model ([`EditableModel`]): Its tokenizer is used.
+        model ([`EditableModel`]): The model, whose tokenizer is used.
         text (`str`, *optional*): Another text.
-        passages (`int`, defaults to 12): How many, spread evenly over the text; fewer where it is short.
-        length (`int`, defaults to 128): Tokens of each; fewer where the model takes fewer.
+        passages (`int`, defaults to 12): Number of passages, spread evenly over the text; fewer if the text is short.
+        length (`int`, defaults to 128): Tokens per passage; fewer if the model takes fewer.
 
     Raises:
         ValueError: The text has fewer than two tokens.
@@ -215,11 +216,11 @@ def held_out_passages(
 
 def perplexity(model: EditableModel, texts: Sequence[str | Sequence[int]]) -> float:
     """
-    Perplexity of held-out texts: the exponential of the mean negative log-likelihood of all tokens but each text's
-    first.
+    Return the perplexity of held-out texts: the exponential of the mean negative log-likelihood of all tokens except
+    each text's first.
 
     Args:
-        model ([`EditableModel`]): The model, with the edits to be measured.
+        model ([`EditableModel`]): The model with its edits.
         texts (`Sequence[str]` or `Sequence[Sequence[int]]`): The texts, or their token ids.
 
     Raises:
@@ -252,12 +253,12 @@ def perplexity(model: EditableModel, texts: Sequence[str | Sequence[int]]) -> fl
 
 def drawdown(model: EditableModel, measure: Callable[[], float], higher_is_better: bool = True) -> float:
     """
-    How much worse the edits make the model elsewhere (Mitchell et al. 2022, section 2): the loss of accuracy, or the
-    gain of perplexity, against the model without them.
+    Return the drawdown of the edits (Mitchell et al. 2022, section 2): the loss of accuracy, or the increase of
+    perplexity, against the model without edits.
 
     Args:
-        model ([`EditableModel`]): The model, with the edits to be measured.
-        measure (`Callable[[], float]`): Accuracy or perplexity on unrelated data.
+        model ([`EditableModel`]): The model with its edits.
+        measure (`Callable[[], float]`): A function that measures accuracy or perplexity on unrelated data.
         higher_is_better (`bool`, defaults to `True`): `False` for perplexity.
     """
     after = measure()

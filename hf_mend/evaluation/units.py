@@ -1,4 +1,4 @@
-"""What is edited and counted as one: a fact, or a group of facts that belong together."""
+"""Units, which are edited together and counted as one: a fact, or a group of related facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def shuffled_units(records: Sequence[EditRecord], seed: int) -> list[list[int]]:
-    """The numbers of the records, those of one group together, in an order that depends on the seed alone."""
+    """Return the indices of the records by unit, in an order that depends on the seed alone."""
     units: list[list[int]] = []
     last = None
     for i, record in enumerate(records):
@@ -31,7 +31,7 @@ def shuffled_units(records: Sequence[EditRecord], seed: int) -> list[list[int]]:
 
 
 def without_conflicts(units: Sequence[list[int]], records: Sequence[EditRecord]) -> list[list[int]]:
-    """Those of which no record wants another target than an earlier one's of the same prompt: a model says one."""
+    """Return the units without those that have another target for the prompt of an earlier unit."""
     wanted: dict[Any, list[str]] = {}
     kept = []
     for unit in units:
@@ -46,12 +46,14 @@ def without_conflicts(units: Sequence[list[int]], records: Sequence[EditRecord])
 
 def check_groups(records: Sequence[EditRecord], units: Iterable[Sequence[int]]) -> None:
     """
+    Check that no group has two targets for one prompt.
+
     Args:
         records (`Sequence[EditRecord]`): The data set.
-        units (`Iterable[Sequence[int]]`): The numbers of the records that are edited together.
+        units (`Iterable[Sequence[int]]`): The indices of the records of each unit.
 
     Raises:
-        ValueError: Two records of a group want different targets of one prompt, which no model can say.
+        ValueError: Two records of a group have different targets for one prompt.
     """
     for unit in units:
         first_of: dict[tuple[str, bool], int] = {}

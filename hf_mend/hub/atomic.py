@@ -1,4 +1,4 @@
-"""Writing in one step: a folder or a file is replaced whole or not at all, whenever the process is killed."""
+"""Atomic writing: a folder or a file is replaced whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from pathlib import Path
 @contextmanager
 def replaced_folder(path: str | Path) -> Iterator[Path]:
     """
-    Yields a copy of a folder that takes the folder's place when the context ends well.
+    Yield a copy of a folder that takes the folder's place when the context ends without an error.
 
     A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
     two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
-    kept. A folder that cannot be renamed (a mounted volume, the working directory) keeps its place, and its files are
-    replaced one by one.
+    kept. In a folder that cannot be renamed (a mounted volume, the working directory) the files are replaced singly.
 
     Args:
         path (`str` or `Path`): The folder to replace; it need not exist.
@@ -50,16 +49,16 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _is_fixed(path: Path) -> bool:
-    """Whether a folder cannot be renamed, or should not be."""
+    """Return whether a folder cannot, or should not, be renamed."""
     here = Path.cwd()
     return os.path.ismount(path) or path == here or path in here.parents or not os.access(path.parent, os.W_OK)
 
 
 def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
     """
-    Copies a folder's own files. Those further down may be large, or open, and are not written to here: links them.
+    Copy a folder's own files, and link the files in its folders, which may be large or open and are not written here.
 
-    A link among the files becomes the file that it leads to, so that nothing is written through it to another place.
+    A link among its own files becomes the file that it leads to, so that nothing is written through the link.
     """
     for entry in folder.iterdir():
         if entry.is_file():
@@ -72,7 +71,7 @@ def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
 
 
 def _move_files(work: Path, path: Path, earlier: set[str]) -> None:
-    """Brings a folder's files to another, and takes away those that are in it no more."""
+    """Move the files of `work` to `path`, and delete those of the earlier files that `work` no longer has."""
     files = sorted(work.iterdir(), key=lambda file: (file.suffix == ".json", file.name))  # a configuration last
     for file in files:
         os.replace(file, path / file.name)
@@ -81,7 +80,7 @@ def _move_files(work: Path, path: Path, earlier: set[str]) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name of a file, where the file system has such; a copy elsewhere."""
+    """Link to a file, or copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -89,7 +88,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def recover_folder(path: str | Path) -> None:
-    """Brings back a folder that a killed process had moved aside and not yet replaced."""
+    """Restore a folder that a killed process had moved aside and not yet replaced."""
     path = Path(path).resolve()
     previous = _previous(path)
     if previous.is_dir():
@@ -101,7 +100,7 @@ def recover_folder(path: str | Path) -> None:
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
-    """Yields a new file that takes a file's place when the context ends well, whole or not at all."""
+    """Yield a new file that takes a file's place when the context ends without an error."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

@@ -1,4 +1,4 @@
-"""The model card: from a template, and never over what somebody wrote into it."""
+"""The model card: made from a template; text that somebody wrote into it is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .plots import CURVE_NAME, METRICS_NAME, can_draw, draw_metrics, draw_training
+from .plots import CURVE_NAME, METRICS_NAME, SHARES, can_draw, draw_metrics, draw_training
 
 
 if TYPE_CHECKING:
@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 
-# What a card reports, in its tables' order: the metric's name and what it is called there.
+# The metrics of a card and their titles, in the order of its tables.
 METRICS = {
-    "edit_success": "edit success",
-    "generality": "generality",
-    "neighborhood": "neighborhood",
-    "unrelated": "unrelated",
+    **SHARES,
     "exact_match": "exact match",
     "neighborhood_kl": "neighborhood kl",
     "unrelated_kl": "unrelated kl",
@@ -43,14 +40,14 @@ _NOT_SETTINGS = ("base_fingerprint", "base_model_name_or_path", "revision", "tas
 @dataclass
 class CardNotes:
     """
-    What a card says beyond the configuration. [`~hf_mend.EditorTrainer`] fills it in; `save_pretrained` writes it.
+    The content of a card beyond the configuration. [`~hf_mend.EditorTrainer`] sets it; `save_pretrained` writes it.
 
     Args:
-        training (`dict[str, str]`): What the training was: settings, time, machine.
+        training (`dict[str, str]`): The settings, time and machine of the training.
         history (`list[dict[str, float]]`): The trainer's log, for the plot.
         measured (`dict[str, dict[str, float]]`): Title of a group of facts -> its metrics, as
-            [`~hf_mend.evaluation.metrics.summarize`] gives them.
-        command (`str`, *optional*): What measures it again: a shell line.
+            [`~hf_mend.evaluation.metrics.summarize`] returns them.
+        command (`str`, *optional*): The shell command that repeats the measurement.
     """
 
     training: dict[str, str] = field(default_factory=dict)
@@ -67,19 +64,19 @@ def write_card(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `README.md` from the template; of a card that is there already, only the marked sections, and the fields of
+    Write `README.md` from the template. Of an existing card, replace only the marked sections and the fields of
     `metadata`.
 
     Args:
         folder (`str` or `Path`): The editor's folder.
         config ([`EditorConfig`]): The editor's configuration.
         layers (`Sequence[str]`): The edited layers.
-        notes ([`CardNotes`], *optional*): What was trained and measured; sections of which they say nothing stay.
+        notes ([`CardNotes`], *optional*): Training and measurements; sections that they do not cover stay.
         metadata (`Mapping[str, Any]`, *optional*): Fields of the card's front matter, as `ModelCardData` takes them:
             `license`, `language`, `datasets`, `tags`, ...
 
     Raises:
-        ValueError: The front matter of the card that is there cannot be read.
+        ValueError: The front matter of the existing card cannot be read.
     """
     notes = notes or CardNotes()
     path = Path(folder) / CARD_NAME
@@ -94,25 +91,14 @@ def write_card(
     }
     if notes.training:
         sections["training"] = table(("setting", "value"), list(notes.training.items()))
-    if notes.training or notes.measured:  # what another editor of this folder reached says nothing of this one
-        sections |= measured_sections(notes.measured, notes.command, editor_name(config), task_of(config))
+    if notes.training or notes.measured:  # an earlier editor's figures are not this one's
+        sections |= _measured_sections(notes, config)
         sections["plots"] = _plots(folder, notes)
     update_card(folder, sections)
 
 
-def editor_name(config: EditorConfig) -> str:
-    """What an editor is called where nobody has named it: its base model's name and its method."""
-    base = Path(config.base_model_name_or_path or "editor").name
-    return f"{base}-{config.method}"
-
-
-def task_of(config: EditorConfig) -> str:
-    """The Hub's name of what the base model is for."""
-    return "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
-
-
 def use_section(name: str) -> str:
-    """The section of a card that shows how to load the editor under a repository's id or a folder's name."""
+    """Return the card section that shows how to load the editor from a repository's id or a folder."""
     return f'''```python
 from hf_mend import AutoEditableModel
 
@@ -123,7 +109,7 @@ model.undo()
 
 
 def machine(device: torch.device | None = None) -> str:
-    """The hardware that something ran on, without its name."""
+    """Return a description of the hardware, without the machine's name."""
     if device is not None and device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}"
     else:
@@ -131,33 +117,20 @@ def machine(device: torch.device | None = None) -> str:
     return f"{hardware}, torch {torch.__version__}"
 
 
-def measured_sections(
-    measured: Mapping[str, Mapping[str, float]],
-    command: str | None = None,
-    name: str = "editor",
-    task: str = "text-generation",
-) -> dict[str, str]:
-    """
-    The sections of a card that hold figures: the table, and the front matter's `model-index`.
-
-    Args:
-        measured (`Mapping[str, Mapping[str, float]]`): Title of a group of facts -> metrics.
-        command (`str`, *optional*): The shell line that measures it again.
-        name (`str`, defaults to `"editor"`): What the `model-index` calls the editor.
-        task (`str`, defaults to `"text-generation"`): The Hub's name of what the model is for.
-    """
-    if not measured:
+def _measured_sections(notes: CardNotes, config: EditorConfig) -> dict[str, str]:
+    """Return the card sections with measurements: the table, and the front matter's `model-index`."""
+    if not notes.measured:
         return {"metrics": _NOT_MEASURED, "results": ""}
-    text = metrics_table(measured)
-    if command is None:
+    text = metrics_table(notes.measured)
+    if notes.command is None:
         text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
     else:
-        text += f"\n\nThis measures it again:\n\n```bash\n{command}\n```"
-    return {"metrics": text, "results": model_index(name, measured, task)}
+        text += f"\n\nThis measures it again:\n\n```bash\n{notes.command}\n```"
+    return {"metrics": text, "results": _model_index(notes.measured, config)}
 
 
 def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
-    """The metrics of some groups of facts as a Markdown table, a row a group."""
+    """Return the metrics of groups of facts as a Markdown table with one row per group."""
     names = [name for name in METRICS if any(name in metrics for metrics in measured.values())]
     rows = [
         (title, f"{metrics['edits']:.0f}", *(f"{metrics[n]:.3f}" if n in metrics else "" for n in names))
@@ -166,8 +139,10 @@ def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
     return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
 
 
-def model_index(name: str, measured: Mapping[str, Mapping[str, float]], task: str = "text-generation") -> str:
-    """The metrics as the Hub's `model-index`, in YAML; values are rounded to four digits."""
+def _model_index(measured: Mapping[str, Mapping[str, float]], config: EditorConfig) -> str:
+    """Return the metrics as the Hub's `model-index` in YAML, with values rounded to four digits."""
+    name = f"{Path(config.base_model_name_or_path or 'editor').name}-{config.method}"
+    task = "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
     results = [
         EvalResult(
             task_type=task,
@@ -188,7 +163,7 @@ def model_index(name: str, measured: Mapping[str, Mapping[str, float]], task: st
 
 def update_card(folder: str | Path, sections: Mapping[str, str]) -> None:
     """
-    Replaces marked sections of a card; a section that the card does not mark is left out.
+    Replace marked sections of a card; a section that the card does not mark is left out.
 
     Args:
         folder (`str` or `Path`): The editor's folder.
@@ -204,10 +179,10 @@ def update_card(folder: str | Path, sections: Mapping[str, str]) -> None:
 
 def with_sections_of(words: str, card: str) -> str:
     """
-    A card's text with the marked sections of another.
+    Return a card's text with the marked sections of another card.
 
     Args:
-        words (`str`): The card whose words stay, say the one on the Hub.
+        words (`str`): The card whose text stays, for example the one on the Hub.
         card (`str`): The card whose marked sections replace those of the same names.
     """
     for found in _section(r"[\w-]+").finditer(card):
@@ -217,7 +192,7 @@ def with_sections_of(words: str, card: str) -> str:
 
 def set_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
     """
-    Sets fields of a card's front matter; its other fields, its marked section and the text stay as they are.
+    Set fields of a card's front matter; its other fields, its marked section and the text stay unchanged.
 
     Args:
         path (`str` or `Path`): The card.
@@ -234,7 +209,7 @@ def set_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
 
 def get_metadata(path: str | Path) -> dict[str, Any]:
     """
-    The fields of a card's front matter, without those of its marked section.
+    Return the fields of a card's front matter, without those of its marked section.
 
     Raises:
         ValueError: The front matter cannot be read.
@@ -243,7 +218,7 @@ def get_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def training_time(path: str | Path) -> str | None:
-    """What a card says of how long its editor's training took; `None` where it says nothing."""
+    """Return the training time that a card states, or `None`."""
     section = _section("training").search(Path(path).read_text(encoding="utf-8"))
     row = re.search(r"^\| time \| (?P<time>.*?) *\|$", section["content"], re.MULTILINE) if section else None
     return row["time"] if row else None
@@ -269,7 +244,7 @@ def _replaced(text: str, name: str, content: str) -> str:
 def _new_card(config: EditorConfig, metadata: Mapping[str, Any]) -> str:
     base = config.base_model_name_or_path
     tags = ["model-editing", "knowledge-editing", config.method]
-    # A folder on somebody's machine is no model of the Hub.
+    # The path of a local folder is not the id of a model on the Hub.
     on_the_hub = base if base is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else None
     fields = {"library_name": "hf-mend", "base_model": on_the_hub, "tags": tags, **metadata}
     fields["tags"] = list(dict.fromkeys([*tags, *fields["tags"]]))
@@ -284,7 +259,7 @@ def _new_card(config: EditorConfig, metadata: Mapping[str, Any]) -> str:
 
 
 def _front_matter(text: str, path: Path) -> tuple[dict[str, Any], int]:
-    """The fields above the marked section, and where they end in the text."""
+    """Return the fields above the marked section, and the position in the text where they end."""
     found = re.match(r"---\n(.*?)(?=^# hf_mend:|^---$)", text, re.DOTALL | re.MULTILINE)
     try:
         fields = yaml.safe_load(found[1]) if found else None
@@ -296,18 +271,18 @@ def _front_matter(text: str, path: Path) -> tuple[dict[str, Any], int]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells that are Markdown already."""
+    """Return a Markdown table of cells that are Markdown already."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    # Through JSON, so that only plain values get in.
+    # The detour through JSON lets only plain values in.
     return str(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)).rstrip("\n")
 
 
 def _plots(folder: str | Path, notes: CardNotes) -> str:
-    """Draws what there is to draw beside the card, and refers to it."""
+    """Draw the plots that the notes allow beside the card, and return the Markdown that shows them."""
     lines = []
     if can_draw() and notes.measured:
         draw_metrics(Path(folder) / METRICS_NAME, notes.measured)

@@ -1,4 +1,4 @@
-"""Reading and writing the files of editors and edits, safetensors and JSON: what is read is validated before use."""
+"""Reading and writing of the safetensors and JSON files of editors and edits; files are validated before use."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def write_weights(
     """
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
     save_torch_state_dict(_plain(tensors), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
-    if not tensors:  # of which it writes no file
+    if not tensors:  # for which save_torch_state_dict writes no file
         write_tensors(Path(folder) / name, {}, {})
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU; of tensors that share memory, safetensors would refuse or leave out some."""
+    """Return contiguous copies on the CPU; safetensors would refuse or leave out tensors that share memory."""
     return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -64,7 +64,7 @@ def read_weights(
     path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    Reads what [`write_weights`] wrote.
+    Read the files that [`write_weights`] wrote.
 
     Args:
         path (`str` or `Path`): The safetensors file, or the index of several.
@@ -72,7 +72,7 @@ def read_weights(
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: A file is truncated, altered, or does not hold what is expected.
+        ValueError: A file is truncated or altered, or does not hold the expected tensors.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -93,10 +93,10 @@ def read_weights(
 
 def read_index(path: str | Path) -> dict[str, list[str]]:
     """
-    Which tensors each shard holds, of an index beside the shards.
+    Read an index and return the names of the tensors in each shard.
 
     Raises:
-        ValueError: It is damaged, or names files other than its own shards.
+        ValueError: The index is damaged, or names files other than its own shards.
     """
     path = Path(path)
     weight_map = read_json_file(path).get("weight_map")
@@ -116,12 +116,12 @@ def read_index(path: str | Path) -> dict[str, list[str]]:
 
 
 def index_name(name: str) -> str:
-    """The name of the index of a sharded file."""
+    """Return the name of the index of a sharded file."""
     return f"{name}.index.json"
 
 
 def files_like(name: str) -> list[str]:
-    """Patterns for whatever [`write_weights`] may write under a name."""
+    """Return patterns for all files that [`write_weights`] may write under a name."""
     return [name, name.replace(".safetensors", "-*-of-*.safetensors"), index_name(name)]
 
 
@@ -129,8 +129,7 @@ def read_tensors(
     path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    Read a safetensors file after checking its header, names, shapes and dtypes against what is expected; then check
-    that the values are finite.
+    Check names, shapes and dtypes in a safetensors file's header, read its tensors, and check that they are finite.
 
     Args:
         path (`str` or `Path`): The file.
@@ -140,8 +139,8 @@ def read_tensors(
         `tuple`: The tensors in their stored dtype, and the header's metadata.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, altered, or does not hold what is expected.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is truncated or altered, or does not hold the expected tensors.
     """
     with opened(path, expected) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -155,11 +154,11 @@ def read_tensors(
 @contextmanager
 def opened(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[Any]:
     """
-    Open a safetensors file, as `safe_open` does, after checking its header: no tensor that the header claims is in
-    memory before. Arguments and errors are those of [`read_tensors`].
+    Open a safetensors file, as `safe_open` does, after checking its header, so that no memory is allocated for a wrong
+    one. Arguments and errors are those of [`read_tensors`].
 
     safetensors itself refuses offsets that overlap, leave gaps or do not fit shape and dtype, and a file that is
-    longer or shorter than its header says; [`check_entries`] refuses what it lets pass.
+    longer or shorter than its header says; [`check_entries`] refuses the other faults.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,10 +175,10 @@ def opened(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = No
 
 def header_size(start: bytes, size: int, source: str | Path) -> int:
     """
-    The size of a safetensors file's header, after the file's first 8 bytes.
+    Return the size of a safetensors file's header, which its first 8 bytes state.
 
     Raises:
-        ValueError: The file, of `size` bytes, does not hold it.
+        ValueError: The file, of `size` bytes, does not hold such a header.
     """
     header = int.from_bytes(start, "little")
     if len(start) < 8 or header > min(_MAX_HEADER, size - 8):
@@ -191,11 +190,11 @@ def header_size(start: bytes, size: int, source: str | Path) -> int:
 
 def read_header(text: bytes, source: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
     """
-    The metadata and the tensors' entries of a safetensors header.
+    Return the metadata and the tensors' entries of a safetensors header.
 
     Raises:
-        ValueError: It is not JSON, holds a name twice (of which safetensors takes the last), or its metadata are not
-            strings.
+        ValueError: The header is not JSON, has a name twice (of which safetensors takes the last), or its metadata are
+            not strings.
     """
     header = read_json_object(text.decode("utf-8", "replace"), f"the header of {source}")
     metadata = header.pop("__metadata__", {})
@@ -210,10 +209,10 @@ def check_entries(
     header: Mapping[str, Any], source: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
     """
-    Check names, dtypes and shapes of a safetensors header's tensors, the last against what is expected.
+    Check names, dtypes and shapes of a safetensors header's tensors, and compare names and shapes with the expected.
 
     Raises:
-        ValueError: A name, dtype or shape is none of these files', or not the one that is expected.
+        ValueError: A name, dtype or shape is not valid in these files, or not the expected one.
     """
     if expected is not None:
         _check_names(source, set(header), set(expected))
@@ -248,11 +247,11 @@ def _check_names(path: str | Path, names: set[str], expected: set[str]) -> None:
 
 def read_json_file(path: str | Path) -> dict[str, Any]:
     """
-    Reads a JSON object from a file.
+    Read a JSON object from a file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a JSON object, or far too large for one of this library's.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a JSON object, or far too large for one of this library's.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -263,10 +262,10 @@ def read_json_file(path: str | Path) -> dict[str, Any]:
 
 def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
     """
-    Parses JSON text that must be an object.
+    Parse JSON text that must be an object.
 
     Raises:
-        ValueError: It is not; the message names the source.
+        ValueError: The text is not a JSON object; the message names the source.
     """
     values = read_json(text, source)
     if not isinstance(values, dict):
@@ -276,14 +275,14 @@ def read_json_object(text: str, source: str | Path) -> dict[str, Any]:
 
 def read_json(text: str, source: str | Path) -> Any:
     """
-    Parses JSON text as the standard has it: no name twice in an object, no NaN; and not nested without end.
+    Parse JSON text strictly: no name twice in an object, no NaN, and limited nesting.
 
     Raises:
-        ValueError: It is not such; the message names the source.
+        ValueError: The text breaks one of these rules; the message names the source.
     """
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:  # the first also of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits is a ValueError too
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
     if _is_deeper(values, _DEEPEST):
         raise ValueError(f"{source} is nested more than {_DEEPEST} levels deep; download or save it again")
@@ -307,6 +306,6 @@ def _refused(constant: str) -> float:
 
 
 def shortened(value: Any, length: int = 200) -> str:
-    """`repr(value)` for a message, cut where it is long."""
+    """Return `repr(value)` for a message, cut at `length`."""
     text = reprlib.repr(value) if isinstance(value, (int, list, tuple, dict)) else repr(value)
     return text if len(text) <= length else f"{text[:length]}..."

@@ -11,7 +11,8 @@ from typing import Any
 
 CURVE_NAME = "training.png"
 METRICS_NAME = "metrics.png"
-_SHARES = {
+# The metrics that are shares and their titles.
+SHARES = {
     "edit_success": "edit success",
     "generality": "generality",
     "neighborhood": "neighborhood",
@@ -20,20 +21,20 @@ _SHARES = {
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed: `pip install hf_mend[plots]`."""
+    """Return whether matplotlib is installed: `pip install hf_mend[plots]`."""
     return util.find_spec("matplotlib") is not None
 
 
 def draw_training(path: str | Path, history: Sequence[Mapping[str, float]]) -> bool:
     """
-    Draws the loss, and what was measured meanwhile, over the training steps.
+    Draw the loss and the evaluation metrics over the training steps.
 
     Args:
         path (`str` or `Path`): The PNG file.
         history (`Sequence[Mapping[str, float]]`): The trainer's log.
 
     Returns:
-        `bool`: Whether there was something to draw.
+        `bool`: Whether there was anything to draw.
     """
     losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
     if len(losses) < 2:
@@ -48,7 +49,7 @@ def draw_training(path: str | Path, history: Sequence[Mapping[str, float]]) -> b
     if scored:
         right = left.twinx()
         right.set(ylabel="measured", ylim=(0, 1.02))
-        for name, label in _SHARES.items():
+        for name, label in SHARES.items():
             points = [(row["step"], row[f"eval_{name}"]) for row in scored if f"eval_{name}" in row]
             if points:
                 right.plot(*zip(*points, strict=True), marker="o", label=label)
@@ -59,7 +60,7 @@ def draw_training(path: str | Path, history: Sequence[Mapping[str, float]]) -> b
 
 def draw_metrics(path: str | Path, measured: Mapping[str, Mapping[str, float]]) -> None:
     """
-    Draws the shares that were measured as bars, a group of bars a metric, a colour a group of facts.
+    Draw the measured shares as bars, with a group of bars per metric and a colour per group of facts.
 
     Args:
         path (`str` or `Path`): The PNG file.
@@ -67,7 +68,7 @@ def draw_metrics(path: str | Path, measured: Mapping[str, Mapping[str, float]]) 
     """
     from matplotlib.figure import Figure
 
-    names = [name for name in _SHARES if any(name in metrics for metrics in measured.values())]
+    names = [name for name in SHARES if any(name in metrics for metrics in measured.values())]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(measured)
@@ -75,7 +76,7 @@ def draw_metrics(path: str | Path, measured: Mapping[str, Mapping[str, float]]) 
         places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(names))]
         bars = axes.bar(places, [metrics.get(name, 0.0) for name in names], width, label=title)
         axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
-    axes.set_xticks(range(len(names)), [_SHARES[name] for name in names])
+    axes.set_xticks(range(len(names)), [SHARES[name] for name in names])
     axes.set_ylim(0, 1.25)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.legend(loc="upper center", ncols=min(3, len(measured)), fontsize="small", frameon=False)
@@ -84,14 +85,15 @@ def draw_metrics(path: str | Path, measured: Mapping[str, Mapping[str, float]]) 
 
 def draw_comparison(folder: str | Path, results: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
     """
-    Draws what an evaluation of several editors and methods found.
+    Draw the results of an evaluation of several editors and methods.
 
     Args:
-        folder (`str` or `Path`): Where the PNG files go.
-        results (`Sequence[Mapping[str, Any]]`): As [`~hf_mend.evaluation.reports.as_result`] gives them.
+        folder (`str` or `Path`): The folder for the PNG files.
+        results (`Sequence[Mapping[str, Any]]`): Results as [`~hf_mend.evaluation.reports.as_result`] returns
+            them.
 
     Returns:
-        `dict[str, Path]`: What a picture shows -> its file, for those that there was something to draw in.
+        `dict[str, Path]`: Title -> file of each plot that was drawn.
     """
     from matplotlib.figure import Figure
 
@@ -131,7 +133,7 @@ def _success_against_edits(figure: Any, results: Sequence[Mapping[str, Any]]) ->
         between = [
             state["intervals"].get("edit_success", (value, value)) for state, value in zip(states, values, strict=True)
         ]
-        # A percentile interval need not hold the mean itself.
+        # A percentile interval need not contain the mean itself.
         low = [max(0.0, value - pair[0]) for value, pair in zip(values, between, strict=True)]
         high = [max(0.0, pair[1] - value) for value, pair in zip(values, between, strict=True)]
         counts = [state["edits"] for state in states]
@@ -172,20 +174,20 @@ def _locality(metrics: Mapping[str, float]) -> float | None:
 
 
 def series_colors() -> list[Any]:
-    """Twenty colours: ten strong ones, then their light shades."""
+    """Return twenty colours: ten strong ones, then their light shades."""
     from matplotlib import colormaps
 
-    shades = colormaps["tab20"].colors  # type: ignore[attr-defined]  # strong and light in turn
+    shades = colormaps["tab20"].colors  # type: ignore[attr-defined]  # strong and light alternate
     return [*shades[::2], *shades[1::2]]
 
 
 def _colored(results: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Any]]:
-    """Each result with a colour of its own, as far as they go."""
+    """Return each result with a colour; the colours repeat after twenty results."""
     return list(zip(results, itertools.cycle(series_colors()), strict=False))
 
 
 def _label(result: Mapping[str, Any]) -> str:
-    """A name as matplotlib shows it as it is: no formulas, and no leading underscore, which would hide it."""
+    """Return a result's name escaped for matplotlib: no formulas, and no leading underscore, which would hide it."""
     name = str(result["name"])
     name = name if len(name) <= 40 else f"...{name[-37:]}"
     return name.replace("$", "\\$").lstrip("_") or "editor"

@@ -1,4 +1,4 @@
-"""Files of an editor or an edit collection, from a folder or from the Hub, and to the Hub."""
+"""Transfer of files: find them in a folder or on the Hub, and upload them to the Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .atomic import recover_folder
-from .cards import with_sections_of
+from .cards import CARD_NAME, with_sections_of
 from .files import index_name, read_index, shortened
 
 
 logger = logging.get_logger(__name__)
 
-CARD_NAME = "README.md"
 _LOG_IN = "log in with `hf auth login`, or pass token=... or set HF_TOKEN"
 
 
@@ -45,21 +45,21 @@ def find_files(
     **hub_kwargs: Any,
 ) -> dict[str, Path]:
     """
-    Paths of files, downloaded if the name is not a folder; all are of one commit.
+    Return the paths of files, which are downloaded from one commit if the name is not a folder.
 
     Args:
         name_or_path (`str` or `Path`): A folder, or a repository's id on the Hub.
-        names (`Sequence[str]`): Names of the files. Of one that is sharded the index is found, with the shards beside
-            it.
-        subfolder (`str`, *optional*): Where in the folder or repository they are.
+        names (`Sequence[str]`): Names of the files. For a sharded file, the path of its index is returned; the shards
+            are beside it.
+        subfolder (`str`, *optional*): The folder of the files inside the folder or repository.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, `force_download` and the like, as for `hf_hub_download`.
 
     Raises:
         FileNotFoundError: The folder or repository, or one of the files, does not exist or cannot be reached.
-        PermissionError: The repository is there and may not be read.
+        PermissionError: The repository exists and may not be read.
         ValueError: An index or a downloaded file is damaged.
-        OSError: A download broke off.
+        OSError: A download failed.
     """
     folder = Path(name_or_path)
     recover_folder(folder)
@@ -85,14 +85,14 @@ def _in_folder(folder: Path, name: str) -> Path:
     return found
 
 
+@dataclass
 class _Repository:
     """Files of one commit of a repository on the Hub."""
 
-    def __init__(self, name: str, subfolder: str | None, revision: str | None, hub_kwargs: dict[str, Any]):
-        self.name = name
-        self.subfolder = subfolder
-        self.revision = revision
-        self.hub_kwargs = hub_kwargs
+    name: str
+    subfolder: str | None
+    revision: str | None
+    hub_kwargs: dict[str, Any]
 
     def find(self, name: str) -> Path:
         try:
@@ -121,7 +121,7 @@ class _Repository:
         path = Path(
             hf_hub_download(self.name, name, subfolder=self.subfolder, revision=self.revision, **self.hub_kwargs)
         )
-        # A commit that somebody makes between two downloads must not give one file of each.
+        # Pin the commit: another one made between two downloads must not mix with it.
         self.revision = commit_of(path) or self.revision
         check_download(path)
         return path
@@ -153,17 +153,17 @@ class _Repository:
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit that a file in the cache belongs to; `None` for a file elsewhere."""
+    """Return the commit of a file in the Hub's cache, or `None` for a file elsewhere."""
     found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
     return found[1] if found else None
 
 
 def check_is_repository(name: str, what: str) -> None:
     """
-    Checks that a name which came from the Hub names something on the Hub.
+    Check that a name which came from the Hub is the id of a repository.
 
     Raises:
-        ValueError: It is a path on this machine.
+        ValueError: The name is a local path.
     """
     try:
         validate_repo_id(name)
@@ -176,14 +176,14 @@ def check_is_repository(name: str, what: str) -> None:
 
 def check_download(path: Path) -> None:
     """
-    Compares a downloaded file with the hash that the Hub gave for it, which is its name in the cache.
+    Compare a downloaded file with the hash that the Hub gave for it, which is its name in the cache.
 
     Raises:
-        ValueError: They differ: the file was damaged on its way or in the cache. It is deleted.
+        ValueError: The hashes differ, since the file was damaged in transfer or in the cache. The file is deleted.
     """
     if not path.is_symlink():
         return  # no links on this file system, so the file has no other name
-    # One step only: with Xet, the blob may itself be a link to a store of other names.
+    # Follow one link only: with Xet, the blob may itself be a link to a store with other names.
     blob = path.parent / os.readlink(path)
     digest = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)}.get(len(blob.name))
     if blob.parent.name != "blobs" or digest is None:
@@ -200,61 +200,70 @@ def check_download(path: Path) -> None:
         )
 
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    commit_message: str = "Upload editor",
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
-    patterns: Sequence[str] = ("*",),
-    replaces: Sequence[str] = (),
-    keep_card: bool = True,
-) -> CommitInfo:
+@dataclass
+class PushOptions:
     """
-    Uploads a folder in one commit: who downloads meanwhile gets the earlier state or this one.
+    The options of an upload.
 
     Args:
-        folder (`str` or `Path`): The folder. It is only read.
-        repo_id (`str`): The repository, made if it does not exist.
-        commit_message (`str`, defaults to `"Upload editor"`): First line of the commit.
-        commit_description (`str`, *optional*): The rest of it.
+        commit_message (`str`, *optional*): First line of the commit message.
+        commit_description (`str`, *optional*): The rest of the commit message.
         private (`bool`, *optional*): Whether a new repository is private.
         token (`str` or `bool`, *optional*): The user's token; the one that is logged in by default.
         revision (`str`, *optional*): Branch, made if it does not exist; `main` by default.
         create_pr (`bool`, defaults to `False`): Open a pull request instead.
         subfolder (`str`, *optional*): Folder in the repository.
-        patterns (`Sequence[str]`): Which of the folder's files are sent.
-        replaces (`Sequence[str]`): Patterns of files there that go if this folder has no file of their name, say
-            shards of an earlier editor.
-        keep_card (`bool`, defaults to `True`): Of a README.md that is there already, only the marked sections are
-            replaced.
+    """
+
+    commit_message: str | None = None
+    commit_description: str | None = None
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    subfolder: str | None = None
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    options: PushOptions,
+    *,
+    patterns: Sequence[str] = ("*",),
+    replaces: Sequence[str] = (),
+) -> CommitInfo:
+    """
+    Upload a folder in one commit, so that a download meanwhile gets the earlier state or the new one. Of a README.md
+    in the repository, only the marked sections are replaced.
+
+    Args:
+        folder (`str` or `Path`): The folder, which is only read.
+        repo_id (`str`): The repository, made if it does not exist.
+        options ([`PushOptions`]): Commit, branch and token.
+        patterns (`Sequence[str]`): Patterns of the files to upload.
+        replaces (`Sequence[str]`): Patterns of files in the repository that are deleted if the folder has no file of
+            that name, for example shards of an earlier editor.
 
     Raises:
-        HfHubHTTPError: The Hub refused; the message says what to do.
+        HfHubHTTPError: The Hub refused the upload; the message says what to do.
         OSError: The Hub could not be reached.
     """
     api = HfApi(library_name="hf_mend")
+    token, revision, create_pr = options.token, options.revision, options.create_pr
     try:
-        repo_id = api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, token=token, private=options.private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         attempt = 0
         while True:
             try:
-                operations, parent = _operations(
-                    api, Path(folder), repo_id, token, revision, subfolder or "", patterns, replaces, keep_card
-                )
+                operations, parent = _operations(api, Path(folder), repo_id, options, patterns, replaces)
                 # Not upload_folder: with hf_xet it may make several commits of one folder.
                 return api.create_commit(
                     repo_id,
                     operations,
-                    commit_message=commit_message,
-                    commit_description=commit_description,
+                    commit_message=options.commit_message or "Upload editor",
+                    commit_description=options.commit_description,
                     token=token,
                     revision=revision,
                     create_pr=create_pr,
@@ -280,24 +289,21 @@ def _operations(
     api: HfApi,
     folder: Path,
     repo_id: str,
-    token: str | bool | None,
-    revision: str | None,
-    subfolder: str,
+    options: PushOptions,
     patterns: Sequence[str],
     replaces: Sequence[str],
-    keep_card: bool,
 ) -> tuple[list[CommitOperationAdd | CommitOperationDelete], str | None]:
-    """What a commit adds and deletes, and the commit that it follows."""
-    info = api.model_info(repo_id, revision=revision, token=token)
+    """Return the additions and deletions of a commit, and its parent commit."""
+    info = api.model_info(repo_id, revision=options.revision, token=options.token)
     there = {file.rfilename for file in info.siblings or ()}
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
     added: dict[str, CommitOperationAdd] = {}
     for path in matching_files(folder, patterns):
         name = prefix + path.relative_to(folder).as_posix()
         content: Any = path
-        if path == folder / CARD_NAME and keep_card and name in there:
-            words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=token)).read_text("utf-8")
-            content = with_sections_of(words, path.read_text("utf-8")).encode()
+        if path == folder / CARD_NAME and name in there:
+            words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=options.token))
+            content = with_sections_of(words.read_text("utf-8"), path.read_text("utf-8")).encode()
         added[name] = CommitOperationAdd(name, content)
     gone = [
         CommitOperationDelete(name)
@@ -308,7 +314,7 @@ def _operations(
 
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a folder whose path below it fits one of the patterns."""
+    """Return the files of a folder whose relative path matches one of the patterns."""
     return [
         path
         for path in sorted(folder.rglob("*"))
@@ -317,27 +323,27 @@ def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def push_written(
-    write: Callable[[Path], None], what: str, repo_id: str, *, replaces: Sequence[str], **options: Any
+    write: Callable[[Path], None], what: str, repo_id: str, *, replaces: Sequence[str], **push_kwargs: Any
 ) -> CommitInfo:
     """
-    Writes a folder and uploads it. If the upload fails, the folder stays, so that nothing is lost with the process.
+    Write a folder and upload it. If the upload fails, the folder stays, so that nothing is lost with the process.
 
     Args:
-        write (`Callable`): Writes the folder that it is given.
-        what (`str`): What is pushed, for messages.
+        write (`Callable`): The function that writes the folder at the path it is given.
+        what (`str`): The name of the upload in messages.
         repo_id (`str`): The repository.
         replaces (`Sequence[str]`): See [`push_folder`].
-        options: What else [`push_folder`] takes.
+        push_kwargs: Fields of [`PushOptions`].
     """
-    options.setdefault("commit_message", None)
-    options["commit_message"] = options["commit_message"] or f"Upload {what}"
+    options = PushOptions(**push_kwargs)
+    options = replace(options, commit_message=options.commit_message or f"Upload {what}")
     work = Path(tempfile.mkdtemp(prefix="hf_mend-push-"))
     kept = False
     try:
         folder = work / what.replace(" ", "-")
         write(folder)
         kept = True
-        info = push_folder(folder, repo_id, replaces=replaces, **options)
+        info = push_folder(folder, repo_id, options, replaces=replaces)
         kept = False
         return info
     except BaseException:

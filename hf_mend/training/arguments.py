@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from ..data.deprecation import renamed_arguments
 
 
-# The least that the arguments which count something may be.
+# The smallest values of the arguments that are counts.
 _LEAST = {
     "general_rows": 1,
     "neighborhood_rows": 0,
@@ -33,28 +33,29 @@ _LEAST = {
 @dataclass
 class EditorTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different
-    facts.
+    [`~transformers.TrainingArguments`] with the options of an editor's training. A batch consists of different facts.
     """
 
     neighborhood_weight: float = field(
-        default=1.5, metadata={"help": "Weight of the KL on neighbouring prompts against the target's likelihood."}
+        default=1.5, metadata={"help": "Weight of the KL on neighbouring prompts relative to the edit loss."}
     )
     unrelated_weight: float = field(
         default=20.0,
-        metadata={"help": "The same on unrelated questions, whose KL is far smaller and flips answers all the same."},
+        metadata={
+            "help": "Weight of the KL on unrelated questions, which is far smaller and changes answers all the same."
+        },
     )
-    general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
-    neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
-    unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    general_rows: int = field(default=1, metadata={"help": "Paraphrases per edit and step."})
+    neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts per edit and step."})
+    unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions per edit and step."})
     same_subject_weight: float = field(
         default=1.0, metadata={"help": "Weight of the KL on prompts that ask the same subject for something else."}
     )
-    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts an edit and step."})
+    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts per edit and step."})
     continuation_weight: float = field(
         default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
     )
-    continuation_rows: int = field(default=1, metadata={"help": "Texts an edit and step for which that is asked."})
+    continuation_rows: int = field(default=1, metadata={"help": "Texts per edit and step for which that is asked."})
     continuation_tokens: int = field(
         default=8,
         metadata={
@@ -97,7 +98,9 @@ class EditorTrainingArguments(TrainingArguments):
     )
     decay: float = field(
         default=0.9,
-        metadata={"help": "Weight of a call's texts in the loss of the next call, its square in that after it, ..."},
+        metadata={
+            "help": "Weight of a call's texts in the loss of the next call, and its square in that of the call after."
+        },
     )
     step_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithms of each layer's edit step and ridge."}
@@ -109,14 +112,14 @@ class EditorTrainingArguments(TrainingArguments):
     hidden_states_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder in which the hidden states below the edited blocks are kept, so that training runs the "
-            "blocks above alone. They are computed before the first step, or were by an earlier run."
+            "help": "Folder of the cached hidden states below the edited blocks, so that training runs only the "
+            "blocks above. Missing states are computed before the first step."
         },
     )
-    hidden_states_limit: float = field(default=20.0, metadata={"help": "Gigabytes that they may take."})
+    hidden_states_limit: float = field(default=20.0, metadata={"help": "The largest size of the cache in gigabytes."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Number of facts per batch and device."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
 

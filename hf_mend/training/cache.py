@@ -1,4 +1,4 @@
-"""Hidden states below the lowest edited block, kept on disk: training then runs the blocks above it alone."""
+"""A cache on disk of the hidden states below the lowest edited block, so that training runs only the blocks above."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ _RECORD = struct.Struct("<16sqii")  # digest of the token ids, offset in element
 
 class HiddenStateCache:
     """
-    What [`~hf_mend.bases.split.SplitModel.run_below`] gives for many texts, in memory-mapped files.
+    The results of [`~hf_mend.bases.split.SplitModel.run_below`] for many texts, in memory-mapped files.
 
-    A cache belongs to a model's weights below the cut and to the cut, so it lies in a folder of that name and another
-    model's states are never read. In it a text is known by its token ids, so another tokenizer only misses. States
-    are bfloat16 (float16 for a float16 model). They are written first and entered in the index afterwards: a process
-    killed at any time leaves a cache that the next one goes on with.
+    The name of a cache's folder is a hash of the cut and the weights below it, so that another model's states are
+    never read. The key of a text is its token ids. States are bfloat16 (float16 for a float16 model). They are written
+    before their index entry, so that the cache stays usable if the process is killed.
 
     Args:
-        split ([`SplitModel`]): The model and where it is cut.
-        folder (`str` or `Path`): Where caches are kept; this one's own folder is made inside.
-        limit (`float`, defaults to 20.0): Gigabytes (10^9 bytes) that it may grow to. What finds no place is computed
-            again at each use.
+        split ([`SplitModel`]): The model and its cut.
+        folder (`str` or `Path`): The folder in which the cache's own folder is made.
+        limit (`float`, defaults to 20.0): The largest size in gigabytes (10^9 bytes). States beyond it are computed at
+            each use.
 
     Example:
 
@@ -68,7 +67,7 @@ class HiddenStateCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the states take."""
+        """Return the size of the states in bytes."""
         return self._states.numel() * self._states.element_size()
 
     def __contains__(self, ids: tuple[Sequence[int], Sequence[int]]) -> bool:
@@ -76,10 +75,10 @@ class HiddenStateCache:
 
     def __call__(self, rows: EncodedBatch) -> HiddenState:
         """
-        The rows' state at the cut; rows that the cache lacks are computed.
+        Return the rows' state at the cut; rows that the cache lacks are computed.
 
         Args:
-            rows ([`EncodedBatch`]): Texts, padded on the right.
+            rows ([`EncodedBatch`]): The texts, padded on the right.
         """
         found = [self._index.get(_digest(ids)) for ids in token_ids(rows)]
         missing = torch.tensor([place is None for place in found])
@@ -106,12 +105,12 @@ class HiddenStateCache:
         self, encoder: Encoder, queries: Iterable[Query], batch_tokens: int = 2048, progress: bool = True
     ) -> None:
         """
-        Computes and keeps the states of texts that the cache lacks.
+        Compute and store the states of texts that the cache lacks.
 
         Args:
-            encoder ([`Encoder`]): Tokenises the texts.
-            queries (`Iterable[Query]`): The texts; one may occur often.
-            batch_tokens (`int`, defaults to 2048): Tokens a forward pass.
+            encoder ([`Encoder`]): The encoder of the texts.
+            queries (`Iterable[Query]`): The texts, in which repetitions are allowed.
+            batch_tokens (`int`, defaults to 2048): Tokens per forward pass.
             progress (`bool`, defaults to `True`): Show a progress bar.
         """
         pairs = [encoder.tokens(query) for query in set(queries)]
@@ -141,7 +140,7 @@ class HiddenStateCache:
     # ---- files ----
 
     def _append(self, rows: EncodedBatch, states: Any, index: Any) -> bool:
-        """Adds rows that are new; returns whether there was room."""
+        """Append the rows that are new, and return whether there was room for all."""
         seen: set[bytes] = set()
         new: list[tuple[int, bytes]] = []
         for i, ids in enumerate(token_ids(rows)):
@@ -171,7 +170,7 @@ class HiddenStateCache:
         return len(records) == len(new)
 
     def _parts(self, state: HiddenState, row: int, ids: tuple[list[int], list[int]]) -> list[torch.Tensor]:
-        """The row's states without padding: the cut list's, then the encoder's output if there is one."""
+        """Return the row's states without padding: those at the cut, then the encoder's output if there is one."""
         first = len(ids[1]) if self.split.cuts_decoder_of_two else len(ids[0])
         parts = [state.hidden[row, :first]]
         if state.encoder is not None:
@@ -193,7 +192,7 @@ class HiddenStateCache:
             encoder[:second] = self._states[middle:end].view(second, self._widths[1])
 
     def _open(self) -> None:
-        """Reads the index and maps the states; what an interrupted process left beyond the index is cut off."""
+        """Read the index and map the states; truncate what an interrupted process left beyond the index."""
         settings, states, index = (self.folder / name for name in ("cache.json", "states.bin", "index.bin"))
         if self._widths[0] and not settings.exists():
             written = settings.with_suffix(".new")
@@ -229,7 +228,7 @@ class HiddenStateCache:
 
 
 def token_ids(rows: EncodedBatch) -> Iterator[tuple[list[int], list[int]]]:
-    """Each row's token ids without padding: the input's, and the decoder's (empty where there is none)."""
+    """Yield each row's token ids without padding: the input's, and the decoder's (empty if there is none)."""
     lengths = rows.inputs["attention_mask"].sum(-1).tolist()
     inputs = rows.inputs["input_ids"].tolist()
     decoder = rows.inputs.get("decoder_input_ids")
@@ -251,10 +250,10 @@ def _to_bytes(values: torch.Tensor) -> bytes:
 
 
 def _key(split: SplitModel, dtype: torch.dtype) -> str:
-    """Name of what the states depend on: architecture, configuration, weights below the cut, the cut, their dtype."""
+    """Return a hash of architecture, configuration, cut, weights below it and dtype, on which the states depend."""
     model: nn.Module = split.model
     above = {id(p) for block in split.blocks[split.block :] for p in block.parameters()}
-    if not split.cuts_decoder_of_two:  # an encoder's cut: the whole decoder lies above
+    if not split.cuts_decoder_of_two:  # with a cut in the encoder, the whole decoder is above it
         for block_list in block_lists(model):
             if block_list.blocks is not split.blocks:
                 above |= {id(p) for block in block_list.blocks for p in block.parameters()}
@@ -267,7 +266,7 @@ def _key(split: SplitModel, dtype: torch.dtype) -> str:
         if id(weight) in above:
             continue
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.is_meta:  # offloaded: its model's name stands for it
+        if weight.is_meta:  # an offloaded weight is represented by its model's name
             digest.update(str(split.model.config.name_or_path).encode())
         else:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

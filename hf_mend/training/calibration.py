@@ -1,4 +1,4 @@
-"""What an editor is given before its first training step: its statistics, and the size of its steps."""
+"""Calibration of an editor before its first training step: its statistics, and the scale of its steps."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .losses import target_nll
 
 def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128, batch_size: int = 8) -> None:
     """
-    Sets an untrained editor's statistics from some training examples, and its first step to the power of two that
-    lowers the targets' negative log-likelihood most, halved.
+    Set an untrained editor's statistics from training examples, and scale its steps by half of the power of two that
+    lowers the targets' negative log-likelihood most.
 
     Args:
         model ([`EditableModel`]): The model.
-        examples ([`TrainingExamples`]): Where texts are taken, spread evenly.
+        examples ([`TrainingExamples`]): The examples, of which evenly spread ones are used.
         edits (`int`, defaults to 128): Number of examples.
-        batch_size (`int`, defaults to 8): Examples at once; changes nothing but rounding.
+        batch_size (`int`, defaults to 8): Examples per batch; it changes only the rounding.
     """
     collate = EditCollator(model.encoder)
     wanted = min(len(examples), edits)

@@ -1,4 +1,4 @@
-"""An editor's checkpoints on the Hub while it trains."""
+"""Upload of an editor's checkpoints to the Hub during training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from transformers.utils.hub import PushInProgress
 
 from ..config import CONFIG_NAME
 from ..hub.atomic import link_or_copy
-from ..hub.cards import get_metadata, set_metadata
+from ..hub.cards import CARD_NAME, get_metadata, set_metadata
 from ..hub.files import WEIGHTS_NAME, files_like
 from ..hub.plots import CURVE_NAME, METRICS_NAME
-from ..hub.transfer import CARD_NAME, matching_files, push_folder
+from ..hub.transfer import PushOptions, matching_files, push_folder
 
 
 logger = logging.get_logger(__name__)
 
-EDITOR_FILES = [CONFIG_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, *files_like(WEIGHTS_NAME)]
-_API = HfApi(library_name="hf_mend")  # one, so that pushes go one after another
+_EDITOR_WEIGHTS = files_like(WEIGHTS_NAME)
+EDITOR_FILES = [CONFIG_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, *_EDITOR_WEIGHTS]
+_API = HfApi(library_name="hf_mend")  # one object, whose uploads run one after another
 
 
 class PushesCheckpoints:
-    """What [`EditorTrainer`] does in place of `Trainer`'s own pushing, under the same training arguments."""
+    """The uploads of [`EditorTrainer`], in place of those of `Trainer`, under the same training arguments."""
 
     args: Any
     state: Any
@@ -43,8 +44,8 @@ class PushesCheckpoints:
     _finish_current_push: Any
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent's knows a base model's file names alone, sends what else is in the output folder (a cache of
-        # hidden states, pickled arguments) and keeps silent when it fails.
+        # The parent's method knows only a base model's file names, uploads other files of the output folder (a cache
+        # of hidden states, pickled arguments), and does not report a failure.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -54,27 +55,36 @@ class PushesCheckpoints:
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         at = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         folder, message = Path(checkpoint_folder), f"Training in progress, {at}"
-        jobs = [self._push_later(folder, EDITOR_FILES, commit_message=message, replaces=files_like(WEIGHTS_NAME))]
+        jobs = [self._push_later(folder, EDITOR_FILES, _EDITOR_WEIGHTS, self._options(message))]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
             jobs.append(
-                self._push_later(
-                    folder, ["*"], commit_message=f"{message}, checkpoint", subfolder=name, replaces=["*"]
-                )
+                self._push_later(folder, ["*"], ["*"], self._options(f"{message}, checkpoint", subfolder=name))
             )
         earlier = self.push_in_progress.jobs if busy else []
         self.push_in_progress = PushInProgress([*earlier, *jobs])  # type: ignore[arg-type]
 
-    def _push_later(self, folder: Path, patterns: Sequence[str], **options: Any) -> Future[Any]:
-        """Pushes some of a folder's files as they are now, in the background; says so if that fails."""
+    def _options(
+        self, message: str, token: str | None = None, revision: str | None = None, subfolder: str | None = None
+    ) -> PushOptions:
+        return PushOptions(
+            commit_message=message,
+            token=self.args.hub_token if token is None else token,
+            revision=self.args.hub_revision if revision is None else revision,
+            subfolder=subfolder,
+        )
+
+    def _push_later(
+        self, folder: Path, patterns: Sequence[str], replaces: Sequence[str], options: PushOptions
+    ) -> Future[Any]:
+        """Upload some of a folder's files in their present state, in the background; warn if the upload fails."""
         out = Path(str(self.args.output_dir)).absolute()
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.push-", dir=out.parent))
-        for path in matching_files(folder, patterns):  # the folder may go, or be written anew, meanwhile
+        for path in matching_files(folder, patterns):  # the folder may be deleted or rewritten meanwhile
             copied = stage / path.relative_to(folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path, copied)
-        options = {"token": self.args.hub_token, "revision": self.args.hub_revision, **options}
-        job = _API.run_as_future(push_folder, stage, self.hub_model_id, **options)
+        job = _API.run_as_future(push_folder, stage, self.hub_model_id, options, replaces=replaces)
 
         def done(job: Future[Any]) -> None:
             shutil.rmtree(stage, ignore_errors=True)
@@ -97,13 +107,13 @@ class PushesCheckpoints:
         **kwargs: Any,
     ) -> Any:
         """
-        Saves the editor to the output folder and uploads it. Arguments are the parent's.
+        Save the editor to the output folder and upload it. Arguments are those of `Trainer.push_to_hub`.
 
         Returns:
             `CommitInfo`, or with `blocking=False` a `Future` of one.
 
         Raises:
-            OSError: The Hub refused, or could not be reached. The editor is whole in the output folder.
+            OSError: The Hub refused the upload or could not be reached. The editor is whole in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -113,18 +123,14 @@ class PushesCheckpoints:
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        options: dict[str, Any] = {
-            "commit_message": commit_message or "End of training",
-            "token": token if token is not None else self.args.hub_token,
-            "revision": revision if revision is not None else self.args.hub_revision,
-            "replaces": files_like(WEIGHTS_NAME),
-        }
+        options = self._options(commit_message or "End of training", token, revision)
         folder = Path(str(self.args.output_dir))
         if blocking:
-            return push_folder(folder, str(self.hub_model_id), patterns=EDITOR_FILES, **options)
-        return self._push_later(folder, EDITOR_FILES, **options)
+            name = str(self.hub_model_id)
+            return push_folder(folder, name, options, patterns=EDITOR_FILES, replaces=_EDITOR_WEIGHTS)
+        return self._push_later(folder, EDITOR_FILES, _EDITOR_WEIGHTS, options)
 
-    def create_model_card(
+    def create_model_card(  # with the nine parameters of Trainer.create_model_card
         self,
         language: str | None = None,
         license: str | None = None,
@@ -137,8 +143,8 @@ class PushesCheckpoints:
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Adds language, license, tags and dataset to the metadata of the editor's own card, which saving has written.
-        The other arguments of the parent's, whose card is a base model's, go unused.
+        Add language, license, tags and dataset to the metadata of the editor's card, which saving has written. The
+        other arguments describe a base model's card and are not used.
         """
         path = Path(str(self.args.output_dir)) / CARD_NAME
         if not self.is_world_process_zero() or not path.is_file():

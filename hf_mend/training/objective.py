@@ -1,4 +1,4 @@
-"""The training loss as a module: what DDP, FSDP and DeepSpeed wrap, since their hooks act where a forward runs."""
+"""The training loss as a module, which DDP, FSDP and DeepSpeed can wrap: their hooks act in a module's forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .losses import EditingLoss, editing_loss
 
 class EditingObjective(nn.Module):
     """
-    Maps a batch of edits to the editor's training loss. The editor's parameters are the only ones with a gradient.
+    Map a batch of edits to the editor's training loss. Only the editor's parameters have a gradient.
 
     Args:
         model ([`EditableModel`]): The model whose editor is trained.
@@ -26,15 +26,15 @@ class EditingObjective(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The base model's configuration, which `Trainer` and DeepSpeed read."""
+        """Return the base model's configuration, which `Trainer` and DeepSpeed read."""
         return self.model.config
 
     def forward(self, edit_batch: EditBatch, **options: Any) -> EditingLoss:
         """
-        The loss of a batch.
+        Return the loss of a batch.
 
         Args:
-            edit_batch ([`EditBatch`]): The texts.
+            edit_batch ([`EditBatch`]): The batch.
             options: The other arguments of [`~hf_mend.training.losses.editing_loss`].
         """
         loss: EditingLoss = editing_loss(self.model.context, edit_batch, **options)

@@ -47,23 +47,23 @@ _LOGARITHMS = ("log_step", "log_ridge")
 
 class EditorTrainer(PushesCheckpoints, Trainer):
     """
-    Trains the editor of an [`EditableModel`]; the base model stays as it is. Logging, callbacks, mixed precision,
-    gradient accumulation, checkpoints, best-model selection and early stopping are the parent's.
+    Train the editor of an [`EditableModel`]; the base model stays unchanged. Logging, callbacks, mixed precision,
+    gradient accumulation, checkpoints, best-model selection and early stopping are those of `transformers.Trainer`.
 
     `evaluate` reports `eval_edit_success`, `eval_generality`, `eval_neighborhood`, `eval_unrelated` and their mean
-    `eval_score`, each over the edits of the evaluation data, made alone.
+    `eval_score` over single edits of the evaluation data.
 
     Args:
-        model ([`EditableModel`]): The model whose editor is trained; it has a tokenizer.
-        args ([`EditorTrainingArguments`]): How to train.
-        train_dataset (`Dataset` or list of [`EditRecord`], or [`TrainingExamples`]): The facts; or their draws, whose
-            own settings then stand in for what the arguments say about rows and forms.
-        eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): Facts to measure on.
+        model ([`EditableModel`]): The model whose editor is trained, with a tokenizer.
+        args ([`EditorTrainingArguments`]): The training arguments.
+        train_dataset (`Dataset` or list of [`EditRecord`], or [`TrainingExamples`]): The facts to train on; or their
+            draws, whose own settings then stand in for what the arguments say about rows and forms.
+        eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): The facts to evaluate on.
         questions (`Sequence[tuple[str, str]]`, *optional*): Unrelated questions and answers for the locality loss.
-        kwargs: What else `Trainer` takes.
+        kwargs: Other arguments of `Trainer`.
 
     Attributes:
-        model, editable_model ([`EditableModel`]): The model that was given. While `train` runs, `model` (and the
+        model, editable_model ([`EditableModel`]): The given model. While `train` runs, `model` (and the
             `model` that callbacks get) is the [`~hf_mend.training.objective.EditingObjective`] around it.
 
     Raises:
@@ -120,8 +120,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self._parts: dict[str, list[float]] = {}
         self._started = time.perf_counter()
         self._first_step = 0
-        self._measured: dict[int, dict[str, dict[str, float]]] = {}  # by the step whose weights were measured
-        self._step_of_weights: int | None = None  # another than the last step, after the best ones were loaded
+        self._measured: dict[int, dict[str, dict[str, float]]] = {}  # step of the measured weights -> metrics
+        self._step_of_weights: int | None = None  # differs from the last step if the best weights were loaded
         if examples is not None:
             self.add_callback(_EpochCallback(examples))
 
@@ -129,11 +129,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Trains, after setting the editor's statistics if it has none yet. Arguments are the parent's.
+        Train the editor, after setting its statistics if it has none yet. Arguments are those of `Trainer.train`.
 
         Raises:
             ValueError: The model carries edits, or a text of the training or evaluation data is empty or too long for
-                it; the message names it.
+                the model; the message names the text.
         """
         self._check_unedited("train")
         if self.examples is not None:
@@ -149,13 +149,13 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
                 if self.args.process_index == 0:
-                    # An epoch draws about half of a record's texts; no other is computed.
+                    # An epoch draws about half of a record's texts; the states of the others are not needed.
                     encoder, longest = model.encoder, longest_input(model.config)
                     drawn = self.examples.queries(self._epochs(len(self.examples)))
                     queries = (encoder.shortened(query, longest) for query in drawn)
                     cache.fill(encoder, queries, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
-        if model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
+        if model.editor_config.base_fingerprint is None:  # later its weights may be sharded over processes
             model.editor_config.base_fingerprint = fingerprint_of(model.base_model, model.targets)
         self._started = time.perf_counter()
         self._step_of_weights, self._first_step = None, 0
@@ -168,8 +168,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
     @contextmanager
     def _on_objective(self) -> Iterator[None]:
         """
-        Within the context, what the parent wraps and optimises is the objective: gradients are exchanged between
-        processes where a wrapper's forward runs. It stays wrapped for the next training.
+        Within the context, let the parent wrap and optimise the objective, since gradients are exchanged between
+        processes where a wrapper's forward runs. The objective stays wrapped for the next training.
         """
         own = self.model, self.model_wrapped
         self.model, self.model_wrapped = self._objective
@@ -193,16 +193,16 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             )
 
     def _epochs(self, facts: int) -> int:
-        """How many epochs the training goes through, the last one maybe not to its end."""
+        """Return the number of epochs of the training; the last may be incomplete."""
         if self.args.max_steps <= 0:
             return math.ceil(self.args.num_train_epochs)
-        each = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return math.ceil(self.args.max_steps * each / facts)
+        facts_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(self.args.max_steps * facts_per_step / facts)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The editing loss of a batch of different facts."""
+        """Return the editing loss of a batch of different facts."""
         weights = {kind: getattr(self.args, f"{kind}_weight") for kind in LOCAL_KINDS}
         doublings = max(1, self.args.group_size).bit_length()
         result = model(
@@ -219,7 +219,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         return (result.loss, result) if return_outputs else result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the parts of the loss beside it."""
+        """Log the values, with the parts of the loss beside it."""
         if "loss" in logs:
             for name, values in self._parts.items():
                 if values:
@@ -228,7 +228,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adam with its own learning rate for the edit steps; an optimizer given to the trainer goes first."""
+        """Make an optimizer with a separate learning rate for edit steps and ridges, if none was given."""
         if self.optimizer is None:
             trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
@@ -240,11 +240,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         return self.optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: an edit's cost depends on where its lowest layer is."""
+        """Return 0: operations are not counted, since an edit's cost depends on the position of its lowest layer."""
         return 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """The next batches; the parent would look for labels in them, to count items that this loss does not need."""
+        """Return the next batches, without the parent's count of labels, which this loss does not need."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -256,10 +256,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """
-        Edits each record of the evaluation data alone and measures it.
+        Edit each record of the evaluation data alone and measure it.
 
         Returns:
-            `dict[str, float]`: See [`~hf_mend.evaluation.metrics.summarize`]; keys carry the prefix.
+            `dict[str, float]`: The metrics of [`~hf_mend.evaluation.metrics.summarize`], with the prefix in their
+            names.
 
         Raises:
             ValueError: There is no evaluation data, a text of it is empty or too long for the model, or the model
@@ -290,14 +291,14 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         return metrics
 
     def _check_unedited(self, what: str) -> None:
-        """The base with edits in it is another base than the one whose editor this is."""
+        """Check that the model carries no edits: the editor belongs to the un-edited base."""
         if edits := self.editable_model.edits:
             raise ValueError(
                 f"the model carries {len(edits)} edits, and {what} is about the base without any; undo them first"
             )
 
     def _check_texts(self, records: Sequence[EditRecord], questions: Sequence[tuple[str, str]] = ()) -> None:
-        """A text that the model cannot read would end the training wherever it is first drawn."""
+        """Check all texts in advance; an invalid one would end the training when it is first drawn."""
         encoder, longest = self.editable_model.encoder, longest_input(self.editable_model.config)
         check_targets(records, encoder, longest)
         check_asked(self.editable_model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
@@ -311,7 +312,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         return self.state.global_step if self._step_of_weights is None else self._step_of_weights
 
     def _note_for_card(self) -> None:
-        """Hands the model what its card says of this training, and what was measured with these weights."""
+        """Set the model's card notes: the facts of this training, and the measurements of its present weights."""
         notes: CardNotes = self.editable_model.card_notes
         notes.measured = self._measured.get(self._card_step, {})
         if self.state.global_step:
@@ -320,7 +321,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             notes.history = self.state.log_history
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the editor. All processes have to call this: they may share the editor out, and one of them writes."""
+        """Save the editor. All processes must call this, since it may be sharded; one of them writes."""
         state_dict = whole_state(self.editable_model.editor)
         if self.args.should_save:
             self._save(output_dir, state_dict)
@@ -345,7 +346,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the examples which epoch's draws to make."""
+    """Set the epoch of the examples, which determines their draws."""
 
     def __init__(self, examples: TrainingExamples):
         self.examples = examples
@@ -360,14 +361,14 @@ def training_facts(
     args: EditorTrainingArguments, step: int, first_step: int, seconds: float, examples: TrainingExamples | None
 ) -> dict[str, str]:
     """
-    What a card says of a training.
+    Return the facts about a training for the model card.
 
     Args:
-        args ([`EditorTrainingArguments`]): Its arguments.
-        step (`int`): The step whose weights the editor has.
-        first_step (`int`): The step that this process began from.
-        seconds (`float`): What it has taken.
-        examples ([`TrainingExamples`], *optional*): Its facts.
+        args ([`EditorTrainingArguments`]): The training arguments.
+        step (`int`): The step of the editor's weights.
+        first_step (`int`): The step at which this process began.
+        seconds (`float`): The duration of the training.
+        examples ([`TrainingExamples`], *optional*): The training examples.
     """
     began = f", from step {first_step} on" if first_step else ""
     return {

@@ -156,15 +156,15 @@ def test_an_edit_made_with_others_is_undone_alone(tokenizer):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
-@pytest.mark.parametrize("edits_together", [1, 4, 8])
-def test_metrics_of_joined_edits(tokenizer, edits_together):
+@pytest.mark.parametrize("group_size", [1, 4, 8])
+def test_metrics_of_joined_edits(tokenizer, group_size):
     model = perturbed(tokenizer)
     measured = evaluate_records(
-        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=4, edits_together=edits_together,
+        model.split, model.targets, model.editor, model.encoder, RECORDS, batch_size=4, group_size=group_size,
         progress=False,
     )  # fmt: skip
-    for start in range(0, len(RECORDS), edits_together):
-        group = RECORDS[start : start + edits_together]
+    for start in range(0, len(RECORDS), group_size):
+        group = RECORDS[start : start + group_size]
         updates = joint_by_hand(model, group)
         base = build_model("llama")
         changed = build_model("llama")

@@ -361,6 +361,14 @@ def test_an_encoder_decoder_is_evaluated_without_perplexity(tokenizer):
         choose_metrics(["perplexity"], RECORDS, model)
 
 
+def test_the_earlier_name_of_group_size(model):
+    parts = (model.split, model.targets, model.editor, model.encoder, RECORDS[:4])
+    expected = evaluate_records(*parts, max_steps=1, group_size=2, progress=False)
+    with pytest.warns(FutureWarning, match="evaluate_records: edits_together is now called group_size"):
+        assert evaluate_records(*parts, max_steps=1, edits_together=2, progress=False) == expected
+    assert expected != evaluate_records(*parts, max_steps=1, progress=False)
+
+
 def test_metrics_are_chosen_by_the_data():
     assert choose_metrics(None, RECORDS) == [
         "success", "generality", "neighborhood", "unrelated", "drawdown", "exact_match", "perplexity"

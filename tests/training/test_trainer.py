@@ -343,20 +343,20 @@ def test_a_model_that_carries_edits_is_neither_trained_nor_measured(tokenizer, t
 # ---- metrics ----
 
 
-@pytest.mark.parametrize(("architecture", "edits_together"), [("llama", 1), ("t5", 1), ("llama", 3)])
-def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
+@pytest.mark.parametrize(("architecture", "group_size"), [("llama", 1), ("t5", 1), ("llama", 3)])
+def test_metrics_are_those_of_weights_changed_by_hand(tokenizer, architecture, group_size):
     model = fresh(tokenizer, architecture)
     calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
     model.editor.scale_steps(4.0)
     encoder = model.encoder
     measured = evaluate_records(
-        model.split, model.targets, model.editor, encoder, RECORDS, batch_size=3, edits_together=edits_together,
+        model.split, model.targets, model.editor, encoder, RECORDS, batch_size=3, group_size=group_size,
         generate=True, progress=False,
     )  # fmt: skip
     for i, (record, got) in enumerate(zip(RECORDS, measured, strict=True)):
         changed = copy.deepcopy(model.base_model)
-        start = i - i % edits_together
-        for other in RECORDS[start : start + edits_together]:
+        start = i - i % group_size
+        for other in RECORDS[start : start + group_size]:
             rows = encoder([Query(other.prompt, other.target)])
             factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens)
             with torch.no_grad():

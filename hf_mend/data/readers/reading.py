@@ -51,7 +51,7 @@ class EditsOnDisk(Dataset[EditRecord]):
         return (self[i] for i in range(len(self)))
 
 
-def read_edits(
+def read_edits(  # its nine parameters are public
     path: str | Path,
     format: str | None = None,
     *,
