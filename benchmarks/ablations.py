@@ -1,11 +1,11 @@
 """
-The MEND paper's ablations (Mitchell et al. 2022, section 5.4), each by EditorConfig alone: trained and measured.
+Train and measure the MEND paper's ablations (Mitchell et al. 2022, section 5.4), each by EditorConfig alone.
 
     python benchmarks/ablations.py --data DIR --steps 400
 
 `DIR` (or HF_MEND_DATA) holds facts_train.json, facts_test.json, nq_open_train.jsonl and nq_open_test.jsonl. All
 variants see the same facts in the same order, from the same hidden states, which are computed once. Variants that the
-JSON holds already are not trained again. `--paper` takes the paper's layers and leaves out the whitening, which is not
+JSON has already are not trained again. `--paper` takes the paper's layers and leaves out the whitening, which is not
 the paper's; `--option name=value` sets any field of EditorConfig for all variants.
 """
 

@@ -1,5 +1,5 @@
 """
-Edits models past 10 billion parameters from disk: memory and time against one forward pass, and what larger ones need.
+Edit models past 10 billion parameters from disk: memory and time against one forward pass, and what larger ones need.
 
     python benchmarks/large.py --folder DIR --shape llama-13b --shape t5-xxl
 
@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from hf_mend import EditorConfig, get_editable_model
-from hf_mend.bases.targets import block_stacks, find_targets
+from hf_mend.bases.targets import block_lists, find_targets
 from hf_mend.data.encoding import Query
 
 
@@ -129,9 +129,9 @@ def shards(model: nn.Module, limit: int) -> Iterator[dict[str, torch.Tensor]]:
 def load_on_disk(shape: str, folder: Path) -> Any:
     """The model with every block on disk, and what is around the blocks in memory."""
     model = empty_model(shape)
-    stacks = block_stacks(model)
-    blocks = {f"{stack.name}.{i}": "disk" for stack in stacks for i in range(len(stack.blocks))}
-    inside = tuple(f"{stack.name}." for stack in stacks)
+    lists = block_lists(model)
+    blocks = {f"{block_list.name}.{i}": "disk" for block_list in lists for i in range(len(block_list.blocks))}
+    inside = tuple(f"{block_list.name}." for block_list in lists)
     others = {name.rpartition(".")[0]: "cpu" for name, _ in model.named_parameters() if not name.startswith(inside)}
     others |= {name.rpartition(".")[0]: "cpu" for name, _ in model.named_buffers() if not name.startswith(inside)}
     auto: Any = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
@@ -248,15 +248,15 @@ def formula(shape: str, rank: int, tokens: int = 15, choice: str = "paper") -> d
         for (d_in, d_out), layers in groups.items()
         for w in [d_in + d_out]
     )
-    stacks = block_stacks(model)
-    block = max(bytes_of(block) for stack in stacks for block in stack.blocks)
-    around = bytes_of(model) - sum(bytes_of(block) for stack in stacks for block in stack.blocks)
-    first = min((t.stack != "encoder", t.block) for t in targets)
+    lists = block_lists(model)
+    block = max(bytes_of(block) for block_list in lists for block in block_list.blocks)
+    around = bytes_of(model) - sum(bytes_of(block) for block_list in lists for block in block_list.blocks)
+    first = min((t.side != "encoder", t.block) for t in targets)
     above = sum(
         bytes_of(block)
-        for stack in stacks
-        for index, block in enumerate(stack.blocks)
-        if (stack.kind != "encoder", index) >= first
+        for block_list in lists
+        for index, block in enumerate(block_list.blocks)
+        if (block_list.kind != "encoder", index) >= first
     )
     f = above / bytes_of(model)
     return {

@@ -1,5 +1,5 @@
 """
-How well a model carries many edits: each method with 1, 10, 100 and 1,000 edits, made in one call or in calls of ten.
+Measure how well a model carries 1, 10, 100 and 1,000 edits, made in one call or in calls of ten, by each method.
 
     python benchmarks/many_edits.py --data DIR
 
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from common import DATA, config_options, load_base, parse_with_data
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
+from hf_mend.config import config_class
 from hf_mend.demo.smollm2 import SMOLLM2_ID
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.evaluation.scores import held_out_passages, perplexity
@@ -35,11 +36,11 @@ EDITOR = "model_cards/smollm2-135m-instruct-mend"
 
 
 def measure_state(
-    model: EditableModel, records: Sequence[EditRecord], count: int, in_calls_of: int | None, arguments: Any
+    model: EditableModel, records: Sequence[EditRecord], count: int, edits_per_call: int | None, arguments: Any
 ) -> dict[str, float]:
     """A state as the JSON keeps it; the metrics are those of `hf-mend eval`."""
     (state,) = evaluate(
-        model, records, edits=(count,), in_calls_of=in_calls_of, limit=arguments.measured, seed=arguments.seed,
+        model, records, edits=(count,), edits_per_call=edits_per_call, limit=arguments.measured, seed=arguments.seed,
         metrics=("success", "generality", "neighborhood", "unrelated", "perplexity"), batch_size=20,
     )  # fmt: skip
     means = {kind: state.metrics[name] for kind, name in zip(KINDS, NAMES, strict=True)}
@@ -60,7 +61,9 @@ def load(
     if method == "gradient" and not options:
         model = EditableModel(base, tokenizer=tokenizer)
     else:
-        model = EditableModel(base, EditorConfig(method=method, **options), tokenizer)
+        names = {item.name for item in fields(config_class(method))}
+        own = {name: value for name, value in options.items() if name in names}
+        model = EditableModel(base, EditorConfig(method=method, **own), tokenizer)
     if texts:
         model.observe(texts)
     return model
@@ -72,7 +75,7 @@ def table(states: dict[str, dict[str, Any]], before: float) -> str:
     lines = ["| method | edits | calls | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for state in states.values():
         cells = [f"{state[name]:.{'3f' if name in KINDS else '3g'}}" if name in state else "" for name in names]
-        calls = f"of {state['in_calls_of']}" if state["in_calls_of"] else "one"
+        calls = f"of {state['edits_per_call']}" if state["edits_per_call"] else "one"
         lines.append(f"| {state['method']} | {state['count']} | {calls} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Perplexity without edits: {before:.3g}.", ""])
 
@@ -85,14 +88,14 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 4.2), sharey=True)
-    series = list(dict.fromkeys((s["method"], bool(s["in_calls_of"])) for s in states.values()))
+    series = list(dict.fromkeys((s["method"], bool(s["edits_per_call"])) for s in states.values()))
     for panel, kind in zip(panels, KINDS, strict=True):
         panel.set_prop_cycle(color=series_colors())
         for method, sequential in series:
             points = sorted(
                 (s["count"], s[kind])
                 for s in states.values()
-                if (s["method"], bool(s["in_calls_of"])) == (method, sequential)
+                if (s["method"], bool(s["edits_per_call"])) == (method, sequential)
             )
             label = f"{method}, calls of 10" if sequential else method
             panel.plot(*zip(*points, strict=True), marker="o", linestyle="--" if sequential else "-", label=label)
@@ -109,7 +112,12 @@ def main() -> None:
     parser.add_argument("--facts", default="facts_test.json", help="settings are chosen on facts_validation.json")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/many_edits"), help="without suffix")
     parser.add_argument("--methods", default=f"mend={EDITOR},gradient=gradient", help="name=folder or method, ...")
-    parser.add_argument("--option", action="append", default=[], help="EditorConfig's name=value (JSON), repeatable")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        help="EditorConfig's name=value (JSON), for the methods that have it; repeatable",
+    )
     parser.add_argument("--counts", default="1,10,100,1000", help="edits in one call")
     parser.add_argument("--sequential", default="10,100,1000", help="edits in calls of --call")
     parser.add_argument("--call", type=int, default=10)
@@ -138,10 +146,10 @@ def main() -> None:
             continue
         model = load(method, tokenizer, base, options, texts)
         kept["perplexity_before"] = perplexity(model, held_out_passages(model))
-        for count, in_calls_of in missing:
-            state = measure_state(model, records, count, in_calls_of, arguments)
-            name = f"{title}/{count}/{in_calls_of}"
-            states[name] = {"method": title, "count": count, "in_calls_of": in_calls_of, **state}
+        for count, edits_per_call in missing:
+            state = measure_state(model, records, count, edits_per_call, arguments)
+            name = f"{title}/{count}/{edits_per_call}"
+            states[name] = {"method": title, "count": count, "edits_per_call": edits_per_call, **state}
             print(name, {key: round(value, 3) for key, value in state.items()}, flush=True)
             kept |= {
                 "base_model": SMOLLM2_ID,

@@ -1,5 +1,5 @@
 """
-Trains a MEND editor for SmolLM2-135M-Instruct, measures it on the test facts and writes the table.
+Train a MEND editor for SmolLM2-135M-Instruct, measure it on the test facts and write the table.
 
     python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output model_cards/smollm2-135m-instruct-mend
 
@@ -57,8 +57,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unrelated-weight", type=float, default=20.0)
     parser.add_argument("--general-rows", type=int, default=1)
     parser.add_argument("--neighborhood-rows", type=int, default=2)
-    parser.add_argument("--edits-together", type=int, default=1, help="train on up to this many edits at once")
-    parser.add_argument("--edits-at-once", type=int, help="edits a step whose texts are in memory at a time")
+    parser.add_argument(
+        "--group-size", "--edits-together", type=int, default=1, help="train on up to this many edits at once"
+    )
+    parser.add_argument(
+        "--micro-batch-size", "--edits-at-once", type=int, help="edits a step whose texts are in memory at a time"
+    )
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--limit", type=int, help="measure on this many test facts only")
     parser.add_argument("--target-modules", default="default", help="as EditorConfig takes it, or a comma list")
@@ -98,8 +102,8 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
                 unrelated_weight=arguments.unrelated_weight,
                 general_rows=arguments.general_rows,
                 neighborhood_rows=arguments.neighborhood_rows,
-                edits_together=arguments.edits_together,
-                edits_at_once=arguments.edits_at_once,
+                group_size=arguments.group_size,
+                micro_batch_size=arguments.micro_batch_size,
                 bf16=arguments.bf16,
                 use_cpu=DEVICE.type == "cpu",  # without saying so, no bfloat16 there
                 lr_scheduler_type="linear",

@@ -1,6 +1,5 @@
 """
-An editor for an encoder-decoder model that knows facts: trains a small T5 as a closed-book question answerer, then a
-MEND editor for it, measures both and writes the table.
+Train a small T5 as a closed-book question answerer, then a MEND editor for it, measure both and write the table.
 
     python benchmarks/seq2seq.py --data DIR --folder BUILD --output model_cards/t5-closed-book-mend
 

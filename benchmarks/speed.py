@@ -1,5 +1,5 @@
 """
-The paper's procedure and this library's, on the same model, facts and layers, in one run: prints ratios, writes JSON.
+Compare the paper's procedure and this library's on the same model, facts and layers; print ratios and write JSON.
 
     python benchmarks/speed.py --data DIR
 
@@ -35,12 +35,13 @@ from hf_mend import (
     read_questions,
 )
 from hf_mend.bases.gradients import kl_divergence, row_means
-from hf_mend.bases.targets import block_stacks, lowest_block
+from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query, length_batches
 from hf_mend.hub.cards import machine
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditBatch, EditCollator, TrainingExample, TrainingExamples
 from hf_mend.training.losses import target_nll
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -118,7 +119,7 @@ def papers_training_step(model: EditableModel, batch: EditBatch) -> None:
 
 
 def our_training_step(model: EditableModel, batch: EditBatch, cache: HiddenStateCache | None = None) -> None:
-    model(edit_batch=batch, run_below=cache).loss.backward()
+    EditingObjective(model)(batch, run_below=cache).loss.backward()
     model.editor.zero_grad(set_to_none=True)
 
 
@@ -215,7 +216,7 @@ def edit_figures(
     rows = model.encoder([Query(record.prompt, record.target)]).to(model.device)
     figures: dict[str, float] = {"tokens": rows.inputs["input_ids"].numel()}
     kind, lowest = lowest_block(model.targets)
-    depth = len(next(stack for stack in block_stacks(model.base_model) if stack.kind == kind).blocks)
+    depth = len(next(one for one in block_lists(model.base_model) if one.kind == kind).blocks)
     figures["f"] = (depth - lowest) / depth
 
     def forward() -> None:

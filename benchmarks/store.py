@@ -1,5 +1,5 @@
 """
-The edit store and the cost of many edits: `python benchmarks/store.py`.
+Measure the edit store and the cost of many edits: `python benchmarks/store.py`.
 
 Appends and loads a file of edits of SmolLM2-135M-Instruct's width (three layers, rank 15, random factors), runs the
 model under a growing number of them, takes the memory that 1,000 need, and compresses real edits, made by the shipped
@@ -28,7 +28,7 @@ from hf_mend.bases.fingerprint import fingerprint_of
 from hf_mend.bases.split import logits_of
 from hf_mend.data.encoding import Query
 from hf_mend.demo.smollm2 import load_smollm2
-from hf_mend.editing.joint import ask
+from hf_mend.editing.scoring import score_targets
 
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def compress_figures(count: int) -> tuple[dict[str, float], dict[str, dict[str, 
 
     def said() -> float:
         with torch.no_grad():
-            right = ask(rows, logits_of(model.split, rows, model.split.run_below(rows.inputs))).right
+            right = score_targets(rows, logits_of(model.split, rows, model.split.run_below(rows.inputs))).correct
         return sum(map(all, right)) / len(right)
 
     whole: dict[str, float] = {"edits": len(model.edits), "targets said": said()}

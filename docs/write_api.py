@@ -32,6 +32,22 @@ FURTHER = {
     ],
     "evaluation.generation": ["answer", "probability"],
     "auto": ["load_model", "load_base"],
+    "config": ["option"],
+    "methods": [
+        "MendConfig",
+        "MalmenConfig",
+        "KnowledgeEditorConfig",
+        "EditableNetworkConfig",
+        "WhitenedGradientConfig",
+        "UltraEditConfig",
+        "MemitConfig",
+        "RomeConfig",
+        "FineTuningConfig",
+        "FineTuningWithPenaltyConfig",
+        "BoundedFineTuningConfig",
+        "LoraPerEditConfig",
+        "IterativeConfig",
+    ],
     "demo.smollm2": ["load_smollm2"],
     "hub.cards": ["CardNotes", "update_card", "set_metadata"],
 }
@@ -62,7 +78,8 @@ def section(thing: Any, name: str) -> str:
     if "__init__" in vars(thing) and not dataclasses.is_dataclass(thing):
         parts.append(signature(thing.__init__, thing.__name__))
     parts.append(prose(thing))
-    parts.append(fields(thing))
+    if "Args:" not in (thing.__doc__ or ""):
+        parts.append(fields(thing))
     for method_name, method in methods(thing):
         kind = "property" if isinstance(method, property) else ""
         function = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
@@ -74,10 +91,14 @@ def section(thing: Any, name: str) -> str:
 
 
 def methods(thing: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that this package defines, in the order of the source."""
+    """
+    Public methods and properties that this package defines, in the order of the source; those that come from a class
+    with a section of its own stand there.
+    """
     seen = set()
+    elsewhere = [getattr(hf_mend, name) for name in hf_mend.__all__]
     for owner in thing.__mro__:
-        if not owner.__module__.startswith("hf_mend"):
+        if not owner.__module__.startswith("hf_mend") or (owner in elsewhere and owner is not thing):
             continue
         for name, value in vars(owner).items():
             shown = inspect.isroutine(value) or isinstance(value, (property, classmethod, staticmethod))
@@ -124,7 +145,7 @@ def fields(thing: type) -> str:
     rows = [
         f"| `{item.name}` | `{default(item)}` | {item.metadata['help'].replace('|', chr(92) + '|')} |"
         for item in dataclasses.fields(thing)
-        if "help" in item.metadata and item.name in vars(thing)["__annotations__"]
+        if "help" in item.metadata and item.name in inspect.get_annotations(thing)
     ]
     return "\n".join(["| field | default | |", "|---|---|---|", *rows, ""]) if rows else ""
 

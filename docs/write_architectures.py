@@ -18,9 +18,9 @@ HEADER = """\
 # Architectures
 
 Each of these is tested end to end on a tiny random model (`tests/bases/test_architectures.py`): the factors are
-autograd's weight gradient, a pass from the kept hidden state is the whole pass, an edit changes the target's
-probability, undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights give the
-same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
+autograd's weight gradient, a pass from the kept hidden state gives the full pass's logits, an edit changes the
+target's probability, an undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights
+give the same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
 
 This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
 
@@ -30,8 +30,8 @@ This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
 
 FOOTER = """
 mixtral, qwen3_moe and gpt_oss hold their experts as 3-D parameters, which are not linear layers: attention's
-output projection is edited instead. Of deepseek_v3, the dense blocks and the shared experts are; PEFT takes the
-names of those for the fused experts', so a LoRA adapter of them cannot be loaded there, and `save_lora` warns.
+output projection is edited instead. In deepseek_v3, the dense blocks and the shared experts are edited. PEFT takes
+the shared experts' names for the fused experts', so it cannot load a LoRA adapter of them, and `save_lora` warns.
 """
 
 

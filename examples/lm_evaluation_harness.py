@@ -1,13 +1,13 @@
 """
-What edits do to tasks of lm-evaluation-harness: the same tasks before the edits, with them, and once they are undone.
+Measure what edits do to tasks of lm-evaluation-harness: before the edits, with them, and after they are undone.
 
     pip install -e '.[harness]'
     python examples/lm_evaluation_harness.py                                # three facts in examples/data, offline
     python examples/lm_evaluation_harness.py --tasks arc_easy,piqa --limit 200    # the harness downloads these
 
-The harness takes the edited model as it is, `HFLM(pretrained=model)`. The small tasks are written as a user's own are,
-a YAML file and JSON lines; the right answer of `edited` and `reworded` is the edits' new one, of `neighbours` the true
-one.
+The harness takes the edited model as it is, `HFLM(pretrained=model)`. The script writes three small tasks as a user
+would, a YAML file and JSON lines each. The correct answer of `edited` and `reworded` is the edit's target, and that of
+`neighbours` the true one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def write_tasks(facts: Sequence[EditRecord], folder: Path) -> list[str]:
-    """Tasks about some facts; their names."""
+    """Write tasks about some facts and return the tasks' names."""
     rows: dict[str, list[dict[str, object]]] = {"edited": [], "reworded": [], "neighbours": []}
     for fact in facts:
         new, true = fact.target, fact.ground_truth
@@ -60,7 +60,7 @@ def write_tasks(facts: Sequence[EditRecord], folder: Path) -> list[str]:
 
 
 def measure(model: EditableModel, tasks: list[str], manager: TaskManager, limit: int | None) -> dict[str, float]:
-    """Task -> accuracy of the model with the edits that it carries."""
+    """Return each task's accuracy under the edits that the model carries."""
     harness = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=8)
     found = simple_evaluate(harness, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)["results"]
     return {task: found[task]["acc,none"] for task in tasks}

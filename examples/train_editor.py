@@ -1,5 +1,5 @@
 """
-Trains an editor for your own model on the facts in examples/data, measures it, and saves it.
+Train an editor for your own model on the facts in examples/data, measure it, and save it.
 
     python examples/train_editor.py --output my-editor                      # SmolLM2-135M-Instruct, offline
     python examples/train_editor.py --base-model gpt2 --output my-editor    # any causal or seq2seq model of the Hub

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from .edits.compression import Compression
     from .edits.edit import Edit
     from .edits.store import EditStore
+    from .evaluation.evaluate import evaluate
     from .evaluation.metrics import evaluate_records, summarize
+    from .methods import register_method
     from .model import EditableModel, get_editable_model
+    from .training.arguments import EditorTrainingArguments
     from .training.cache import HiddenStateCache
-    from .training.trainer import EditorTrainer, EditorTrainingArguments
+    from .training.trainer import EditorTrainer
 
 
 __version__ = "0.1.0"
@@ -38,11 +41,13 @@ __all__ = [
     "EditorTrainingArguments",
     "Edits",
     "HiddenStateCache",
+    "evaluate",
     "evaluate_records",
     "get_editable_model",
     "read_counterfact",
     "read_edits",
     "read_questions",
+    "register_method",
     "summarize",
     "write_edits",
 ]
@@ -59,10 +64,13 @@ _MODULES = {
     "edits.compression": ["Compression"],
     "edits.edit": ["Edit"],
     "edits.store": ["EditStore"],
+    "evaluation.evaluate": ["evaluate"],
     "evaluation.metrics": ["evaluate_records", "summarize"],
+    "methods": ["register_method"],
     "model": ["EditableModel", "get_editable_model"],
+    "training.arguments": ["EditorTrainingArguments"],
     "training.cache": ["HiddenStateCache"],
-    "training.trainer": ["EditorTrainer", "EditorTrainingArguments"],
+    "training.trainer": ["EditorTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -17,8 +17,8 @@ from transformers import (
 
 from .config import CONFIG_NAME, EditorConfig
 from .demo.smollm2 import SMOLLM2_ID, is_packaged, load_smollm2
-from .edits.edits_file import edits_from_tensors
-from .hub.files import EDITS_NAME, read_json_object, read_tensors
+from .edits.edits_file import read_edits_file
+from .hub.files import EDITS_NAME
 from .hub.transfer import check_is_repository, commit_of, find_files
 from .model import EditableModel
 
@@ -140,11 +140,11 @@ def load_edited(edits: str, base_model: str | None = None, **options: Any) -> Ed
         ValueError: The edits are damaged or do not fit the model.
     """
     path = find_files(edits, [EDITS_NAME])[EDITS_NAME]
-    tensors, metadata = read_tensors(path)
-    layers = {name for edit in edits_from_tensors(tensors, metadata, path) for name in edit.updates}
-    fingerprint = read_json_object(metadata.get("base_fingerprint", "{}"), path)
+    saved, fingerprint = read_edits_file(path)
+    layers = {name for edit in saved for name in edit.updates}
     base, tokenizer = load_base(base_model, **options)
-    config = EditorConfig(target_modules=sorted({*fingerprint.get("layers", {}), *layers}), rank=1, whiten=False)
+    layers |= (fingerprint or {}).get("layers", {}).keys()
+    config = EditorConfig(target_modules=sorted(layers), rank=1, whiten=False)
     model = EditableModel(base, config, tokenizer)
     model.load_edits(path.parent)
     return model

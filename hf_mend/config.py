@@ -1,43 +1,128 @@
-"""The configuration of an editor: what it edits, how it maps gradients to edits, and which base it was made for."""
+"""The configuration of an editor: what it edits, by which method, and which base model it was made for."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from importlib import import_module
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .hub.files import read_json_file, shortened
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 CONFIG_NAME = "editor_config.json"
-# Bounds of what a configuration may hold: characters of a string, entries of a list.
+# Bounds of what a configuration may hold: characters of a string, entries of a list, and numbers without bounds of
+# their own.
 _LONGEST = 2000
 _MOST = 10_000
-# Options that only the methods that take many steps look at.
-STEP_OPTIONS = ("num_steps", "stop_loss", "kl_weight", "kl_texts", "norm_bound", "lora_alpha", "seed")
-_TAKE_MANY_STEPS = frozenset({"ft", "ft-kl", "ft-l", "lora", "rome", "memit"})
-# What a field is for a method where the user does not say; benchmarks/results/settings.md has the figures.
-_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ft": {"edit_lr": 1e-4},
-    "ft-kl": {"edit_lr": 1e-4},
-    "ft-l": {"edit_lr": 1e-4},
-    "lora": {"edit_lr": 1e-3, "rank": 8},
-    "rome": {"edit_lr": 0.1, "whiten_ridge": 0.01, "whiten_rank": 512},
-    "ultraedit": {"edit_lr": 1e-4},
-    "memit": {"edit_lr": 0.05, "whiten_ridge": 0.01, "whiten_rank": 512, "ridge": 30.0, "margin": 1.25},
-}
-_DEFAULTS = {"edit_lr": 1e-3, "rank": 256, "whiten_ridge": 0.1, "whiten_rank": 128, "ridge": 1.0, "margin": 2.0}
-TRANSFORMS = ("both", "both_separate", "x", "delta", "smaller")
+_LARGEST_INT, _LARGEST_FLOAT = 2**32 - 1, 1e6
+# What the files of 0.1.0 hold for every method, whether it has such an option or not.
+_OPTIONS_OF_0_1_0 = frozenset(
+    ("rank", "num_hidden_layers", "transform", "normalize", "whiten", "whiten_ridge", "whiten_rank", "init", "shared")
+    + (
+        "edit_lr",
+        "num_steps",
+        "stop_loss",
+        "kl_weight",
+        "kl_texts",
+        "norm_bound",
+        "lora_alpha",
+        "seed",
+        "ridge",
+        "margin",
+    )
+)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """
+    Declares an option of a method in its configuration, together with the values that it may have: a configuration
+    that comes from the Hub is checked against them. `None` stands for the default.
+
+    Args:
+        default (`bool`, `int`, `float` or `str`): The default. Its type is the option's; a float may be given as an
+            integer.
+        help (`str`): What the option is for.
+        least (`float`, *optional*): The smallest value. Without it an integer must not be negative, and a float must
+            be positive.
+        most (`float`, *optional*): The largest value: 2**32 - 1 for an integer and a million for a float if left out.
+        choices (`Sequence[str]`, *optional*): All values of a string that is one of a few.
+
+    Returns:
+        A dataclass field.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": tuple(choices)})
+
+
+class _ConfigType(type):
+    """
+    Makes `EditorConfig(method="memit", num_steps=20)` a `MemitConfig`. It acts on calls alone, so that `copy` and
+    `pickle` do what they do with any dataclass.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **options: Any) -> EditorConfig:
+            method = args[0] if args else options.pop("method", MISSING)
+            method, kind = _method_and_class(cls, method)
+            names = {item.name for item in fields(kind)}
+            if "r" in options and "rank" in names - {"r"}:  # PEFT's name
+                if "rank" in options:
+                    raise ValueError("r and rank are two names of one option; give one of them")
+                options["rank"] = options.pop("r")
+            for name in options:
+                if name not in names:
+                    raise ValueError(_no_such_option(method, kind, name))
+            return type.__call__(kind, method, *args[1:], **options)
 
 
 @dataclass
-class EditorConfig:
+class EditorConfig(metaclass=_ConfigType):
     """
-    What an editor is. Field names are PEFT's where PEFT has one.
+    The configuration of an editor. Field names are PEFT's where PEFT has one.
 
-    The paper is Mitchell et al. 2022, "Fast Model Editing at Scale" (MEND). Where a default differs from the paper's
-    choice, the help text says so, and benchmarks/ has the measurement.
+    A method's own options are fields of its own class, which stands in the method's file:
+    [`~hf_mend.methods.MendConfig`], [`~hf_mend.methods.MemitConfig`] and so on. `EditorConfig(method=...)` takes these
+    options too and returns an object of that class. `r` is understood for `rank`.
+
+    Args:
+        method (`str`, defaults to `"mend"`): The name under which the method is registered.
+        task_type (`str`, *optional*): `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`; found from the base model if `None`.
+        base_model_name_or_path (`str`, *optional*): The base model that the editor was made for.
+        revision (`str`, *optional*): The base model's revision.
+        target_modules (`str` or `list[str]`, defaults to `"default"`): The layers to edit: `"default"` (what measured
+            best for the method, by fraction of depth), `"paper"` (all MLP weights of the last three blocks, or of the
+            last two of encoder and decoder), a regular expression for whole names, or a list of names or last parts
+            of names.
+        layers_to_transform (`list[int]`, *optional*): Indices of the blocks to edit; all that `target_modules` matches
+            if `None`.
+        layers_pattern (`str`, *optional*): Last part of the name of the block list, if the model has several.
+        base_fingerprint (`dict[str, Any]`, *optional*): Architecture, shapes and hash of the base's edited weights;
+            `save_pretrained` of a model sets it.
+        options: The options of the method.
+
+    Raises:
+        ValueError: The method is not registered, it has no such option, or a value is not valid.
+
+    Example:
+
+    ```python
+    config = EditorConfig(method="memit", num_steps=20)
+    config.save_pretrained("my-config")
+    config = EditorConfig.from_pretrained("my-config")
+    ```
     """
 
     method: str = field(default="mend", metadata={"help": "How factors become an edit; a file in hf_mend/methods/."})
@@ -62,102 +147,29 @@ class EditorConfig:
     layers_pattern: str | None = field(
         default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
     )
-    rank: int = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "Rank of the editor networks' weight matrices (paper: 1920; 256 when None), and of 'lora' (8); "
-            "width of the networks of 'ke'."
-        },
-    )
-    num_hidden_layers: int = field(
-        default=1, metadata={"help": "Hidden layers of an editor network, as in the paper."}
-    )
-    transform: str = field(
-        default="both",
-        metadata={
-            "help": "Which factors the networks map: 'both' in one network (the paper), 'both_separate' in two, 'x' "
-            "only, 'delta' only, or 'smaller', whichever of the two is narrower."
-        },
-    )
-    normalize: bool = field(
-        default=True, metadata={"help": "Scale factors to zero mean and unit variance by running statistics (paper)."}
-    )
-    whiten: bool = field(
-        default=True,
-        metadata={
-            "help": "Multiply the mapped x by the inverse second moment of the layer's inputs, so that an edit acts "
-            "on what sets this input apart from text at large. Not in the paper, which has no such step."
-        },
-    )
-    whiten_ridge: float = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "Ridge of that inverse, as a share of the mean variance of an input: 0.1 when None, 0.01 for "
-            "'rome' and 'memit'."
-        },
-    )
-    whiten_rank: int = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "Eigenvectors of the second moment that are kept; the others count as equal. 128 when None, 512 "
-            "for 'rome' and 'memit'."
-        },
-    )
-    init: str = field(default="identity", metadata={"help": "'identity' (paper) or 'xavier'."})
-    shared: bool = field(
-        default=True,
-        metadata={
-            "help": "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."
-        },
-    )
-    edit_lr: float = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "Initial step of an edit, of which each layer learns its own (1e-3 when None, 1e-4 for "
-            "'ultraedit'); for methods that take many steps, Adam's learning rate, where None is what measured best."
-        },
-    )
-    num_steps: int = field(
-        default=50, metadata={"help": "The most steps of an edit, for methods that take many: 'ft', 'lora' and kin."}
-    )
-    stop_loss: float = field(
-        default=0.1,
-        metadata={
-            "help": "Those methods stop when every target token is the argmax, with a negative log-likelihood of this "
-            "or less, in nats."
-        },
-    )
-    kl_weight: float = field(
-        default=10.0, metadata={"help": "Weight of the KL divergence on ordinary text in 'ft-kl'."}
-    )
-    kl_texts: int = field(default=1, metadata={"help": "Lines of ordinary text that a step of 'ft-kl' looks at."})
-    norm_bound: float = field(default=2e-3, metadata={"help": "The most that 'ft-l' changes any weight by."})
-    lora_alpha: float = field(default=16, metadata={"help": "'lora' scales its product by this over the rank."})
-    seed: int = field(default=0, metadata={"help": "Of what 'lora' draws its first matrix from."})
-    ridge: float = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "Strength of the ridge with which 'malmen', 'ultraedit', 'gradient' and 'memit' merge edits made "
-            "together: 1 when None, 30 for 'memit'. 'malmen' learns it from there, a layer at a time."
-        },
-    )
-    margin: float = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__, by the method
-        metadata={
-            "help": "How far 'gradient' and 'memit' go past the step that suffices for their own prompt, so that "
-            "other words lead to the target too: 1 stops there. 2 when None, 1.25 for 'memit'."
-        },
-    )
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
     )
 
+    # The blocks that target_modules="default" means for the method, as fractions of the model's depth: first and end.
+    # benchmarks/results/settings.md has the measurements.
+    default_span: ClassVar[tuple[float, float]] = (0.567, 0.767)
+
+    if TYPE_CHECKING:  # what a call takes that returns an object of the method's own class
+
+        def __init__(self, method: str = "mend", **options: Any) -> None: ...
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets `whiten_rank: int = 512` give an inherited option another default and keep its help and bounds."""
+        super().__init_subclass__(**kwargs)
+        inherited = {item.name: item for base in cls.__mro__[:0:-1] if _is_config(base) for item in fields(base)}
+        for name in get_annotations(cls).keys() & inherited.keys() & vars(cls).keys():
+            default = vars(cls)[name]
+            if not isinstance(default, Field):
+                setattr(cls, name, field(default=default, metadata=inherited[name].metadata))
+
     def __post_init__(self) -> None:
         # Whatever is read from the Hub comes through here: each value has its type and a bound.
-        _check(_is_text(self.method) and self.method, "method", self.method, "the name of a method")
-        for name, value in {**_DEFAULTS, **_METHOD_DEFAULTS.get(self.method, {})}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         for name in ("base_model_name_or_path", "revision", "layers_pattern"):
             value = getattr(self, name)
             _check(value is None or _is_text(value), name, value, f"a string of at most {_LONGEST} characters or None")
@@ -167,34 +179,6 @@ class EditorConfig:
             self.task_type,
             "'CAUSAL_LM', 'SEQ_2_SEQ_LM' or None",
         )
-        _check(self.transform in TRANSFORMS, "transform", self.transform, f"one of {TRANSFORMS}")
-        _check(self.init in ("identity", "xavier"), "init", self.init, "'identity' or 'xavier'")
-        for name, least, largest in (
-            ("rank", 1, 65536),
-            ("num_hidden_layers", 1, 64),
-            ("whiten_rank", 1, 65536),
-            ("num_steps", 1, 100_000),
-            ("kl_texts", 1, 1000),
-            ("seed", 0, 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            _check(
-                type(value) is int and least <= value <= largest,
-                name,
-                value,
-                f"a whole number of at least {least} and at most {largest}",
-            )
-        positive = ("edit_lr", "whiten_ridge", "ridge", "margin", "stop_loss", "kl_weight", "norm_bound", "lora_alpha")
-        for name in positive:
-            value = getattr(self, name)
-            _check(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6,
-                name,
-                value,
-                "a positive number of at most a million",
-            )
-        for name in ("normalize", "whiten", "shared"):
-            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         modules = self.target_modules
         _check(
             modules is None or _is_text(modules) or (_is_list_of(modules, str) and all(map(_is_text, modules))),
@@ -213,37 +197,36 @@ class EditorConfig:
         _check(fingerprint is None or isinstance(fingerprint, dict), "base_fingerprint", fingerprint, "an object")
         if isinstance(modules, (set, tuple)):
             self.target_modules = sorted(modules)
+        for item in fields(self):
+            if "choices" in item.metadata:  # option() declared it
+                if getattr(self, item.name) is None:
+                    setattr(self, item.name, item.default)
+                _check_option(item, getattr(self, item.name))
 
-    @property
-    def takes_many_steps(self) -> bool:
-        """Whether the method finds an edit by many steps of its own, as fine-tuning does."""
-        return self.method in _TAKE_MANY_STEPS
-
-    @property
-    def unused_options(self) -> tuple[str, ...]:
-        """Names of the options that the method does not look at."""
-        return () if self.takes_many_steps else STEP_OPTIONS
+    # ---- plain values and files ----
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EditorConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> EditorConfig:
         """
-        A configuration from plain values.
+        Makes a configuration from plain values. What version 0.1.0 wrote for every method, also for those without such
+        an option, is left out where the method has no such option.
 
         Raises:
-            ValueError: A field is not known or a value is not valid.
+            ValueError: The method is not registered, a field is not known, or a value is not valid.
         """
-        known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
+        _, kind = _method_and_class(cls, values.get("method", MISSING))
+        known = {item.name for item in fields(kind)}
+        unknown = sorted(set(values) - known - _OPTIONS_OF_0_1_0 - {"r"})
         if unknown:
             raise ValueError(
-                f"the editor configuration has unknown fields {shortened(unknown)}; it knows {sorted(known)}. Was it "
+                f"the editor configuration has unknown fields {_shortened(unknown)}; it knows {sorted(known)}. Was it "
                 "written by a newer hf_mend? Then upgrade hf_mend"
             )
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name in known | {"r"}})
 
     def to_json(self) -> str:
         """The configuration as JSON text, as `save_pretrained` writes it."""
@@ -258,12 +241,151 @@ class EditorConfig:
             FileNotFoundError: There is no such file.
             ValueError: The file is not a JSON object or holds a value that is not valid.
         """
+        from .hub.files import read_json_file
+
         return cls.from_dict(read_json_file(path))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_kwargs: Any) -> EditorConfig:
+        """
+        Reads the configuration of a saved editor.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder with an `editor_config.json`, or a repository's
+                id on the Hub.
+            hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, as in `hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: The folder or repository has no `editor_config.json`.
+            ValueError: The file is damaged or holds a value that is not valid.
+        """
+        from .hub.transfer import find_files
+
+        return cls.from_json_file(find_files(pretrained_model_name_or_path, [CONFIG_NAME], **hub_kwargs)[CONFIG_NAME])
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Writes `editor_config.json`, whole or not at all.
+
+        Args:
+            save_directory (`str` or `Path`): The folder, which is made if it does not exist.
+        """
+        from .hub.atomic import replaced_file
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replaced_file(folder / CONFIG_NAME) as work:
+            work.write_text(self.to_json(), encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **push_kwargs: Any) -> CommitInfo:
+        """
+        Uploads `editor_config.json`; what else is in the repository stays.
+
+        Args:
+            repo_id (`str`): The repository; made if it does not exist.
+            push_kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`,
+                `subfolder`, as for [`~EditableModel.push_to_hub`], which also says what is raised.
+        """
+        from .hub.transfer import push_written
+
+        return push_written(self.save_pretrained, "editor configuration", repo_id, replaces=(), **push_kwargs)
+
+
+# ---- configurations and methods ----
+
+
+def config_class(method: str) -> type[EditorConfig]:
+    """
+    The class of the method's configuration.
+
+    Raises:
+        ValueError: There is no method of that name.
+    """
+    _check(_is_text(method) and method, "method", method, "the name of a method")
+    found: type[EditorConfig] = _methods().get_method(method).config_class
+    return found
+
+
+def options_of_methods() -> dict[str, list[str]]:
+    """The name of each option -> the methods that have it."""
+    common = {item.name for item in fields(EditorConfig)}
+    found: dict[str, list[str]] = {}
+    for method, kind in _methods().config_classes().items():
+        for item in fields(kind):
+            if item.name not in common:
+                found.setdefault(item.name, []).append(method)
+    return found
+
+
+def _methods() -> Any:
+    # Methods are above configurations and import them. They are imported by name, when the first configuration is
+    # made, to be registered; an import statement here would turn the layers into a circle.
+    return import_module(f"{__package__}.methods.base")
+
+
+def _method_and_class(cls: type[EditorConfig], method: Any) -> tuple[str, type[EditorConfig]]:
+    """The method of a configuration, `MISSING` for the class's own, and the class that the configuration has."""
+    if method is MISSING:
+        names = [name for name, kind in _methods().config_classes().items() if kind is cls]
+        method = "mend" if cls is EditorConfig else names[0] if names else None
+        if method is None:
+            raise ValueError(
+                f"{cls.__name__} is the configuration of no method; register one with "
+                f"@register_method(name, {cls.__name__})"
+            )
+    kind = config_class(method)
+    if not issubclass(kind, cls):
+        raise ValueError(f"the method {method!r} takes a {kind.__name__}, not a {cls.__name__}; use EditorConfig")
+    return method, kind
+
+
+def _no_such_option(method: str, kind: type[EditorConfig], name: str) -> str:
+    own = sorted({item.name for item in fields(kind)} - {item.name for item in fields(EditorConfig)})
+    others = options_of_methods().get("rank" if name == "r" else name)
+    which = f" (those that have it: {', '.join(others)})" if others else ""
+    return f"the method {method!r} has no option {_shortened(name)}{which}; its options are {own}"
+
+
+# ---- checks ----
+
+
+def _check_option(item: Field[Any], value: Any) -> None:
+    """Checks a value against what [`option`] says of it."""
+    kind, (least, most, choices) = type(item.default), map(item.metadata.get, ("least", "most", "choices"))
+    if choices:
+        expected = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {choices}"
+        ok = isinstance(value, str) and value in choices
+    elif kind is bool:
+        ok, expected = isinstance(value, bool), "True or False"
+    elif kind is int:
+        least, most = 0 if least is None else least, _LARGEST_INT if most is None else most
+        ok = type(value) is int and least <= value <= most
+        expected = f"a whole number of at least {least} and at most {most}"
+    elif kind is float:
+        end = "a million" if most is None else f"{most:g}"
+        low = "a positive number of" if least is None else f"a number of at least {least:g} and"
+        most = _LARGEST_FLOAT if most is None else most
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = ok and value <= most and (value > 0 if least is None else value >= least)
+        expected = f"{low} at most {end}"
+    else:
+        ok, expected = _is_text(value), f"a string of at most {_LONGEST} characters"
+    _check(ok, item.name, value, expected)
 
 
 def _check(ok: Any, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise ValueError(f"EditorConfig.{name} is {shortened(value)}, expected {expected}")
+        raise ValueError(f"EditorConfig.{name} is {_shortened(value)}, expected {expected}")
+
+
+def _shortened(value: Any) -> str:
+    from .hub.files import shortened  # imports torch, for which nobody waits who imports this module
+
+    return shortened(value)
+
+
+def _is_config(cls: type) -> bool:
+    return "__dataclass_fields__" in vars(cls)
 
 
 def _is_text(value: Any) -> bool:

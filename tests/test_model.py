@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from support.models import RECORDS, all_logits, build_model, editable, small_config
 
-from hf_mend import EditableModel, EditorConfig, EditRecord, get_editable_model
+from hf_mend import EditableModel, EditorConfig, EditRecord, EditStore, get_editable_model
 from hf_mend.data.encoding import Query
 from hf_mend.edits.low_rank import dense
 
@@ -411,9 +415,121 @@ def test_undo_of_what_is_not_there(llama, tokenizer):
 def test_a_merged_model_is_spent(llama, tokenizer):
     model = editable(llama, tokenizer)
     model.merge_and_unload()
-    for call in (lambda: model.edit("a", "b"), model.undo, model.undo_all, model.merge_and_unload):
+    for call in (lambda: model.edit("a", "b"), model.undo, model.undo_all, model.merge_and_unload, model.unload):
         with pytest.raises(RuntimeError, match="merged into the base model's weights"):
             call()
+
+
+# ---- giving the base back ----
+
+
+def trained_mode(base) -> dict[str, bool]:
+    return {name: module.training for name, module in base.named_modules()}
+
+
+def test_unload_gives_the_base_back_as_it_was(base, tokenizer):
+    base.train()
+    next(base.children()).eval()  # some of it
+    frozen = next(base.parameters()).requires_grad_(False)
+    modes = trained_mode(base)
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    model = editable(base, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    assert model.unload() is base
+    assert trained_mode(base) == modes
+    assert [p.requires_grad for p in base.parameters()] == [p is not frozen for p in base.parameters()]
+    assert not any(module._forward_hooks for module in base.modules())
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    for call in (lambda: model.edit("a", "b"), model.undo, model.merge_and_unload, model.unload):
+        with pytest.raises(RuntimeError, match=r"base model was given back by unload\(\); load .* wrap it anew"):
+            call()
+    again = editable(base, tokenizer)
+    assert again.edits == [] and again.edit(PROMPT, TARGET, max_steps=1).steps == 1
+
+
+def test_an_open_store_keeps_its_edits_when_the_model_is_unloaded(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.open_store(tmp_path / "edits")
+    made = model.edit(PROMPT, TARGET, max_steps=1).id
+    model.unload()
+    assert EditStore(tmp_path / "edits").edits.ids == [made]
+
+
+def test_the_base_of_a_model_that_is_gone_answers_as_before(llama, tokenizer):
+    before = all_logits(llama, tokenizer)
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    edited = all_logits(model, tokenizer)
+    shallow = copy.copy(model)
+    deep, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    del model
+    gc.collect()
+    assert torch.equal(all_logits(llama, tokenizer), edited), "a shallow copy owns the edits too"
+    del shallow
+    gc.collect()
+    assert torch.equal(all_logits(llama, tokenizer), before)
+    assert not any(module._forward_hooks for module in llama.modules())
+    for one in (deep, pickled):
+        assert torch.equal(all_logits(one, tokenizer), edited)
+    base = deep.base_model
+    del deep, one
+    gc.collect()
+    assert torch.equal(all_logits(base, tokenizer), before)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_what_is_merged_can_be_trained_again(base, tokenizer, safe):
+    model = editable(base, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    merged = model.merge_and_unload(safe_merge=safe)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    inputs = {"input_ids": torch.tensor([tokenizer(PROMPT)["input_ids"]])}
+    merged(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in merged.parameters())
+
+
+def test_a_safe_merge_writes_nothing_that_is_not_finite(tokenizer):
+    model = editable(build_model("llama").half(), tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    edit, name = model.undo(), model.targets[-1].name
+    u, v = edit.updates[name]
+    large = replace(edit, updates={**edit.updates, name: (u, v * 1e9)})  # finite as an edit, not in float16
+    weights = {key: value.clone() for key, value in model.base_model.state_dict().items()}
+    with model.carrying([large]):
+        message = (
+            rf"the weight of '{name}' with its edits holds NaN or infinity in torch.float16, so nothing was merged"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.merge_and_unload(safe_merge=True)
+        assert len(model.edits) == 1
+    assert all(torch.equal(value, weights[key]) for key, value in model.base_model.state_dict().items())
+    model.merge_and_unload(safe_merge=True)
+
+
+def test_an_editor_that_was_never_trained_says_so_once(tokenizer, tmp_path, caplog):
+    model = editable(build_model("llama"), tokenizer)
+    for _ in range(2):
+        model.edit(PROMPT, TARGET, max_steps=1, force=True)
+    assert caplog.text.count("this 'mend' editor was never trained") == 1
+    assert "train it with EditorTrainer, load a trained one with from_pretrained, or leave" in caplog.text
+    caplog.clear()
+    trained = editable(build_model("llama"), tokenizer)
+    with torch.no_grad():
+        next(trained.editor.parameters()).add_(0.01)
+    EditableModel(build_model("llama"), EditorConfig(method="ft"), tokenizer).edit(PROMPT, TARGET, max_steps=1)
+    trained.edit(PROMPT, TARGET, max_steps=1)
+    assert "never trained" not in caplog.text
+
+
+def test_edits_are_disabled_under_the_old_names_too(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    made = model.edit(PROMPT, TARGET, max_steps=1).id
+    with pytest.warns(FutureWarning, match="EditableModel.turn_off is now called disable_edit"):
+        model.turn_off(made)
+    assert model.edits.active == []
+    with pytest.warns(FutureWarning, match="EditableModel.turn_on is now called enable_edit"):
+        model.turn_on(made)
+    assert model.edits.active == model.edits
 
 
 def test_the_start_of_answers_may_stand_in_the_generation_config(tokenizer):

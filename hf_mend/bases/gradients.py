@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from .split import HiddenState, Inputs, SplitModel, _hook, _recomputed_if_offloaded, logits_at
 from .targets import Target
 
@@ -127,14 +127,14 @@ def gradient_factors(
     return factors, logits.detach()
 
 
-def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> dict[str, torch.Tensor]:
+def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBatch) -> dict[str, torch.Tensor]:
     """
-    What enters the target layers on ordinary text, padding left out.
+    What enters the target layers on calibration text, padding left out.
 
     Args:
         split ([`SplitModel`]): The model.
         targets (`Sequence[Target]`): The layers.
-        rows ([`Rows`]): The texts.
+        rows ([`EncodedBatch`]): The texts.
 
     Returns:
         `dict[str, torch.Tensor]`: Layer name -> `(tokens, d_in)`.
@@ -149,7 +149,7 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> d
 
     def make(target: Target) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            mask = present[target.stack]
+            mask = present[target.side]
             x = args[0].reshape(mask.shape[0], -1, args[0].shape[-1])
             found[target.name] = x[mask.to(x.device)].float()
 
@@ -162,14 +162,14 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: Rows) -> d
     return found
 
 
-def row_means(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+def row_means(values: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     """
     Means of each row's positions, so that a row weighs the same however long its answer is, and a batch split over
     devices or accumulation steps has the whole batch's mean.
 
     Args:
         values (`torch.Tensor` of shape `(positions,)`): One at each of the rows' positions.
-        rows ([`Rows`]): The texts.
+        rows ([`EncodedBatch`]): The texts.
 
     Returns:
         `torch.Tensor` of shape `(rows,)`.

@@ -9,13 +9,32 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .weights import check_own_weight, writable_weight
+from .weights import check_own_weight, weight_matrix, writable_weight
 
 
 _REMEDY = (
     "save_edits, merge the adapter with PEFT before the model is wrapped, and load_edits there, or keep adapter and "
     "edits beside the weights"
 )
+
+
+def weight_with_adapters(layer: Any) -> torch.Tensor:
+    """
+    A layer's weight as `(d_out, d_in)` with the active adapters merged into it; where there are some it is a copy.
+
+    Args:
+        layer (`nn.Module`): A linear layer, or PEFT's around one.
+
+    Raises:
+        ValueError: An adapter holds NaN or infinity.
+    """
+    if isinstance(layer, BaseTunerLayer):
+        layer = copy.deepcopy(layer)
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters:
+            layer.merge(safe_merge=True)
+    return weight_matrix(layer)
 
 
 @torch.no_grad()

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+
+# `Accelerator.get_state_dict` would gather the frozen base too, and with ZeRO-3 give 16-bit copies of what trains.
+_WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -19,31 +23,21 @@ def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
         module (`nn.Module`): The module.
     """
     with _gathered(module):
-        state: dict[str, torch.Tensor] = {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in module.state_dict().items()
-        }
+        state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
         # What DeepSpeed gathers is gone after the context.
         return {name: value.detach().clone() for name, value in state.items()} if _is_partitioned(module) else state
 
 
-@torch.no_grad()
 def load_whole_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """
-    Loads whole tensors into a module, into each process's share of it where it is shared out.
+    Load whole tensors into a module, into each process's share of it where it is shared out.
 
     Args:
         module (`nn.Module`): The module.
         tensors (`Mapping[str, torch.Tensor]`): Everything in its state dict, in any floating-point dtype.
     """
-    shares: dict[str, torch.Tensor] = {}
-    for name, value in module.state_dict().items():
-        new = tensors[name].to(value.device, value.dtype)
-        shares[name] = (
-            distribute_tensor(new, value.device_mesh, value.placements) if isinstance(value, DTensor) else new
-        )
     with _gathered(module, write=True):
-        module.load_state_dict(shares)
+        set_model_state_dict(module, dict(tensors), options=_WHOLE)
 
 
 def _is_partitioned(module: nn.Module) -> bool:

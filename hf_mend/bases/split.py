@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from ..data.encoding import Rows
-from .targets import Target, block_stacks, lowest_block
+from ..data.encoding import EncodedBatch
+from .targets import Target, block_lists, lowest_block
 from .weights import device_of
 
 
@@ -70,9 +70,9 @@ class SplitModel:
     def __init__(self, model: nn.Module, targets: Sequence[Target]):
         self.model: Any = model
         kind, self.block = lowest_block(targets)
-        stacks = {stack.kind: stack for stack in block_stacks(model)}
-        self.blocks = stacks[kind].blocks
-        self.cuts_decoder_of_two = kind == "decoder" and "encoder" in stacks
+        lists = {block_list.kind: block_list for block_list in block_lists(model)}
+        self.blocks = lists[kind].blocks
+        self.cuts_decoder_of_two = kind == "decoder" and "encoder" in lists
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
 
@@ -198,8 +198,8 @@ def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
     weights for it: else all weights above the first target would be in memory at once.
     """
     with ExitStack() as undo:
-        for stack in block_stacks(model):
-            for block in stack.blocks:
+        for block_list in block_lists(model):
+            for block in block_list.blocks:
                 if any(parameter.is_meta for parameter in block.parameters()):
                     undo.enter_context(_replaced_forward(block, partial(_recomputed, block.forward)))
         yield
@@ -230,13 +230,13 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def logits_of(split: SplitModel, rows: Rows, state: HiddenState | None = None) -> torch.Tensor:
+def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None = None) -> torch.Tensor:
     """
     Logits at the positions of `rows` that matter, `(positions, vocab)`.
 
     Args:
         split ([`SplitModel`]): The model.
-        rows ([`Rows`]): The texts.
+        rows ([`EncodedBatch`]): The texts.
         state ([`HiddenState`], *optional*): What `run_below` gave for them; computed when missing.
     """
     if state is None:

@@ -25,15 +25,6 @@ _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 _MATCHING_SECONDS = 2.0
 
-# Blocks of the `"default"` choice, as fractions of the stack's depth, and which MLP weights of them: see
-# benchmarks/results/ for the measurements behind both.
-_DEFAULT_SPAN = (0.567, 0.767)
-
-
-# Methods that write at the subject want the blocks from which what is known of it is read further up.
-_DEFAULT_SPANS = {"memit": (0.267, 0.467), "rome": (0.333, 0.367)}
-
-
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -47,15 +38,15 @@ class Target:
         module (`nn.Module`): The layer, an `nn.Linear` or GPT-2's `Conv1D`.
         d_in (`int`): Width of the layer's input.
         d_out (`int`): Width of the layer's output.
-        stack (`str`): `"encoder"` or `"decoder"`.
-        block (`int`): Index of the block in its stack.
+        side (`str`): `"encoder"` or `"decoder"`.
+        block (`int`): Index of the block in its list.
     """
 
     name: str
     module: nn.Module
     d_in: int
     d_out: int
-    stack: str
+    side: str
     block: int
 
     @property
@@ -65,7 +56,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockList:
     """A run of transformer blocks: `kind` is `"encoder"` or `"decoder"`, `name` the `nn.ModuleList`'s name."""
 
     kind: str
@@ -89,16 +80,16 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
     for name, module in linear_layers(model).items() if wanted else ():
         widths = layer_widths(module)
         if name in wanted and widths is not None:
-            found.append(Target(name, module, *widths, stack="", block=-1))
+            found.append(Target(name, module, *widths, side="", block=-1))
     return found
 
 
-def block_stacks(model: nn.Module) -> list[Stack]:
+def block_lists(model: nn.Module) -> list[BlockList]:
     """
-    The model's stacks of transformer blocks, in the order in which a forward pass runs them.
+    The model's lists of transformer blocks, in the order in which a forward pass runs them.
 
-    A stack is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
-    name tells the two stacks apart.
+    A list is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
+    name tells the two apart.
 
     Args:
         model (`nn.Module`): A causal or seq2seq transformers model.
@@ -106,21 +97,21 @@ def block_stacks(model: nn.Module) -> list[Stack]:
     Raises:
         ValueError: No such list is found.
     """
-    found: list[Stack] = []
+    found: list[BlockList] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if any(name.startswith(stack.name + ".") for stack in found):
+        if any(name.startswith(block_list.name + ".") for block_list in found):
             continue
         if all(any(is_editable(child) for child in block.modules()) for block in module):
             kind = "encoder" if "encoder" in name.split(".") else "decoder"
-            found.append(Stack(kind, name, module))
+            found.append(BlockList(kind, name, module))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no list of transformer blocks that holds linear layers, so there is nothing "
             "to edit; pass a causal or seq2seq language model from transformers"
         )
-    return sorted(found, key=lambda stack: stack.kind != "encoder")
+    return sorted(found, key=lambda block_list: block_list.kind != "encoder")
 
 
 def mlp_layers(block: nn.Module) -> list[str]:
@@ -146,22 +137,21 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
     Raises:
         ValueError: Nothing matches, or a match is not a linear layer.
     """
-    stacks = block_stacks(model)
+    lists = block_lists(model)
     if config.layers_pattern is not None:
-        stacks = [stack for stack in stacks if stack.name.split(".")[-1] == config.layers_pattern]
-        if not stacks:
+        lists = [block_list for block_list in lists if block_list.name.split(".")[-1] == config.layers_pattern]
+        if not lists:
             raise ValueError(
                 f"layers_pattern={shortened(config.layers_pattern)} names no list of blocks; the model has "
-                f"{[stack.name for stack in block_stacks(model)]}"
+                f"{[block_list.name for block_list in block_lists(model)]}"
             )
     chosen = config.target_modules
     if chosen is None or chosen in ("default", "paper"):
-        span = _DEFAULT_SPANS.get(config.method, _DEFAULT_SPAN)
-        targets = list(_named_choice(stacks, chosen or "default", config.layers_to_transform, span))
+        targets = list(_named_choice(lists, chosen or "default", config.layers_to_transform, config.default_span))
     else:
-        targets = list(_matching(model, stacks, chosen, config.layers_to_transform))
+        targets = list(_matching(model, lists, chosen, config.layers_to_transform))
     if not targets:
-        examples = sorted({name for stack in stacks for name in mlp_layers(stack.blocks[-1])})
+        examples = sorted({name for block_list in lists for name in mlp_layers(block_list.blocks[-1])})
         raise ValueError(
             f"target_modules={shortened(chosen)} with layers_to_transform={shortened(config.layers_to_transform)} "
             f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {examples}"
@@ -170,17 +160,17 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
 
 
 def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
-    """`(stack, block)` of the first target that a forward pass meets."""
-    first = min(targets, key=lambda t: (t.stack != "encoder", t.block))
-    return first.stack, first.block
+    """`(side, block)` of the first target that a forward pass meets."""
+    first = min(targets, key=lambda t: (t.side != "encoder", t.block))
+    return first.side, first.block
 
 
 def _named_choice(
-    stacks: list[Stack], choice: str, layers: Sequence[int] | None, span: tuple[float, float]
+    lists: list[BlockList], choice: str, layers: Sequence[int] | None, span: tuple[float, float]
 ) -> Iterator[Target]:
-    paper_blocks = _PAPER_BLOCKS["encoder_decoder" if len(stacks) > 1 else "decoder_only"]
-    for stack in stacks:
-        depth = len(stack.blocks)
+    paper_blocks = _PAPER_BLOCKS["encoder_decoder" if len(lists) > 1 else "decoder_only"]
+    for block_list in lists:
+        depth = len(block_list.blocks)
         if layers is not None:
             blocks = [i for i in range(depth) if i in layers]
         elif choice == "paper":
@@ -189,22 +179,22 @@ def _named_choice(
             first, last = (round(fraction * depth) for fraction in span)
             blocks = list(range(min(first, depth - 1), max(last, first + 1)))
         for index in blocks:
-            names = mlp_layers(stack.blocks[index])
+            names = mlp_layers(block_list.blocks[index])
             for name in names if choice == "paper" else names[-1:]:
-                yield _target(stack, index, name)
+                yield _target(block_list, index, name)
 
 
 def _matching(
-    model: nn.Module, stacks: list[Stack], pattern: str | Sequence[str], layers: Sequence[int] | None
+    model: nn.Module, lists: list[BlockList], pattern: str | Sequence[str], layers: Sequence[int] | None
 ) -> Iterator[Target]:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
     matches = expression(pattern) if isinstance(pattern, str) else _listed(pattern)
-    for stack in stacks:
-        for index, block in enumerate(stack.blocks):
+    for block_list in lists:
+        for index, block in enumerate(block_list.blocks):
             if layers is not None and index not in layers:
                 continue
             for relative, module in block.named_modules():
-                name = f"{stack.name}.{index}.{relative}"
+                name = f"{block_list.name}.{index}.{relative}"
                 if not matches(name):
                     continue
                 if not is_editable(module):
@@ -212,7 +202,7 @@ def _matching(
                         f"target_modules={shortened(pattern)} matches {name!r}, a {type(module).__name__}, which is "
                         f"not a linear layer; choose among {mlp_layers(block)}"
                     )
-                yield _target(stack, index, relative)
+                yield _target(block_list, index, relative)
 
 
 def expression(pattern: str, field: str = "target_modules") -> Callable[[str], bool]:
@@ -254,8 +244,8 @@ def _listed(names: Sequence[str]) -> Callable[[str], bool]:
     return matches
 
 
-def _target(stack: Stack, index: int, relative: str) -> Target:
-    module: Any = stack.blocks[index].get_submodule(relative)
+def _target(block_list: BlockList, index: int, relative: str) -> Target:
+    module: Any = block_list.blocks[index].get_submodule(relative)
     widths = layer_widths(module)
     assert widths is not None
-    return Target(f"{stack.name}.{index}.{relative}", module, *widths, stack.kind, index)
+    return Target(f"{block_list.name}.{index}.{relative}", module, *widths, block_list.kind, index)

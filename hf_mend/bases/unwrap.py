@@ -44,6 +44,36 @@ def plain_base(model: Any) -> Any:
     return model
 
 
+class BaseState:
+    """
+    How a model was before it was wrapped: which modules were in training mode, and which parameters need a gradient.
+    Both are known by name, so that a copy of the wrapped model can give a copy of the base back.
+
+    Args:
+        model (`nn.Module`): The model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._training = {_plain(name): module.training for name, module in model.named_modules()}
+        self._gradients = {_plain(name): parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Restore modes and gradients."""
+        for name, module in model.named_modules():
+            module.training = self._training.get(_plain(name), module.training)
+        self.restore_gradients(model)
+
+    def restore_gradients(self, model: nn.Module) -> None:
+        """Restore which parameters need a gradient."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._gradients.get(_plain(name), parameter.requires_grad))
+
+
+def _plain(name: str) -> str:
+    """A name as it is where no adapter is around the layer: merging takes the adapters away."""
+    return name.replace(".base_layer", "")
+
+
 def keep_gradients(model: nn.Module) -> None:
     """
     Keeps quantised layers in a form that passes a gradient on to their inputs.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+
+_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 def is_editable(module: nn.Module) -> bool:
@@ -81,8 +85,31 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
         TypeError: The weight cannot be written to.
     """
     weight = writable_weight(module)
+    weight.copy_(with_update(weight, update))
+
+
+def with_update(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """
+    The sum of a weight and an update, computed in float32 at least, in the weight's dtype and on its device.
+
+    Args:
+        weight (`torch.Tensor` of shape `(d_out, d_in)`): The weight.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+    """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
-    weight.copy_(weight.to(dtype) + update.to(weight.device, dtype))
+    return (weight.detach().to(dtype) + update.to(weight.device, dtype)).to(weight.dtype)
+
+
+def check_finite_weight(name: str, weight: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: A weight that is to be written holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"the weight of {name!r} with its edits holds NaN or infinity in {weight.dtype}, so nothing was merged; "
+            "undo the edits that are too large, or load the base model in a wider dtype"
+        )
 
 
 def device_of(module: Any) -> torch.device:
@@ -106,4 +133,22 @@ def weight_matrix(module: Any) -> torch.Tensor:
     """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
     module = inner_layer(module)
     weight: torch.Tensor = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if stores_transposed(module) else weight
+
+
+def stores_transposed(module: Any) -> bool:
+    """Whether a layer stores its weight as `(d_in, d_out)`, as GPT-2's do; PEFT calls it `fan_in_fan_out`."""
+    return isinstance(inner_layer(module), Conv1D)
+
+
+def named_like_fused_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """
+    Those of some layers that are named like an expert's, in a model that fuses its experts' weights into 3-D
+    parameters: PEFT maps an adapter of such a layer, a shared expert's say, onto the fused parameter.
+
+    Args:
+        model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The layers' names.
+    """
+    taken = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
+    return taken if taken and any(parameter.dim() == 3 for parameter in model.parameters()) else []

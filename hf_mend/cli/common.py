@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..data.deprecation import renamed_in
+
 
 if TYPE_CHECKING:
     from ..config import EditorConfig
@@ -180,12 +182,17 @@ def check_file(path: Path, content: str) -> None:
 
 def as_fields(option: str, pairs: list[str] | None, kind: type) -> dict[str, Any]:
     """
-    The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text.
+    The `name=value` of a repeated option, for the fields of a dataclass; what is no JSON is text. Of `EditorConfig`
+    these are the fields of all methods; which of them the chosen method has, its configuration says when it is made.
 
     Raises:
         ValueError: A pair is not of that form, or names no field.
     """
-    known = {field.name for field in fields(kind)}
+    from ..config import EditorConfig, options_of_methods
+
+    known = {field.name for field in fields(kind)} | renamed_in(kind).keys()
+    if kind is EditorConfig:
+        known |= {*options_of_methods(), "r"}
     values = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")

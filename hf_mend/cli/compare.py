@@ -53,8 +53,9 @@ def compare(
     records, arguments = options.read(data)
     from ..evaluation.reports import comparison_table, write_report, write_results
 
+    chosen = _options_of_each(list(titles.values()), options.config or [])
     results = [
-        measure(name, title, records, arguments, options.config, base, None, output) for title, name in titles.items()
+        measure(name, title, records, arguments, chosen[name], base, None, output) for title, name in titles.items()
     ]
     shown = [f"{title}={without_folder(name)}" for title, name in titles.items()]
     words = options.words(without_folder(data))
@@ -63,3 +64,17 @@ def compare(
     text = comparison_table(results)
     places = [*write_results(output, document, text), *write_report(output, document)]
     return Report(document, f"{text}\n\nWritten: {', '.join(map(str, places))}")
+
+
+def _options_of_each(names: list[str], pairs: list[str]) -> dict[str, list[str]]:
+    """Of several methods each takes the options that it has; what none of them has stays, for the error to say so."""
+    from ..config import options_of_methods
+
+    methods = options_of_methods()
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for pair in pairs:
+        having = set(methods.get(pair.partition("=")[0], names))
+        for name in found:
+            if name in having or not having.intersection(names):
+                found[name].append(pair)
+    return found

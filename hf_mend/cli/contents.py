@@ -13,10 +13,10 @@ from huggingface_hub.errors import HFValidationError
 
 from ..config import CONFIG_NAME, EditorConfig
 from ..edits.edit import Edit
-from ..edits.edits_file import edits_from_tensors
+from ..edits.edits_file import read_edits_file
 from ..edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ..hub.cards import CARD_NAME
-from ..hub.files import EDITS_NAME, WEIGHTS_NAME, check_header, files_like, read_json_file, read_tensors, read_weights
+from ..hub.files import EDITS_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
 from ..hub.transfer import check_download, find_files
 
@@ -116,9 +116,9 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
         contents.config = EditorConfig.from_json_file(folder / CONFIG_NAME)
         contents.shapes = {key: tuple(value.shape) for key, value in read_weights(weights)[0].items()}
     elif kind == "edits":
-        tensors, metadata = read_tensors(weights)
-        contents.edits = edits_from_tensors(tensors, metadata, weights)
+        contents.edits = read_edits_file(weights)[0]
     else:
         contents.adapter = read_json_file(folder / ADAPTER_CONFIG_NAME)
-        check_header(weights)
+        with opened(weights):
+            pass  # its header is whole
     return contents

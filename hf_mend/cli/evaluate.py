@@ -32,8 +32,15 @@ class EvaluationOptions(Options):
     """The options that say what is measured, and how."""
 
     edits: Annotated[str, typer.Option(help="How many edits are kept at once, with commas: 1,10,100.")] = "1"
-    in_calls_of: Annotated[
-        int | None, typer.Option(min=1, help="So many edits to a call, one call after another; left out: all in one.")
+    edits_per_call: Annotated[
+        int | None,
+        # The second is its earlier name.
+        typer.Option(
+            "--edits-per-call",
+            "--in-calls-of",
+            min=1,
+            help="How many edits a call makes, one call after another; left out: all in one.",
+        ),
     ] = None
     metrics: Annotated[
         str | None,
@@ -55,7 +62,8 @@ class EvaluationOptions(Options):
     max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Facts in one pass.")] = 10
     config: Annotated[
-        list[str] | None, typer.Option(help="A field of EditorConfig for a method: name=value, in JSON. Repeatable.")
+        list[str] | None,
+        typer.Option(help="An option of a method (hf-mend info METHOD lists them): name=value, in JSON. Repeatable."),
     ] = None
 
     def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:
@@ -71,7 +79,7 @@ class EvaluationOptions(Options):
             "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
             "text": None if self.text is None else self.text.read_text(encoding="utf-8"),
         }
-        names = ("in_calls_of", "limit", "seed", "max_steps", "batch_size")
+        names = ("edits_per_call", "limit", "seed", "max_steps", "batch_size")
         asked = read_questions(self.questions) if self.questions else []
         records: Any = read_edits(data, self.format, questions=asked, seed=self.seed, keep_in_memory=False)
         choose_metrics(arguments["metrics"], records)  # what is wrong with them is said before a model is loaded
@@ -112,7 +120,7 @@ def evaluate(
     \b
     Example:
       hf-mend eval my-editor facts_test.json --edits 1 --limit 4 --output results
-      hf-mend eval gradient facts_test.json --base-model openai-community/gpt2 --edits 1,4 --in-calls-of 2 --limit 4
+      hf-mend eval gradient facts_test.json --base-model openai-community/gpt2 --edits 1,4 --edits-per-call 2 --limit 4
     """
     if card and not (Path(editor) / "editor_config.json").is_file():
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
@@ -222,6 +230,6 @@ def _write_card(folder: Path, data: str, result: dict[str, Any], command: str) -
     measured = {}
     for state in result["states"]:
         kept = "" if state["edits"] == 1 else f", {state['edits']} edits kept at once"
-        calls = f" (calls of {state['in_calls_of']})" if state["in_calls_of"] else ""
+        calls = f" (calls of {state['edits_per_call']})" if state["edits_per_call"] else ""
         measured[f"{data}{kept}{calls}"] = {**state["metrics"], "edits": float(state["measured"])}
     write_card(folder, config, layers, CardNotes(measured=measured, command=command))

@@ -14,18 +14,28 @@ if TYPE_CHECKING:
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="An editor, saved edits or a LoRA adapter: a folder or a Hub id.")],
+    name: Annotated[
+        str, typer.Argument(help="An editor, saved edits or a LoRA adapter: a folder or a Hub id. Or a method's name.")
+    ],
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> Report:
     """
-    Shows what an editor, saved edits or a LoRA adapter is, after checking the files. No model is loaded.
+    Shows what an editor, saved edits or a LoRA adapter is, after checking the files, or the options of a method. No
+    model is loaded.
 
     \b
     Example:
       hf-mend info my-editor
       hf-mend info my-edits --json
+      hf-mend info memit
     """
+    from pathlib import Path
+
+    from ..methods.base import registered_methods
+
+    if name in registered_methods() and not Path(name).is_dir():
+        return _method(name)
     from .contents import fetch, read_contents
 
     contents = read_contents(fetch(name, revision), name)
@@ -60,6 +70,22 @@ def _editor(contents: Contents) -> tuple[dict[str, object], list[str]]:
         *(f"    {layer}  {' x '.join(map(str, shape))}" for layer, shape in layers.items()),
     ]
     return document, lines
+
+
+def _method(name: str) -> Report:
+    from dataclasses import fields
+
+    from ..config import EditorConfig
+    from ..methods import get_method
+
+    method = get_method(name)
+    common = {item.name for item in fields(EditorConfig)}
+    own = [item for item in fields(method.config_class) if item.name not in common]
+    options = {item.name: {"default": item.default, "help": item.metadata.get("help", "")} for item in own}
+    trained = "needs a trained editor" if method.trains else "needs no training"
+    lines = [f"  {key}={value['default']}  {value['help']}" for key, value in options.items()]
+    document = {"name": name, "kind": "method", "trains": method.trains, "options": options}
+    return Report(document, "\n".join([f"{name}: method, {trained}; its options and their defaults:", *lines]))
 
 
 def _edits(contents: Contents) -> tuple[dict[str, object], list[str]]:

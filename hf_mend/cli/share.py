@@ -71,7 +71,7 @@ def pull(
     """
     import shutil
 
-    from ..hub.files import replaced_folder
+    from ..hub.atomic import replaced_folder
     from .contents import fetch, read_contents
 
     cached = fetch(repo_id, revision)

@@ -31,7 +31,10 @@ def train(
         str, typer.Option(help="Layers to edit: default, paper, a regular expression, or names with commas.")
     ] = "default",
     layers: Annotated[str | None, typer.Option(help="Indices of the blocks to edit, with commas.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the editor networks.")] = 256,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of the editor networks, for methods that have one. Default: theirs."),
+    ] = None,
     checkpoints: Annotated[
         Path | None, typer.Option(help="Folder of checkpoints (default: the output's name with -checkpoints).")
     ] = None,
@@ -39,7 +42,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     config: Annotated[
         list[str] | None,
-        typer.Option(help="Any field of EditorConfig: name=value, in JSON; goes before an option. Repeatable."),
+        typer.Option(
+            help="Any option of the method (hf-mend info METHOD lists them): name=value, in JSON; goes before an "
+            "option. Repeatable."
+        ),
     ] = None,
     training: Annotated[
         list[str] | None, typer.Option(help="Any field of EditorTrainingArguments, the same way.")
@@ -65,7 +71,8 @@ def train(
 
     from ..config import EditorConfig
     from ..data.readers import read_edits, read_questions
-    from ..training.trainer import EditorTrainer, EditorTrainingArguments
+    from ..training.arguments import EditorTrainingArguments
+    from ..training.trainer import EditorTrainer
 
     # Whatever can be wrong in the files is found before a model is loaded.
     asked = read_questions(questions) if questions else []
@@ -73,13 +80,16 @@ def train(
     eval_data = list(read_edits(eval_facts, questions=asked))[:eval_limit] if eval_facts else None
     named = {
         "method": method,
-        "rank": rank,
+        **({} if rank is None else {"rank": rank}),
         "target_modules": [name.strip() for name in target_modules.split(",")]
         if "," in target_modules
         else target_modules,
         "layers_to_transform": _indices(layers) if layers else None,
     }
-    editor_config = EditorConfig(**{**named, **as_fields("--config", config, EditorConfig)})
+    chosen = as_fields("--config", config, EditorConfig)
+    if "r" in chosen:
+        named.pop("rank", None)
+    editor_config = EditorConfig(**{**named, **chosen})
     folder = checkpoints or output.with_name(output.name + "-checkpoints")
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and last is None:

@@ -14,7 +14,7 @@ IGNORE = -100
 
 
 @dataclass
-class Rows:
+class EncodedBatch:
     """
     Texts as one padded batch.
 
@@ -35,15 +35,15 @@ class Rows:
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
 
-    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+    def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects[index]
-        return Rows(inputs, self.next_tokens[index], self.positions[index], subjects)
+        return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects)
 
-    def to(self, device: torch.device | str) -> Rows:
+    def to(self, device: torch.device | str) -> EncodedBatch:
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects.to(device)
-        return Rows(inputs, self.next_tokens.to(device), self.positions.to(device), subjects)
+        return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Query:
 
 class Encoder:
     """
-    Turns queries into [`Rows`].
+    Turns queries into [`EncodedBatch`].
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
@@ -119,7 +119,7 @@ class Encoder:
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
 
-    def __call__(self, queries: Sequence[Query]) -> Rows:
+    def __call__(self, queries: Sequence[Query]) -> EncodedBatch:
         """The queries as one batch, padded on the right."""
         pairs = [self.tokens(query) for query in queries]
         rows = self.pad(pairs)
@@ -213,7 +213,7 @@ class Encoder:
         same = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
         return min(same, len(prompt)) - 1
 
-    def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Rows:
+    def pad(self, pairs: Sequence[tuple[list[int], list[int]]]) -> EncodedBatch:
         """Token ids of prompts and answers as one batch."""
         if self.is_encoder_decoder:
             sources = [prompt for prompt, _ in pairs]
@@ -226,7 +226,7 @@ class Encoder:
                 "decoder_input_ids": self._stack(decoder, self.pad_token_id),
             }
             positions = self._stack([[0] * skipped + [1] * (len(row) - skipped) for row in labels], 0).bool()
-            return Rows(inputs, self._stack(labels, IGNORE), positions)
+            return EncodedBatch(inputs, self._stack(labels, IGNORE), positions)
         # The answer's last token predicts nothing, so it does not go in.
         texts = [prompt + answer[:-1] for prompt, answer in pairs]
         labels = [[IGNORE] * (len(p) - 1) + (a or [IGNORE]) for p, a in pairs]
@@ -235,7 +235,7 @@ class Encoder:
             "input_ids": self._stack(texts, self.pad_token_id),
             "attention_mask": self._stack([[1] * len(ids) for ids in texts], 0),
         }
-        return Rows(inputs, self._stack(labels, IGNORE), self._stack(chosen, 0).bool())
+        return EncodedBatch(inputs, self._stack(labels, IGNORE), self._stack(chosen, 0).bool())
 
     def _stack(self, rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
         width = max(len(row) for row in rows)

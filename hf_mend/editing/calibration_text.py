@@ -1,36 +1,30 @@
-"""The ordinary text that a method which needs no training looks at before the first edit: what must stay."""
+"""The calibration text that a method which needs no training looks at before the first edit: what must stay."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import resources
 
 from tqdm.auto import tqdm
 
 from ..bases.gradients import record_inputs
-from ..bases.split import SplitModel
-from ..bases.targets import Target
 from ..data.encoding import Encoder, Query
-from ..methods import EditMethod
+from .context import EditingContext
 
 
-def observe_ordinary_text(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+def observe_calibration_text(
+    context: EditingContext,
     encoder: Encoder,
     texts: Iterable[str | tuple[str, str]] = (),
     batch_size: int = 16,
 ) -> None:
     """
-    Shows a method ordinary text, some 160 packaged lines and the user's own; what it saw before is then
-    forgotten, and stays on an error.
+    Show a method calibration text, some 160 packaged lines and the user's own. What the method saw before is discarded
+    when all were shown, and stays on an error.
 
     Args:
-        split ([`SplitModel`]): The model.
-        targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Its statistics are set then.
+        context ([`EditingContext`]): The model, and the method whose statistics are set then.
         encoder ([`Encoder`]): Tokenises and pads.
         texts (`Iterable[str | tuple[str, str]]`, *optional*): The user's: a text, or a prompt and its answer.
         batch_size (`int`, defaults to 16): Texts in one pass.
@@ -39,15 +33,16 @@ def observe_ordinary_text(
         TypeError: One of `texts` is neither.
         ValueError: One of them is empty.
     """
-    packaged = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
+    packaged = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
+    split, method = context.split, context.method
     longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
     pairs = [(prompt[:longest], answer[:longest]) for prompt, answer in map(encoder.tokens, queries)]
     try:
-        for start in tqdm(range(0, len(pairs), batch_size), desc="Ordinary text", disable=len(pairs) < 1000):
+        for start in tqdm(range(0, len(pairs), batch_size), desc="Calibration text", disable=len(pairs) < 1000):
             rows = encoder.pad(pairs[start : start + batch_size]).to(split.device)
-            method.observe_inputs(record_inputs(split, targets, rows))
+            method.observe_inputs(record_inputs(split, context.targets, rows))
             method.observe_texts(rows)
         method.finish_observing()
     finally:

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
-import math
 import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
-from ..bases.gradients import trace
-from ..bases.split import SplitModel, logits_of
-from ..bases.targets import Target
 from ..data.encoding import Encoder, Query, length_batches
-from ..edits.active import EditStack
+from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
-from ..edits.low_rank import Update
-from ..methods import EditMethod
-from .calibration_text import observe_ordinary_text
-from .joint import FoundUpdates, ask
-from .requests import Answers, EditRequest, EditResult
-from .search import _joint_finder, find_updates
-from .searching import BatchLook
+from .batch_state import FoundUpdates
+from .calibration_text import observe_calibration_text
+from .context import EditingContext
+from .look import BatchLook
+from .proposals import SearchOptions
+from .requests import EditRequest, EditResult
+from .results import absence_edit, as_edit, as_request, as_result, base_delta_edit, known_result
+from .scoring import Answers
+from .search import find_updates
 
 
 # Most tokens in one pass of edits, padding included: what bounds the memory of long requests.
 _BATCH_TOKENS = 4096
 
 
+@dataclass
+class _Call:
+    """
+    The requests of one call, and what came of them.
+
+    Args:
+        context ([`EditingContext`]): The model and the method.
+        encoder ([`Encoder`]): Tokenises and pads.
+        active ([`ActiveEdits`]): The model's edits.
+        requests (`Sequence[EditRequest]`): The requests.
+        options ([`SearchOptions`]): What the search for an update may do.
+        batch_size (`int`): Most requests in one pass.
+        made_by (`str`): The editor's id.
+        now (`dict[int, tuple[Answers, int]]`): A request's number -> what the model says to it while an earlier edit
+            of its prompt stands, and the row of the answers.
+        results, edits: A request's number -> its result, and its edit if one was made.
+    """
+
+    context: EditingContext
+    encoder: Encoder
+    active: ActiveEdits
+    requests: Sequence[EditRequest]
+    options: SearchOptions
+    batch_size: int
+    made_by: str
+    now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
+    results: dict[int, EditResult] = field(default_factory=dict)
+    edits: dict[int, Edit] = field(default_factory=dict)
+
+    def batches(self, numbers: Sequence[int], requests: Sequence[EditRequest] | None = None) -> list[list[int]]:
+        """Some of the requests, by number, in batches of like lengths."""
+        requests = self.requests if requests is None else requests
+        lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
+        return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
+
+    @torch.no_grad()
+    def answers(self, queries: Sequence[Query]) -> Answers:
+        """What the model says to queries, under the edits it carries."""
+        return self.context.answers(self.encoder(queries).to(self.context.split.device))
+
+    def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
+        """What the model says to some of the requests, by number: the answers of a batch, and the row."""
+        found = {}
+        for batch in self.batches(numbers):
+            answers = self.answers([self.requests[i].query for i in batch])
+            found.update({i: (answers, row) for row, i in enumerate(batch)})
+        return found
+
+
 def make_edits(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     encoder: Encoder,
-    stack: EditStack,
+    active: ActiveEdits,
     requests: Sequence[EditRequest],
-    max_steps: int = 3,
+    options: SearchOptions,
     batch_size: int = 16,
-    force: bool = False,
-    check: bool = True,
 ) -> list[EditResult]:
     """
-    Makes the edits of one call and adds them to the stack. All see what the model carried before the call; what the
+    Make the edits of one call and add them to the model's. All see what the model carried before the call; what the
     results tell of after is of the model with all of them.
 
     An edit of a prompt that has one is found on the model without it, and takes its place. Requests for the same are
@@ -53,224 +94,109 @@ def make_edits(
 
     Raises:
         ValueError: A gradient or an update is not finite, or the model carries edits of another editor that changes
-            the base itself; the stack is as it was.
+            the base itself; the edits are as they were.
     """
+    method = context.method
     made_by = editor_id(method, method.config.method)
-    support = _support(method, made_by, stack)
+    call = _Call(context, encoder, active, requests, options, batch_size, made_by)
+    delta = base_delta_edit(method, made_by, active.edits)
     if not method.trains and not method.is_calibrated:
-        with stack.disabled():
-            observe_ordinary_text(split, targets, method, encoder)
-    earlier = stack.edits
-    probed = {i: _answers(split, encoder, r.probes) for i, r in enumerate(requests) if r.probes}
+        with active.disabled():
+            observe_calibration_text(context, encoder)
+    earlier = active.edits
+    probed = {i: call.answers(request.probes) for i, request in enumerate(requests) if request.probes}
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request.asked, i)
     made_once = list(first_of.values())
-    standing = {edit.asked: edit for edit in stack.active}
-    again = [i for i in made_once if requests[i].asked in standing]
-    now: dict[int, tuple[Answers, int]] = {}  # what the model says where an edit stands
-    for chosen in _batches(requests, again, encoder, batch_size):
-        asked = _answers(split, encoder, [requests[i].query for i in chosen])
-        now.update({i: (asked, row) for row, i in enumerate(chosen)})
-    known = {i for i, (asked, row) in now.items() if all(asked.right[row]) and not force}
-    results = {i: _known_result(requests[i], *now[i], encoder, check) for i in known}
-    edits: dict[int, Edit] = {}
-    chunks = _batches(requests, [i for i in made_once if i not in known], encoder, batch_size)
-    gone = {requests[i].asked for i in again if i not in known}
     try:
-        stack.replace([edit for edit in earlier if edit.asked not in gone])
-        acting = acting_ids(stack.edits)
-        if method.joins:
-            _trace_unknown(
-                split, targets, method, encoder, [edit for edit in earlier if edit.id in acting], batch_size
-            )
-        kept = method.inputs_of(acting, waiting=[edit.id for edit in earlier])
-        carried = {} if support is None or support.id in acting else support.updates
-        started = time.perf_counter()
-        found = _find_in_batches(
-            split, targets, method, encoder, [[requests[i] for i in chosen] for chosen in chunks], max_steps, force,
-            check, kept, carried,
-        )  # fmt: skip
-        seconds = (time.perf_counter() - started) / len(requests)
-        for chosen, of_rows in zip(chunks, found, strict=True):
-            for row, i in enumerate(chosen):
-                results[i], edit = _as_result(requests[i], of_rows, row, encoder, seconds)
-                if i in now:
-                    edit = _in_place_of(standing[requests[i].asked], edit, results[i], of_rows, row)
-                    results[i].set_before(*now[i], encoder)
-                if edit is not None:
-                    edits[i] = edit
-                    if of_rows.inputs:
-                        method.remember(edit.id, {name: x[row][x[row].any(-1)] for name, x in of_rows.inputs.items()})
-        for edit in edits.values():
-            edit.metadata["editor"] = made_by
-            edit.needs = support.id if support is not None and edit.updates else None
-        supports = [support] if support is not None and any(edit.needs for edit in edits.values()) else []
-        stack.replace([*earlier, *supports, *(edits[i] for i in sorted(edits))])
+        _add_edits(call, made_once, delta)
         # Each was found without the others, unless they were joined: what does the model say with all of them?
-        if check and (now or (len(requests) > 1 and not method.joins)):
-            for chosen in _batches(requests, made_once, encoder, batch_size):
-                asked = _answers(split, encoder, [requests[i].query for i in chosen])
-                for row, i in enumerate(chosen):
-                    results[i].set_after(asked, row, encoder)
-        in_order = [replace(results[first_of[request.asked]], prompt=request.prompt) for request in requests]
+        if options.check and (call.now or (len(requests) > 1 and not method.joins)):
+            for i, (answers, row) in call.answers_to(made_once).items():
+                call.results[i].set_after(answers, row, encoder)
+        in_order = [replace(call.results[first_of[request.asked]], prompt=request.prompt) for request in requests]
         for i, before in probed.items():
-            in_order[i].set_probes(requests[i], before, _answers(split, encoder, requests[i].probes), encoder)
+            in_order[i].set_probes(requests[i], before, call.answers(requests[i].probes), encoder)
     except BaseException:
-        stack.replace(earlier)
+        active.replace(earlier)
         raise
     return in_order
 
 
-def _trace_unknown(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
-    encoder: Encoder,
-    edits: Sequence[Edit],
-    batch_size: int,
-) -> None:
-    """
-    Has the method know the inputs of edits that came from a file or a store, to spare them as those that it made: as
-    the model is now. An edit without a prompt has none.
-    """
-    edits = [edit for edit in edits if edit.prompt and edit.id not in method.known_inputs]
-    if not edits:
-        return
-    requests = [_as_request(edit) for edit in edits]
-    chunks = _batches(requests, range(len(requests)), encoder, batch_size)
-    for chosen in tqdm(chunks, desc="Inputs of earlier edits", disable=len(chunks) == 1):
-        rows = encoder([requests[i].query for i in chosen]).to(split.device)
-        state = split.run_below(rows.inputs)
-        factors, _ = trace(split, targets, rows.inputs, rows.next_tokens, state)
-        look = BatchLook(split, targets, rows, state, torch.arange(len(rows)))
-        for name, x in method.asked_at(factors, look.places).items():
-            for row, i in enumerate(chosen):
-                known = method.known_inputs.setdefault(edits[i].id, {})
-                known[name] = x[row][x[row].any(-1)]
-
-
-def _as_request(edit: Edit) -> EditRequest:
-    chat = edit.metadata.get("chat") == "true"
-    return EditRequest(edit.prompt, edit.target, chat, subject=edit.metadata.get("subject"))
-
-
-def _support(method: EditMethod, made_by: str, stack: EditStack) -> Edit | None:
-    """What the method's edits need beside them: the stack's own, if it is there."""
-    carried = method.carried()
-    if not carried:
-        return None
-    acting = acting_ids(stack.edits)
-    for edit in stack.edits:
-        if edit.support and edit.id != made_by and edit.id in acting:
-            raise ValueError(
-                f"the model carries edits that act with the change {edit.id!r}, and this editor's is {made_by!r}: "
-                "with both it is a model that neither has learned to edit; undo those edits, or load the editor that "
-                "made them"
-            )
-    known = [edit for edit in stack.edits if edit.support and edit.id == made_by]
-    if known:
-        return known[0]
-    updates = {name: (u.detach().clone(), v.detach().clone()) for name, (u, v) in carried.items()}
-    metadata = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "editor": made_by}
-    return Edit(made_by, "", "", updates, metadata, support=True)
-
-
-def _batches(
-    requests: Sequence[EditRequest], indices: Sequence[int], encoder: Encoder, batch_size: int
-) -> list[list[int]]:
-    """Some of the requests, by index, in batches of like lengths."""
-    lengths = [sum(map(len, encoder.tokens(requests[i].query))) for i in indices]
-    return [[indices[k] for k in chosen] for chosen in length_batches(lengths, batch_size, _BATCH_TOKENS)]
+def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
+    """Find edits for some of the requests, on the model without those whose places they take, and add them to it."""
+    active, requests = call.active, call.requests
+    earlier, standing = active.edits, {edit.asked: edit for edit in active.active}
+    call.now = call.answers_to([i for i in numbers if requests[i].asked in standing])
+    for i, (answers, row) in call.now.items():
+        if all(answers.correct[row]) and not call.options.force:
+            call.results[i] = known_result(requests[i], answers, row, call.encoder, call.options.check)
+    gone = {requests[i].asked for i in call.now if i not in call.results}
+    active.replace([edit for edit in earlier if edit.asked not in gone])
+    if call.context.method.joins:
+        _trace_unknown(call, earlier)
+    batches = call.batches([i for i in numbers if i not in call.results])
+    started = time.perf_counter()
+    found = _find_in_batches(call, batches, earlier, delta)
+    seconds = (time.perf_counter() - started) / len(requests)
+    for batch, of_rows in zip(batches, found, strict=True):
+        for row, i in enumerate(batch):
+            edit = as_edit(requests[i], of_rows, row)
+            result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, seconds)
+            if i in call.now:
+                result.set_before(*call.now[i], call.encoder)
+                old = standing[requests[i].asked]
+                edit = edit or absence_edit(requests[i], old, of_rows, row)
+                if edit is not None:
+                    result.id, result.superseded = edit.id, old.id
+            if edit is not None:
+                call.edits[i] = edit
+                edit.metadata["editor"] = call.made_by
+                edit.requires = delta.id if delta is not None and edit.updates else None
+                if of_rows.inputs:
+                    active.preserved_keys.by_edit[edit.id] = _present(of_rows.inputs, row)
+    deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
+    active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
 
 
 def _find_in_batches(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
-    encoder: Encoder,
-    batches: Sequence[Sequence[EditRequest]],
-    max_steps: int,
-    force: bool,
-    check: bool,
-    kept: dict[str, torch.Tensor],
-    carried: dict[str, Update],
+    call: _Call, batches: Sequence[Sequence[int]], earlier: Sequence[Edit], delta: Edit | None
 ) -> list[FoundUpdates]:
-    """The updates of all requests, a batch of them at a time, or for one another where the method joins them."""
-    if not batches:
-        return []
-    encoded = [encoder([request.query for request in batch]).to(split.device) for batch in batches]
-    with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) == 1) as bar:
-        if method.joins:
-            return _joint_finder(method)(
-                split, targets, method, encoded, max_steps, force, check, kept=kept, progress=bar.update
-            )
-        found = []
-        for rows in encoded:
-            found.append(find_updates(split, targets, method, rows, max_steps, force, check, carried=carried))
-            bar.update(len(rows))
-        return found
+    """The updates of all batches' requests, each batch by itself, or all of them together where the method joins."""
+    acting = acting_ids(call.active.edits)
+    preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
+    base_delta = {} if delta is None or delta.id in acting else delta.updates
+    device = call.context.split.device
+    encoded = [call.encoder([call.requests[i].query for i in batch]).to(device) for batch in batches]
+    calls = [encoded] if call.context.method.joins else [[rows] for rows in encoded]
+    found: list[FoundUpdates] = []
+    with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) <= 1) as bar:
+        for rows in calls:
+            found += find_updates(call.context, rows, call.options, None, preserved_keys, base_delta, bar.update)
+    return found
 
 
-def _as_result(
-    request: EditRequest, found: FoundUpdates, row: int, encoder: Encoder, seconds: float
-) -> tuple[EditResult, Edit | None]:
-    updates = {name: (u[row], v[row]) for name, (u, v) in found.updates.items()}
-    edit = _as_edit(request, updates) if found.steps[row] else None
-    result = EditResult(
-        id=edit.id if edit else None,
-        prompt=request.prompt,
-        target=request.target,
-        before=encoder.decode(found.before.tokens[row]),
-        after=None,
-        probability_before=math.exp(found.before.log_probability[row]),
-        probability_after=None,
-        token_success=None,
-        steps=found.steps[row],
-        seconds=seconds,
-        rank=edit.rank if edit else 0,
-        update_norms=edit.norms() if edit else {},
-    )
-    if found.after is not None:
-        result.set_after(found.after, row, encoder)
-    return result, edit
-
-
-def _known_result(request: EditRequest, said: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
-    """Of a request whose target the model says already, thanks to an earlier edit."""
-    result = EditResult(None, request.prompt, request.target, "", None, 0.0, None, None, steps=0, seconds=0.0)
-    result.set_before(said, row, encoder)
-    if check:
-        result.set_after(said, row, encoder)
-    return result
-
-
-def _in_place_of(old: Edit, new: Edit | None, result: EditResult, found: FoundUpdates, row: int) -> Edit | None:
+def _trace_unknown(call: _Call, earlier: Sequence[Edit]) -> None:
     """
-    What takes an earlier edit's place; an edit without updates where its absence is enough. Nothing where no step was
-    found: the earlier one stays then.
+    Trace the inputs of acting edits that came from a file or a store, to preserve them as those of edits that were
+    made here: as the model is now. An edit without a prompt has none.
     """
-    if new is None and all(found.before.right[row]):
-        chat = old.metadata.get("chat") == "true"
-        new = _as_edit(EditRequest(result.prompt, result.target, chat), {})
-    if new is not None:
-        result.id, result.superseded = new.id, old.id
-    return new
+    context, known = call.context, call.active.preserved_keys.by_edit
+    acting = acting_ids(call.active.edits)
+    edits = [edit for edit in earlier if edit.id in acting and edit.prompt and edit.id not in known]
+    requests = [as_request(edit) for edit in edits]
+    batches = call.batches(range(len(requests)), requests)
+    for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
+        rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)
+        hidden = context.split.run_below(rows.inputs)
+        factors, _ = context.trace(rows, hidden)
+        look = BatchLook(context, rows, hidden, torch.arange(len(rows)))
+        inputs = context.method.key_inputs(factors, look.places)
+        for row, i in enumerate(batch):
+            known[edits[i].id] = _present(inputs, row)
 
 
-def _as_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
-    kept = {}
-    for name, (u, v) in updates.items():
-        used = (v != 0).any(-1) & (u != 0).any(-1)
-        kept[name] = (u[used].contiguous(), v[used].contiguous())
-    metadata = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chat": str(request.chat).lower()}
-    if request.subject:
-        metadata["subject"] = request.subject
-    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, kept, metadata)
-
-
-@torch.no_grad()
-def _answers(split: SplitModel, encoder: Encoder, queries: Sequence[Query]) -> Answers:
-    """What the model says to each query, under the edits it carries."""
-    rows = encoder(queries).to(split.device)
-    return ask(rows, logits_of(split, rows, split.run_below(rows.inputs)))
+def _present(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """A row's inputs at the tokens that have one, layer name -> `(tokens, d_in)`."""
+    return {name: x[row][x[row].any(-1)] for name, x in inputs.items()}

@@ -14,23 +14,7 @@ from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import same_prompt
-
-
-@dataclass
-class Answers:
-    """
-    What the model says, per row: the target's log-probability, the argmax tokens, which of them are right, and the
-    log-probability of the target's least likely token.
-    """
-
-    log_probability: list[float]
-    tokens: list[list[int]]
-    right: list[list[bool]]
-    least: list[float]
-
-    def rank(self, row: int) -> tuple[bool, float]:
-        """What to compare a row's answers by: all tokens right, then the target's probability."""
-        return all(self.right[row]), self.log_probability[row]
+from .scoring import Answers
 
 
 @dataclass
@@ -135,13 +119,13 @@ class EditResult:
         """Notes what the edited model says."""
         self.after = encoder.decode(asked.tokens[row])
         self.probability_after = math.exp(asked.log_probability[row])
-        self.token_success = asked.right[row]
+        self.token_success = asked.correct[row]
 
     def set_probes(self, request: EditRequest, before: Answers, after: Answers, encoder: Encoder) -> None:
         """Notes what the model said and says on the request's probes."""
         probes = []
         for i, query in enumerate(request.probes):
-            ok = before.tokens[i] == after.tokens[i] if query.answer is None else all(after.right[i])
+            ok = before.tokens[i] == after.tokens[i] if query.answer is None else all(after.correct[i])
             probes.append(Probe(query.prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
         self.paraphrases, self.locality = probes[: len(request.paraphrases)], probes[len(request.paraphrases) :]
 

@@ -9,22 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.merge_adapters import merge_adapters_
+from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
-from ..bases.weights import add_to_weight_, check_own_weight, writable_weight
+from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
-from .edit import Edit, active_edits, check_supported, each_support_once
+from .edit import Edit, active_edits, check_required, each_base_delta_once
 from .hook import AddsToOutput
 from .layer_sum import LayerSum
+from .preserved_keys import PreservedKeys
 
 
 def acting_edits(model: nn.Module) -> set[str]:
-    """Ids of the edits that act in a model, whichever [`EditStack`] put them there."""
+    """Ids of the edits that act in a model, whichever [`ActiveEdits`] put them there."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     return {edit_id for hook in hooks if isinstance(hook, AddsToOutput) for edit_id in hook.edit_ids}
 
 
-class EditStack:
+class ActiveEdits:
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.
 
@@ -41,6 +42,7 @@ class EditStack:
         self._base_model = base_model
         self.edits: list[Edit] = []
         self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
+        self.preserved_keys = PreservedKeys()  # of the edits that a joining method made
         self._handles: list[Any] = []
         self._disabled = 0
 
@@ -56,7 +58,7 @@ class EditStack:
 
     def replace(self, edits: Sequence[Edit]) -> None:
         """Makes these the model's edits."""
-        self.edits = each_support_once(edits)
+        self.edits = each_base_delta_once(edits)
         for target in self._others(edits):
             self.targets.append(target)
             self._sums[target.name] = LayerSum(target.d_in, target.d_out)
@@ -65,14 +67,14 @@ class EditStack:
     def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
         """
         Raises:
-            ValueError: An edit's layers or shapes are not this model's, its id is taken, or the support that it needs
-                is missing.
+            ValueError: An edit's layers or shapes are not this model's, its id is taken, or the base delta that it
+                requires is missing.
         """
         shapes = {target.name: (target.d_in, target.d_out) for target in [*self.targets, *self._others(edits)]}
-        check_supported(edits, source, among=self.edits)
-        taken = {edit.id for edit in self.edits if not edit.support}
+        check_required(edits, source, among=self.edits)
+        taken = {edit.id for edit in self.edits if not edit.is_base_delta}
         for edit in edits:
-            if edit.id in taken and not edit.support:
+            if edit.id in taken and not edit.is_base_delta:
                 raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
             taken.add(edit.id)
             for name, (u, v) in edit.updates.items():
@@ -97,7 +99,7 @@ class EditStack:
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
         """
-        Removes edits by id and returns them. A support that no other edit needs goes with them.
+        Removes edits by id and returns them. A base delta that no other edit requires goes with them.
 
         Raises:
             KeyError: An id is not among the edits; nothing is removed.
@@ -108,8 +110,8 @@ class EditStack:
         check_apart(self.edits, unwanted)
         gone = [edit for edit in self.edits if edit.id in unwanted]
         left = [edit for edit in self.edits if edit.id not in unwanted]
-        needed = {edit.needs for edit in left}
-        self.replace([edit for edit in left if not edit.support or edit.id in needed])
+        needed = {edit.requires for edit in left}
+        self.replace([edit for edit in left if not edit.is_base_delta or edit.id in needed])
         return gone
 
     @contextmanager
@@ -123,19 +125,28 @@ class EditStack:
             self._disabled -= 1
             self._refresh()
 
-    def merge(self) -> None:
+    def merge(self, safe: bool = False) -> None:
         """
-        Adds all edits to the weights and forgets them. Adapters around the base model's layers are merged first: some
+        Add all edits to the weights and discard them. Adapters around the base model's layers are merged first: some
         scale the weight that they find.
+
+        Args:
+            safe (`bool`, defaults to `False`): Check first that all merged weights are finite.
 
         Raises:
             TypeError: A layer's weight cannot take an update, or is another's too; no weight has changed then.
+            ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
         edited = [target for target in self.targets if self._sums[target.name].edits]
         weights = [writable_weight(target.module) for target in edited]
         if self._base_model is not None:
             for target in edited:
                 check_own_weight(self._base_model, target.module)
+        if safe:
+            for target, weight in zip(edited, weights, strict=True):
+                update = self._sums[target.name].matrix(weight.device)
+                check_finite_weight(target.name, with_update(weight_with_adapters(target.module), update))
+        if self._base_model is not None:
             with self.disabled():
                 merge_adapters_(self._base_model)
         for target, weight in zip(edited, weights, strict=True):
@@ -151,5 +162,5 @@ class EditStack:
             layer_sum = self._sums[target.name]
             layer_sum.replace([edit.updates[target.name] for edit in active if target.name in edit.updates])
             if layer_sum.edits and not self._disabled:
-                ids = [edit.id for edit in active if target.name in edit.updates and not edit.support]
+                ids = [edit.id for edit in active if target.name in edit.updates and not edit.is_base_delta]
                 self._handles.append(target.module.register_forward_hook(AddsToOutput(layer_sum, ids)))

@@ -9,7 +9,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, overload
 
-from ..hub.files import replaced_file
+from ..hub.atomic import replaced_file
 from .edit import Edit, active_edits
 
 
@@ -171,10 +171,10 @@ def check_apart(edits: Sequence[Edit], ids: set[str]) -> None:
             among the ids.
     """
     for whole in edits:
-        if whole.needs in ids and whole.id not in ids:
+        if whole.requires in ids and whole.id not in ids:
             raise ValueError(
-                f"the edit {whole.id!r} acts with the change {whole.needs!r}, which stays with it; undo that edit, or "
-                "turn it off"
+                f"the edit {whole.id!r} acts with the change {whole.requires!r}, which stays with it; undo that edit, "
+                "or turn it off"
             )
         parts = ids.intersection(whole.replaces) if whole.id not in ids else ()
         for part in sorted(parts):

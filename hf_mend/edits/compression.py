@@ -71,7 +71,7 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
         },
         replaces=replaces,
     )
-    kept = [edit for edit in edits if keep or not edit.enabled or edit.support]
+    kept = [edit for edit in edits if keep or not edit.enabled or edit.is_base_delta]
     report = Compression(
         whole.id,
         [edit.id for edit in acting],

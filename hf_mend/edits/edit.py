@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 
 from .low_rank import Update
+
+
+# How files name what an edit has beside its texts; they keep the names that were there first.
+_KEYS = {"enabled": "enabled", "replaces": "replaces", "needs": "requires", "support": "is_base_delta"}
 
 
 @dataclass
@@ -26,9 +31,9 @@ class Edit:
         metadata (`dict[str, str]`): Whatever else is worth keeping: time, editor, chat.
         enabled (`bool`, defaults to `True`): An edit that is turned off stays among a model's edits, without effect.
         replaces (`list[str]`): Ids of the edits whose sum this one is, which have no effect beside it.
-        needs (`str`, *optional*): Id of the support that this edit was found with and acts with.
-        support (`bool`, defaults to `False`): This is no edit of a prompt but a change that others need. It acts,
-            once, while one of them does.
+        requires (`str`, *optional*): Id of the base delta that this edit was found with and acts with.
+        is_base_delta (`bool`, defaults to `False`): This is no edit of a prompt but a change of the base that others
+            require. It acts, once, while one of them does.
     """
 
     id: str
@@ -38,8 +43,20 @@ class Edit:
     metadata: dict[str, str] = field(default_factory=dict)
     enabled: bool = True
     replaces: list[str] = field(default_factory=list)
-    needs: str | None = None
-    support: bool = False
+    requires: str | None = None
+    is_base_delta: bool = False
+
+    @property
+    def needs(self) -> str | None:
+        """Deprecated: the name of `requires` until now."""
+        warnings.warn("Edit.needs is now Edit.requires", FutureWarning, stacklevel=2)
+        return self.requires
+
+    @property
+    def support(self) -> bool:
+        """Deprecated: the name of `is_base_delta` until now."""
+        warnings.warn("Edit.support is now Edit.is_base_delta", FutureWarning, stacklevel=2)
+        return self.is_base_delta
 
     @property
     def asked(self) -> tuple[str, bool] | None:
@@ -61,14 +78,14 @@ class Edit:
     def describe(self) -> dict[str, Any]:
         """Everything but the matrices, as plain JSON values."""
         state: dict[str, Any] = {"enabled": self.enabled}
-        state |= {name: value for name in ("replaces", "needs", "support") if (value := getattr(self, name))}
+        state |= {key: value for key, name in _KEYS.items() if name != "enabled" and (value := getattr(self, name))}
         return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata, **state}
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], updates: dict[str, Update]) -> Edit:
         """The edit that [`describe`] described, which [`is_description`] has checked."""
         texts = (described["id"], described["prompt"], described["target"])
-        state = {name: described[name] for name in ("enabled", "replaces", "needs", "support") if name in described}
+        state = {name: described[key] for key, name in _KEYS.items() if key in described}
         return cls(*texts, updates, dict(described["metadata"]), **state)
 
 
@@ -80,9 +97,9 @@ def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
 def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     """
     The edits that act, among those that are not turned off: of one prompt's only the last, which supersedes the others
-    while it is there, and none that another replaces; and the supports that these need.
+    while it is there, and none that another replaces; and the base deltas that these require.
     """
-    enabled = [edit for edit in edits if edit.enabled and not edit.support]
+    enabled = [edit for edit in edits if edit.enabled and not edit.is_base_delta]
     last = {edit.asked: index for index, edit in enumerate(enabled)}
     replaced = {one for edit in enabled for one in edit.replaces}
     acting = [
@@ -90,8 +107,8 @@ def active_edits(edits: Sequence[Edit]) -> list[Edit]:
         for index, edit in enumerate(enabled)
         if edit.id not in replaced and (edit.asked is None or last[edit.asked] == index)
     ]
-    needed = {edit.needs for edit in acting} - replaced
-    return [edit for edit in edits if edit.support and edit.id in needed] + acting
+    needed = {edit.requires for edit in acting} - replaced
+    return [edit for edit in edits if edit.is_base_delta and edit.id in needed] + acting
 
 
 def acting_ids(edits: Sequence[Edit]) -> list[str]:
@@ -99,23 +116,23 @@ def acting_ids(edits: Sequence[Edit]) -> list[str]:
     return [one for edit in active_edits(edits) for one in (edit.replaces or [edit.id])]
 
 
-def each_support_once(edits: Sequence[Edit]) -> list[Edit]:
-    """The edits, of a support that comes several times the first: two collections may bring the same."""
+def each_base_delta_once(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits, of a base delta that comes several times the first: two collections may bring the same."""
     first = {edit.id: index for index, edit in reversed([*enumerate(edits)])}
-    return [edit for index, edit in enumerate(edits) if not edit.support or first[edit.id] == index]
+    return [edit for index, edit in enumerate(edits) if not edit.is_base_delta or first[edit.id] == index]
 
 
-def check_supported(edits: Sequence[Edit], source: str | Path, among: Sequence[Edit] = ()) -> None:
+def check_required(edits: Sequence[Edit], source: str | Path, among: Sequence[Edit] = ()) -> None:
     """
     Raises:
-        ValueError: An edit needs a support that is neither here nor `among` others.
+        ValueError: An edit requires a base delta that is neither here nor `among` others.
     """
     every = [*edits, *among]
     there = {edit.id for edit in every} | {one for edit in every for one in edit.replaces}
     for edit in edits:
-        if edit.needs is not None and edit.needs not in there:
+        if edit.requires is not None and edit.requires not in there:
             raise ValueError(
-                f"{source}: the edit {edit.id!r} acts with the change {edit.needs!r} beside it, which is missing; "
+                f"{source}: the edit {edit.id!r} acts with the change {edit.requires!r} beside it, which is missing; "
                 "take it along from the edits of the model that made it"
             )
 

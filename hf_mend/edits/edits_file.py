@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..hub.files import read_json, shortened
+from ..hub.files import EDITS_NAME, read_json, read_json_object, read_tensors, shortened, write_tensors
 from .edit import Edit, is_description
 
 
 _TENSOR_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})\.(?P<layer>.+)\.(?P<side>[uv])")
 
 
-def edits_from_tensors(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], source: str | Path
-) -> list[Edit]:
+def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint: Mapping[str, Any]) -> None:
     """
-    Edits from a file's tensors (`<index>.<layer>.u` and `.v`) and its header.
+    Write edits to `edits.safetensors` in a folder, all or nothing: the factors as `<index>.<layer>.u` and `.v`, what
+    describes the edits and their base model as JSON in the header.
+
+    Args:
+        folder (`str` or `Path`): The folder; made if missing.
+        edits (`Sequence[Edit]`): The edits.
+        base_fingerprint (`Mapping[str, Any]`): The fingerprint of the base model that the edits are for, as
+            [`~hf_mend.bases.fingerprint.fingerprint_of`] gives it.
+    """
+    tensors = {
+        f"{index}.{name}.{side}": factor
+        for index, edit in enumerate(edits)
+        for name, pair in edit.updates.items()
+        for side, factor in zip("uv", pair, strict=True)
+    }
+    described = json.dumps([edit.describe() for edit in edits])
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    metadata = {"edits": described, "base_fingerprint": json.dumps(base_fingerprint)}
+    write_tensors(Path(folder) / EDITS_NAME, tensors, metadata)
+
+
+def read_edits_file(path: str | Path) -> tuple[list[Edit], dict[str, Any] | None]:
+    """
+    Read what [`write_edits_file`] wrote.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `tuple`: The edits, bit for bit as they were written, and the fingerprint of their base model, if there is one.
 
     Raises:
-        ValueError: The header is missing or does not fit the tensors; the message names the source.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or its header is missing or does not fit its tensors.
     """
-    described = read_json(metadata.get("edits", "null"), f"the header of {source}")
-    broken = f"{source} is not a collection of edits, or its header was altered"
+    tensors, metadata = read_tensors(path)
+    described = read_json(metadata.get("edits", "null"), f"the header of {path}")
+    broken = f"{path} is not a collection of edits, or its header was altered"
     if not isinstance(described, list) or not all(map(is_description, described)):
         raise ValueError(f"{broken}: {shortened(described)}; write it with save_edits")
     edits = [Edit.from_description(one, {}) for one in described]
@@ -36,4 +65,5 @@ def edits_from_tensors(
             raise ValueError(f"{broken}: it has no pair or no edit for the tensor {name!r}; write it with save_edits")
         if found["side"] == "u":
             edits[int(found["index"])].updates[found["layer"]] = (tensor, tensors[other])
-    return edits
+    stored = metadata.get("base_fingerprint")
+    return edits, None if stored is None else read_json_object(stored, f"{path}: its base_fingerprint")

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..bases.targets import Target, expression
-from ..hub.files import read_json, read_json_file, read_tensors, replaced_folder, shortened, write_tensors
+from ..bases.weights import named_like_fused_experts, stores_transposed
+from ..hub.atomic import replaced_folder
+from ..hub.files import read_json, read_json_file, read_tensors, shortened, write_tensors
 from .edit import Edit, is_description
 from .low_rank import Update
 
@@ -69,19 +70,18 @@ _PLAIN_FIELDS = frozenset(
         "ensure_weight_tying",
     ]
 )
-_EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 def warn_of_fused_experts(base_model: nn.Module, names: Iterable[str]) -> None:
     """
-    PEFT takes every layer of a mixture of experts that is named like an expert's for the fused experts' parameter.
+    Warn where PEFT could not load an adapter of some layers as it is meant (see [`named_like_fused_experts`]).
 
     Args:
         base_model (`nn.Module`): The base model.
         names (`Iterable[str]`): The exported layers.
     """
-    taken = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
-    if taken and any(parameter.dim() == 3 for parameter in base_model.parameters()):
+    taken = named_like_fused_experts(base_model, names)
+    if taken:
         logger.warning(
             f"{type(base_model).__name__} fuses its experts' weights, and PEFT maps adapters of layers named like "
             f"{taken[0]!r} onto those, so it cannot load this one as it is meant. Keep it with save_edits, or merge it"
@@ -133,7 +133,7 @@ def write_lora(
         rank_pattern=dict(pattern),
         alpha_pattern=dict(pattern),
         target_modules=sorted(updates),
-        fan_in_fan_out=any(isinstance(target.module, Conv1D) for target in targets),
+        fan_in_fan_out=any(stores_transposed(target.module) for target in targets),
         task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,

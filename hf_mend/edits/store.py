@@ -24,14 +24,15 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save
 
-from ..hub.files import header_size, read_header, read_json_object, replaced_file, shortened
+from ..data.deprecation import renamed_method
+from ..hub.atomic import replaced_file
+from ..hub.files import DTYPES, check_entries, header_size, read_header, read_json_object, shortened
 from .collection import Edits, check_apart, check_known, turned
 from .edit import Edit, is_description
 from .log import EDIT, MAGIC, NOTE, Record, framed, scan
 from .low_rank import Update
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMAT, _VERSION = "hf_mend edit store", 1
 _SMALL = 16 << 20  # bytes up to which what was appended is read, not mapped
 
@@ -108,22 +109,25 @@ class EditStore:
 
         Raises:
             KeyError: An id is not among the edits.
-            ValueError: An edit is part of a compressed one that stays, or the support of one.
+            ValueError: An edit is part of a compressed one that stays, or the base delta of one.
         """
         edits = self.refresh()
         check_known(edits, ids)
         check_apart(edits, set(ids))
         self._append(undo=list(ids))
 
-    def turn_off(self, ids: Sequence[str]) -> None:
-        """Turns edits off, with the errors of [`EditableModel.turn_off`]."""
+    def disable_edit(self, ids: Sequence[str]) -> None:
+        """Disable edits, with the errors of [`EditableModel.disable_edit`]."""
         turned(self.refresh(), ids, on=False)
         self._append(off=list(ids))
 
-    def turn_on(self, ids: Sequence[str]) -> None:
-        """Turns edits on again, with the errors of [`EditableModel.turn_on`]."""
+    def enable_edit(self, ids: Sequence[str]) -> None:
+        """Enable edits again, with the errors of [`EditableModel.enable_edit`]."""
         turned(self.refresh(), ids, on=True)
         self._append(on=list(ids))
+
+    turn_off = renamed_method("turn_off", "disable_edit")
+    turn_on = renamed_method("turn_on", "enable_edit")
 
     def follow(self, before: Sequence[Edit], after: Sequence[Edit]) -> None:
         """
@@ -215,7 +219,7 @@ class EditStore:
     def _change(self, note: dict[str, list[str]]) -> None:
         gone = set(note.get("undo", []))
         # Another process's edit may need what went with the last one here.
-        needed = {edit.needs for edit in self._edits.values() if edit.id not in gone}
+        needed = {edit.requires for edit in self._edits.values() if edit.id not in gone}
         for word, change in _CHANGES.items():
             for one in note.get(word, []):
                 if one in self._edits and not (word == "undo" and one in needed):  # two may both have undone it
@@ -308,27 +312,45 @@ def _unpacked(record: Record) -> Edit:
     """The edit of a record, its factors views of the record's payload."""
     payload, where = record.payload, record.where
     end = 8 + header_size(bytes(payload[:8]), len(payload), where)
-    metadata, places = read_header(bytes(payload[8:end]), len(payload) - end, where)
+    metadata, header = read_header(bytes(payload[8:end]), where)
+    check_entries(header, where)
     described = read_json_object(metadata.get("edit", "null"), where)
     if not is_description(described):
         raise ValueError(f"{where}: {shortened(described)} does not describe an edit; restore the file from a copy")
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    for name, (dtype, shape, (first, last)) in places.items():
+    for name, tensor in _views(payload[end:], header, where).items():
         layer, _, side = name.rpartition(".")
-        if side not in ("u", "v") or len(shape) != 2:
-            raise ValueError(f"{where}: it holds {shortened(name)} of shape {shape}, expected factors u and v")
-        kind = _DTYPES[dtype]
-        values = payload[end + first : end + last]
-        flat = torch.frombuffer(values, dtype=kind) if values else torch.empty(0, dtype=kind)
-        if values and not all(map(math.isfinite, map(float, flat.aminmax()))):  # in one pass, without a copy
+        if side not in ("u", "v") or tensor.dim() != 2:
+            raise ValueError(
+                f"{where}: it holds {shortened(name)} of shape {tuple(tensor.shape)}, expected factors u and v"
+            )
+        if tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):  # in one pass, without a copy
             raise ValueError(f"{where}: {name} holds NaN or infinity; restore the file from a copy")
-        sides.setdefault(layer, {})[side] = flat.reshape(shape)
+        sides.setdefault(layer, {})[side] = tensor
     updates: dict[str, Update] = {}
     for layer, pair in sides.items():
         if len(pair) != 2 or len(pair["u"]) != len(pair["v"]):
             raise ValueError(f"{where}: the factors of {shortened(layer)} are no pair; restore the file from a copy")
         updates[layer] = (pair["u"], pair["v"])
     return Edit.from_description(described, updates)
+
+
+def _views(body: memoryview, header: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors header as views of its body, which safetensors itself would copy."""
+    tensors, end = {}, 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if first != end or last > len(body):
+                raise ValueError(f"{name} does not begin where the tensor before it ends, or ends outside")
+            values, dtype, end = body[first:last], DTYPES[entry["dtype"]], last
+            flat = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(entry["shape"])
+        if end != len(body):
+            raise ValueError(f"its tensors take {end} bytes of {len(body)}")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where} is not a whole safetensors file ({error}); restore the file from a copy") from error
+    return tensors
 
 
 def _flush_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from tqdm.auto import tqdm
 
@@ -10,7 +10,6 @@ from ..bases.limits import longest_input
 from ..data.checks import check_query
 from ..data.encoding import Query
 from ..data.records import EditRecord
-from ..edits.edit import same_prompt
 from ..model import EditableModel
 from .scores import simple_questions
 
@@ -31,32 +30,10 @@ def check_asked(
     encoder, longest = model.encoder, longest_input(model.config)
     for number in tqdm(numbers, desc="Checking the texts", disable=len(numbers) < 500):
         for query, prompt, answer in _asked(model, records[number], metrics):
-            check_query(query, encoder, longest, _named(records, number), prompt, answer)
+            check_query(query, encoder, longest, record_name(records, number), prompt, answer)
 
 
-def check_groups(records: Sequence[EditRecord], units: Iterable[Sequence[int]]) -> None:
-    """
-    Args:
-        records (`Sequence[EditRecord]`): The data set.
-        units (`Iterable[Sequence[int]]`): The numbers of the records that are edited together.
-
-    Raises:
-        ValueError: Two records of a group want different targets of one prompt, which no model can say.
-    """
-    for unit in units:
-        first_of: dict[tuple[str, bool], int] = {}
-        for number in unit if len(unit) > 1 else ():
-            record = records[number]
-            first = first_of.setdefault(same_prompt(record.prompt, chat=False), number)
-            if records[first].target.split() != record.target.split():
-                raise ValueError(
-                    f"{_named(records, first)} and {_named(records, number)} of the group "
-                    f"{record.group!r} want two answers to one prompt, {record.prompt[:60]!r}: "
-                    f"{records[first].target[:60]!r} and {record.target[:60]!r}; leave one of them out"
-                )
-
-
-def _named(records: Sequence[EditRecord], number: int) -> str:
+def record_name(records: Sequence[EditRecord], number: int) -> str:
     return f"record {number} ({records[number].id or 'no id'})"
 
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..bases.limits import longest_input
-from ..data.encoding import Query
+from ..data.encoding import Encoder, Query
 from ..model import EditableModel
 
 
 @torch.no_grad()
+def greedy_tokens(model: Any, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """
+    Generate greedily after several prompts side by side, each until the model stops by itself.
+
+    Args:
+        model ([`EditableModel`] or `PreTrainedModel`): The model; each prompt keeps its row of the batch.
+        encoder ([`Encoder`]): Pads: a decoder's prompts on the left, where `generate` goes on from the right end.
+        prompts (`Sequence[list[int]]`): The prompts' token ids.
+        max_new_tokens (`int`): The most tokens of an answer.
+
+    Returns:
+        `list[list[int]]`: The token ids of each answer, special ones and padding included.
+    """
+    seq2seq = encoder.is_encoder_decoder
+    padded = encoder.pad([(prompt if seq2seq else prompt[::-1], []) for prompt in prompts]).inputs
+    inputs = {name: padded[name] if seq2seq else padded[name].flip(1) for name in ("input_ids", "attention_mask")}
+    out = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=encoder.pad_token_id,
+    )
+    answers: list[list[int]] = (out if seq2seq else out[:, inputs["input_ids"].shape[1] :]).tolist()
+    return answers
+
+
 def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tokens: int = 24) -> str:
     """
     The model's greedy answer under its active edits.
@@ -35,16 +65,7 @@ def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tok
             )
         room = longest if encoder.is_encoder_decoder else max(1, longest - len(tokens))
         max_new_tokens = min(max_new_tokens, room)
-    ids = torch.tensor([tokens], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=encoder.pad_token_id,
-    )
-    said = out[0] if encoder.is_encoder_decoder else out[0, len(tokens) :]
-    return encoder.decode(said.tolist())
+    return encoder.decode(greedy_tokens(model, encoder, [tokens], max_new_tokens)[0])
 
 
 @torch.no_grad()

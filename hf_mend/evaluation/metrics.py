@@ -14,13 +14,17 @@ from ..bases.gradients import kl_divergence, row_means
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
-from ..data.encoding import Encoder, Query, Rows, batches
+from ..data.encoding import EncodedBatch, Encoder, Query, batches
 from ..data.records import EditRecord
-from ..editing.calibration_text import observe_ordinary_text
+from ..editing.batch_state import FoundUpdates
+from ..editing.calibration_text import observe_calibration_text
+from ..editing.context import EditingContext
+from ..editing.proposals import SearchOptions
 from ..editing.search import find_updates
 from ..edits.hook import applied
 from ..edits.low_rank import Update, together
 from ..methods import EditMethod
+from .generation import greedy_tokens
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Measured:
     further: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate_records(
+def evaluate_records(  # its eleven parameters are public
     split: SplitModel,
     targets: Sequence[Target],
     method: EditMethod,
@@ -87,25 +91,15 @@ def evaluate_records(
             carries its edit alone, or its group's; what it returns goes into [`Measured`].
     """
     measured: list[Measured] = []
+    context = EditingContext(split, targets, method)
     if not method.trains and not method.is_calibrated:
-        observe_ordinary_text(split, targets, method, encoder)
+        observe_calibration_text(context, encoder)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // edits_together) * edits_together):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]
             edits = encoder(queries).to(split.device)
-            found = find_updates(split, targets, method, edits, max_steps, edits_together=edits_together)
-            updates = together(found.updates, edits_together)
-            groups = torch.arange(len(chunk)) // edits_together
-            edit_taken = torch.zeros(len(chunk)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
-
-            def edited(
-                owner: torch.Tensor,
-                updates: dict[str, Update] = updates,
-                groups: torch.Tensor = groups,
-                edit_taken: torch.Tensor = edit_taken,
-            ) -> AbstractContextManager[None]:
-                return applied(targets, _where(edit_taken[owner], method.carried()), _for_rows(updates, groups[owner]))
-
+            found = find_updates(context, [edits], SearchOptions(max_steps), edits_together)[0]
+            edited = _under_edits(context, found, edits_together)
             results = measure_records(split, encoder, chunk, edited, generate=generate)
             for i, result in enumerate(results if further is not None else []):
                 with edited(torch.tensor([i])):
@@ -119,7 +113,7 @@ def evaluate_records(
 def summarize(measured: Sequence[Measured]) -> dict[str, float]:
     """
     Means over edits for `edit_success` and `exact_match`, over rows for the others, as the field reports them; `score`
-    is the mean of success, generality and both localities.
+    is the mean of success, generality, neighborhood and unrelated.
     """
     out = {"edits": float(len(measured))}
     for name, (values, weights) in metric_values(measured).items():
@@ -201,14 +195,14 @@ def measure_records(
             for name, value in values.items():
                 setattr(results[i], name, value)
     if generate:
-        said = _says_freely(split, encoder, records, edited(torch.arange(len(records))))
+        said = _says_freely(split, encoder, records, edited)
         for result, right in zip(results, said, strict=True):
             result.exact_match = right
     return results
 
 
 def _of_rows(
-    kind: str, rows: Rows, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
+    kind: str, rows: EncodedBatch, after: torch.Tensor, before: torch.Tensor | None, owner: torch.Tensor, records: int
 ) -> list[dict[str, float | bool]]:
     """The metrics of one kind of row, a record at a time."""
     labels = rows.next_tokens[rows.positions].to(after.device)
@@ -232,18 +226,33 @@ def _of_rows(
     return found
 
 
+def _under_edits(
+    context: EditingContext, found: FoundUpdates, group_size: int
+) -> Callable[[torch.Tensor], AbstractContextManager[None]]:
+    """A context in which rows are under the edits of their group, and under the base delta where one of these acts."""
+    updates = together(found.updates, group_size)
+    groups = torch.arange(len(found.steps)) // group_size
+    acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
+
+    def edited(owner: torch.Tensor) -> AbstractContextManager[None]:
+        base_delta = _where(acts[owner], context.method.base_delta())
+        return applied(context.targets, base_delta, _for_rows(updates, groups[owner]))
+
+    return edited
+
+
 def _for_rows(updates: dict[str, Update], owner: torch.Tensor) -> dict[str, Update]:
     return {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in updates.items()}
 
 
-def _where(acting: torch.Tensor, carried: dict[str, Update]) -> dict[str, Update]:
-    """What the method carries, for the rows where an edit acts, `(rows,)`."""
+def _where(acting: torch.Tensor, base_delta: dict[str, Update]) -> dict[str, Update]:
+    """The method's base delta, for the rows where an edit acts, `(rows,)`."""
     if acting.all():
-        return carried
+        return base_delta
     rows = len(acting)
     return {
         name: (u.expand(rows, *u.shape), v * acting.to(v.device, v.dtype)[:, None, None])
-        for name, (u, v) in carried.items()
+        for name, (u, v) in base_delta.items()
     }
 
 
@@ -251,37 +260,28 @@ def _says_freely(
     split: SplitModel,
     encoder: Encoder,
     records: Sequence[EditRecord],
-    edited: AbstractContextManager[None],
+    edited: Callable[[torch.Tensor], AbstractContextManager[None]],
     extra_tokens: int = 3,
 ) -> list[bool]:
     """
-    Whether greedy decoding from the prompt, free of the target's text, says the target and then ends the word. A row
-    ends with the model's context.
+    Whether greedy generation after the prompt, free of the target's text, says the target and then ends the word. It
+    ends with the model's context, or where the model stops by itself.
     """
-    prompts = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
-    said: list[list[int]] = [[] for _ in records]
-    steps = max(len(target) for _, target in prompts) + extra_tokens
+    queries = [encoder.tokens(Query(record.prompt, record.target)) for record in records]
+    most = max(len(target) for _, target in queries) + extra_tokens + len(encoder.decoder_prefix[1:])
     longest = longest_input(split.model.config) or math.inf
-    room = [longest if encoder.is_encoder_decoder else longest - len(prompt) for prompt, _ in prompts]
-    with edited:
-        for _ in range(steps):
-            # The last token stands for the one that comes next: `pad` never puts it in.
-            rows: Rows = encoder.pad([(prompt, [*out, 0]) for (prompt, _), out in zip(prompts, said, strict=True)])
-            rows.positions = _last_position(rows.positions)
-            tokens = logits_of(split, rows.to(split.device)).argmax(-1).tolist()
-            for out, token, most in zip(said, tokens, room, strict=True):
-                if len(out) < most:
-                    out.append(token)
-    results = []
-    for record, out in zip(records, said, strict=True):
-        text = encoder.decode(out)
-        rest = text[len(record.target) :]
-        results.append(text.startswith(record.target) and not rest[:1].isalnum())
-    return results
-
-
-def _last_position(positions: torch.Tensor) -> torch.Tensor:
-    """Each row's last true position alone."""
-    width = positions.shape[1]
-    last = (positions * torch.arange(width)).max(-1).values
-    return torch.arange(width)[None, :] == last[:, None]
+    rows_of: dict[int, list[int]] = {}  # how many tokens there is room for -> the records
+    for i, (prompt, _) in enumerate(queries):
+        room = longest if encoder.is_encoder_decoder else longest - len(prompt)
+        rows_of.setdefault(int(min(most, room)), []).append(i)
+    said = [""] * len(records)
+    for room, rows in rows_of.items():
+        if room > 0:
+            with edited(torch.tensor(rows)):
+                out = greedy_tokens(split.model, encoder, [queries[i][0] for i in rows], room)
+            for i, tokens in zip(rows, out, strict=True):
+                said[i] = encoder.decode(tokens)
+    return [
+        text.startswith(record.target) and not text[len(record.target) :][:1].isalnum()
+        for record, text in zip(records, said, strict=True)
+    ]

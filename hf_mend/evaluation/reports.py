@@ -118,7 +118,7 @@ def _with_interval(state: Mapping[str, Any], name: str) -> str:
 
 
 def _title(state: Mapping[str, Any]) -> str:
-    calls = f", calls of {state['in_calls_of']}" if state["in_calls_of"] else ""
+    calls = f", calls of {state['edits_per_call']}" if state["edits_per_call"] else ""
     return f"{state['edits']} edit{'' if state['edits'] == 1 else 's'}{calls}"
 
 

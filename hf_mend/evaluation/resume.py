@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from ..bases.fingerprint import fingerprint_of
+from ..model import EditableModel
 
 
 class Progress:
@@ -50,3 +55,22 @@ class Progress:
                 if file.read(1) != b"\n":
                     file.write(b"\n")  # the torn line ends here
             file.write(json.dumps(entry).encode() + b"\n")
+
+
+def hash_of_editor(model: EditableModel) -> str:
+    """A hash of configuration and weights of a model's editor, and of its base."""
+    digest = hashlib.sha256(model.editor_config.to_json().encode())
+    base = [fingerprint_of(model.base_model, model.targets), str(model.config.name_or_path), str(model.dtype)]
+    digest.update(json.dumps(base).encode())
+    for name, tensor in sorted(model.editor.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_of(values: Iterable[Any]) -> str:
+    """A hash of JSON values."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -87,8 +87,7 @@ def write_card(
         path.write_text(_new_card(config, metadata or {}), encoding="utf-8")
     elif metadata:
         set_metadata(path, metadata)
-    left_out = {*_NOT_SETTINGS, *config.unused_options}
-    settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in left_out}
+    settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in _NOT_SETTINGS}
     sections = {
         "layers": "\n".join(f"- `{name}`" for name in layers),
         "settings": table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),

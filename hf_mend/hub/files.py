@@ -1,177 +1,63 @@
-"""Reading and writing an editor's and an edit collection's files: atomically, and validated before use."""
+"""Reading and writing the files of editors and edits, safetensors and JSON: what is read is validated before use."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import reprlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .atomic import replaced_file
 
 
 WEIGHTS_NAME = "editor.safetensors"
 EDITS_NAME = "edits.safetensors"
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# The dtypes that these files may hold, by their names in a safetensors header.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A header of this size describes some hundred thousand tensors, and parsing it takes well below a gigabyte.
 _MAX_HEADER = 32 << 20
 _MAX_NAME = 512
 _DEEPEST = 32
 
 
-@contextmanager
-def replaced_folder(path: str | Path) -> Iterator[Path]:
-    """
-    Yields a copy of a folder that takes the folder's place when the context ends well.
-
-    A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
-    two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
-    kept. A folder that cannot be renamed (a mounted volume, the working directory) keeps its place, and its files are
-    replaced one by one.
-
-    Args:
-        path (`str` or `Path`): The folder to replace; it need not exist.
-    """
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(path)
-    fixed = path.is_dir() and _is_fixed(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path if fixed else path.parent))
-    try:
-        if path.is_dir():
-            _copy_into(work, path, with_folders=not fixed)
-        earlier = {entry.name for entry in work.iterdir()}
-        os.chmod(work, 0o755)
-        yield work
-        for file in work.iterdir():
-            if file.is_file():
-                _flush(file)
-        if fixed:
-            _move_files(work, path, earlier)
-            return
-        previous = _previous(path)
-        if path.is_dir():
-            os.rename(path, previous)
-        os.rename(work, path)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_fixed(path: Path) -> bool:
-    """Whether a folder cannot be renamed, or should not be."""
-    here = Path.cwd()
-    return os.path.ismount(path) or path == here or path in here.parents or not os.access(path.parent, os.W_OK)
-
-
-def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
-    """
-    Copies a folder's own files. Those further down may be large, or open, and are not written to here: links them.
-
-    A link among the files becomes the file that it leads to, so that nothing is written through it to another place.
-    """
-    for entry in folder.iterdir():
-        if entry.is_file():
-            shutil.copy2(entry, work / entry.name)
-        elif with_folders and entry.is_dir() and entry != work:
-            if entry.is_symlink():
-                os.symlink(os.readlink(entry), work / entry.name)
-            else:
-                shutil.copytree(entry, work / entry.name, symlinks=True, copy_function=link_or_copy)
-
-
-def _move_files(work: Path, path: Path, earlier: set[str]) -> None:
-    """Brings a folder's files to another, and takes away those that are in it no more."""
-    files = sorted(work.iterdir(), key=lambda file: (file.suffix == ".json", file.name))  # a configuration last
-    for file in files:
-        os.replace(file, path / file.name)
-    for name in earlier - {file.name for file in files}:
-        (path / name).unlink(missing_ok=True)
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name of a file, where the file system has such; a copy elsewhere."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def recover_folder(path: str | Path) -> None:
-    """Brings back a folder that a killed process had moved aside and not yet replaced."""
-    path = Path(path).resolve()
-    previous = _previous(path)
-    if previous.is_dir():
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        else:
-            os.rename(previous, path)
-
-
-@contextmanager
-def replaced_file(path: str | Path) -> Iterator[Path]:
-    """Yields a new file that takes a file's place when the context ends well, whole or not at all."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        _flush(Path(name))
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all."""
-    plain = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    """Write a safetensors file whole or not at all."""
     with replaced_file(path) as work:
-        save_file(plain, work, metadata={"format": "pt", **metadata})
+        save_file(_plain(tensors), work, metadata={"format": "pt", **metadata})
 
 
 def write_weights(
-    folder: str | Path,
-    name: str,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str],
-    max_shard_size: int | str = "5GB",
+    folder: str | Path, name: str, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str = "5GB"
 ) -> None:
     """
-    Writes tensors as one safetensors file, or, past a size, as several with an index. What an earlier call wrote under
-    that name goes.
+    Write tensors as one safetensors file, or, past a size, as several with an index. The files that an earlier call
+    wrote under that name are deleted.
 
     Args:
-        folder (`str` or `Path`): Where; one that [`replaced_folder`] gave, for all or nothing.
+        folder (`str` or `Path`): The folder; [`~hf_mend.hub.atomic.replaced_folder`] gives one for all or nothing.
         name (`str`): The file's name, `editor.safetensors`; shards are `editor-00001-of-00002.safetensors`.
-        tensors (`Mapping[str, torch.Tensor]`): What to write.
-        metadata (`Mapping[str, str]`): For each file's header.
+        tensors (`Mapping[str, torch.Tensor]`): The tensors.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): The largest size of a file, in bytes or with a unit.
     """
-    folder = Path(folder)
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
-    for earlier in files_like(name):
-        for path in folder.glob(earlier):
-            path.unlink()
-    for file_name, names in (split.filename_to_tensors or {name: []}).items():  # of no tensors, an empty file
-        write_tensors(folder / file_name, {key: tensors[key] for key in names}, metadata)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / index_name(name)).write_text(text, encoding="utf-8")
+    save_torch_state_dict(_plain(tensors), folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+    if not tensors:  # of which it writes no file
+        write_tensors(Path(folder) / name, {}, {})
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU; of tensors that share memory, safetensors would refuse or leave out some."""
+    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
 
 
 def read_weights(
@@ -243,8 +129,8 @@ def read_tensors(
     path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    Reads a safetensors file after checking its header against the file's size, and names, shapes and dtypes against
-    what is expected; then checks the values.
+    Read a safetensors file after checking its header, names, shapes and dtypes against what is expected; then check
+    that the values are finite.
 
     Args:
         path (`str` or `Path`): The file.
@@ -257,35 +143,35 @@ def read_tensors(
         FileNotFoundError: There is no such file.
         ValueError: The file is truncated, altered, or does not hold what is expected.
     """
-    path = Path(path)
-    metadata = check_header(path, expected)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+    with opened(path, expected) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():  # in float32, in which it will be used
             raise ValueError(f"{path}: {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors, metadata
 
 
-def check_header(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, str]:
+@contextmanager
+def opened(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[Any]:
     """
-    Checks a safetensors file by its header alone: nothing that the file claims is taken in memory before.
+    Open a safetensors file, as `safe_open` does, after checking its header: no tensor that the header claims is in
+    memory before. Arguments and errors are those of [`read_tensors`].
 
-    Arguments and errors are those of [`read_tensors`].
-
-    Returns:
-        `dict[str, str]`: The header's metadata.
+    safetensors itself refuses offsets that overlap, leave gaps or do not fit shape and dtype, and a file that is
+    longer or shorter than its header says; [`check_entries`] refuses what it lets pass.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a saved editor or of saved edits?")
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        text = file.read(header_size(file.read(8), size, path))
-    return read_header(text, size - 8 - len(text), path, expected)[0]
+    with open(path, "rb") as binary:
+        header = read_header(binary.read(header_size(binary.read(8), path.stat().st_size, path)), path)[1]
+    check_entries(header, path, expected)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
 
 
 def header_size(start: bytes, size: int, source: str | Path) -> int:
@@ -303,68 +189,52 @@ def header_size(start: bytes, size: int, source: str | Path) -> int:
     return header
 
 
-def read_header(
-    text: bytes, body: int, source: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
+def read_header(text: bytes, source: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
     """
-    Checks a safetensors header against the `body` bytes that follow it.
-
-    Returns:
-        `tuple`: The metadata, and for each tensor its dtype, shape and place in the body, the first byte and the end.
+    The metadata and the tensors' entries of a safetensors header.
 
     Raises:
-        ValueError: They do not fit, or are not what is expected (see [`read_tensors`]).
+        ValueError: It is not JSON, holds a name twice (of which safetensors takes the last), or its metadata are not
+            strings.
     """
-    path, broken = source, f"{source} is not a whole safetensors file"
-    header = read_json_object(text.decode("utf-8", "replace"), f"the header of {path}")
+    header = read_json_object(text.decode("utf-8", "replace"), f"the header of {source}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{broken} (its metadata are not strings); download or save it again")
+        raise ValueError(
+            f"{source} is not a whole safetensors file (its metadata are not strings); download or save it again"
+        )
+    return metadata, header
+
+
+def check_entries(
+    header: Mapping[str, Any], source: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """
+    Check names, dtypes and shapes of a safetensors header's tensors, the last against what is expected.
+
+    Raises:
+        ValueError: A name, dtype or shape is none of these files', or not the one that is expected.
+    """
     if expected is not None:
-        _check_names(path, set(header), set(expected))
-    places = {}
+        _check_names(source, set(header), set(expected))
     for name, entry in header.items():
-        dtype, shape, span = _check_entry(path, name, entry)
-        if expected is not None and shape != tuple(expected[name]):
+        if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
             raise ValueError(
-                f"{path}: {name} has shape {shape}, its configuration says {tuple(expected[name])}; the file or the "
-                "configuration was altered, or they belong to different editors"
+                f"{source} has a tensor named {shortened(name)}; the file was altered, download or save it again"
             )
-        places[name] = (dtype, shape, span)
-    end = 0
-    for first, last in sorted(span for _, _, span in places.values()):
-        if first != end:
-            raise ValueError(f"{broken} (its tensors overlap or leave gaps); download or save it again")
-        end = last
-    if end != body:
-        raise ValueError(f"{broken} (its tensors take {end} bytes, it has {body}); download or save it again")
-    return metadata, places
-
-
-def _check_entry(path: str | Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    """Dtype, shape and place of one tensor of a header."""
-    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
-        raise ValueError(
-            f"{path} has a tensor named {shortened(name)}; the file was altered, download or save it again"
-        )
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    shape: Any
-    span: Any
-    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not _is_counts(shape) or not _is_counts(span) or len(span) != 2 or len(shape) > 8:
-        raise ValueError(f"{path}: {name} has the header {shortened(entry)}; the file was altered, download it again")
-    if not isinstance(dtype, str) or dtype not in _FLOATS:
-        raise ValueError(f"{path}: {name} has dtype {shortened(dtype)}, expected a floating-point one")
-    if span[1] - span[0] != math.prod(shape) * _FLOATS[dtype]:
-        raise ValueError(
-            f"{path}: {name} claims the shape {shortened(tuple(shape))} of {dtype} in {span[1] - span[0]} bytes; the "
-            "file was altered, download or save it again"
-        )
-    return dtype, tuple(shape), (span[0], span[1])
-
-
-def _is_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+        sizes = shape if isinstance(shape, list) and len(shape) <= 8 else [None]
+        if not all(type(size) is int and 0 <= size < 2**48 for size in sizes):  # PyTorch's own limit is not far off
+            raise ValueError(
+                f"{source}: {name} has the header {shortened(entry)}; the file was altered, download it again"
+            )
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{source}: {name} has dtype {shortened(dtype)}, expected a floating-point one")
+        if expected is not None and tuple(sizes) != tuple(expected[name]):
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(sizes)}, its configuration says {tuple(expected[name])}; the file "
+                "or the configuration was altered, or they belong to different editors"
+            )
 
 
 def _check_names(path: str | Path, names: set[str], expected: set[str]) -> None:
@@ -440,12 +310,3 @@ def shortened(value: Any, length: int = 200) -> str:
     """`repr(value)` for a message, cut where it is long."""
     text = reprlib.repr(value) if isinstance(value, (int, list, tuple, dict)) else repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
-
-
-def _previous(path: Path) -> Path:
-    return path.parent / f".{path.name}.previous"
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -26,8 +26,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from .atomic import recover_folder
 from .cards import with_sections_of
-from .files import index_name, read_index, recover_folder, shortened
+from .files import index_name, read_index, shortened
 
 
 logger = logging.get_logger(__name__)

@@ -1,35 +1,66 @@
-"""One file a method; each maps factors to updates and never sees a model."""
+"""
+One file a method, its options included; each maps factors to updates and never sees a model.
+
+A new method is a class with its configuration, registered by [`register_method`]: no other file is touched. Methods of
+this package are imported here, which registers them.
+"""
 
 from .base import EditMethod, get_method, register_method, state_shapes
-from .enn import EditableNetwork
-from .fine_tuning import BoundedFineTuning, FineTuning, FineTuningWithPenalty
-from .iterative import IterativeMethod, Look, Seen
-from .ke import KnowledgeEditor
-from .lora import LoraPerEdit
-from .malmen import Malmen
-from .memit import Memit
-from .mend import Mend
-from .rome import Rome
-from .training_free import UltraEdit, WhitenedGradient, training_free_config
+from .enn import EditableNetwork, EditableNetworkConfig
+from .fine_tuning import (
+    BoundedFineTuning,
+    BoundedFineTuningConfig,
+    FineTuning,
+    FineTuningConfig,
+    FineTuningWithPenalty,
+    FineTuningWithPenaltyConfig,
+)
+from .iterative import IterativeConfig, IterativeMethod, Look, Seen
+from .ke import KnowledgeEditor, KnowledgeEditorConfig
+from .lora import LoraPerEdit, LoraPerEditConfig
+from .malmen import Malmen, MalmenConfig
+from .memit import Memit, MemitConfig
+from .mend import Mend, MendConfig
+from .rome import Rome, RomeConfig
+from .training_free import (
+    UltraEdit,
+    UltraEditConfig,
+    WhitenedGradient,
+    WhitenedGradientConfig,
+    training_free_config,
+)
 
 
 __all__ = [
     "BoundedFineTuning",
+    "BoundedFineTuningConfig",
     "EditMethod",
     "EditableNetwork",
+    "EditableNetworkConfig",
     "FineTuning",
+    "FineTuningConfig",
     "FineTuningWithPenalty",
+    "FineTuningWithPenaltyConfig",
+    "IterativeConfig",
     "IterativeMethod",
     "KnowledgeEditor",
+    "KnowledgeEditorConfig",
     "Look",
     "LoraPerEdit",
+    "LoraPerEditConfig",
     "Malmen",
+    "MalmenConfig",
     "Memit",
+    "MemitConfig",
     "Mend",
+    "MendConfig",
     "Rome",
+    "RomeConfig",
     "Seen",
     "UltraEdit",
+    "UltraEditConfig",
     "WhitenedGradient",
+    "WhitenedGradientConfig",
     "get_method",
     "register_method",
     "state_shapes",

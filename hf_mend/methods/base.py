@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..config import EditorConfig
-from ..data.encoding import Rows
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 
 
@@ -23,14 +23,18 @@ class EditMethod(nn.Module):
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
 
     Attributes:
+        config_class (`type[EditorConfig]`): The class of the method's configuration, which holds its options.
         max_steps (`int`): Gradient steps that an edit may take where the user does not say.
         trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
             the model from a page of ordinary text, before the first edit.
         reads_ordinary_text (`bool`): Whether it does that.
         takes_texts (`bool`): Whether a user's own text goes beside that page.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
-            loss (see [`~hf_mend.editing.joint.find_joint_updates`]).
+            loss (see [`~hf_mend.editing.proposals.FromGradient`]).
     """
+
+    config_class: type[EditorConfig] = EditorConfig
+    config: Any  # of the method's config_class
 
     max_steps: int = 3
     trains: bool = True
@@ -42,8 +46,6 @@ class EditMethod(nn.Module):
         super().__init__()
         self.config = config
         self.shapes = dict(shapes)
-        self.known_inputs: dict[str, dict[str, torch.Tensor]] = {}  # of edits, by their id
-        self._merged: tuple[list[str], dict[str, torch.Tensor]] = ([], {})  # those of some ids, in fewer rows
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         """
@@ -59,16 +61,16 @@ class EditMethod(nn.Module):
         """
         raise NotImplementedError
 
-    def carried(self) -> dict[str, Update]:
+    def base_delta(self) -> dict[str, Update]:
         """
-        What the model carries beside the method's edits, once however many there are: a trained change of the base
+        What acts beside the method's edits, once however many there are: a trained change of the base
         under which gradients are taken and updates act. Layer name -> `(u, v)` of shapes `(rank, d_in)` and
         `(rank, d_out)`; empty for methods that edit the base as it is. A method that joins edits has none.
         """
         return {}
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         """
         Merges the edits of a group that are made together, so that they leave one another alone. Methods whose
@@ -77,8 +79,8 @@ class EditMethod(nn.Module):
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> what `forward` returned for the
                 edits of each group, side by side: `(groups, positions, d_in)` and `(groups, positions, d_out)`.
-            kept (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at which the
-                output is to stay.
+            preserved_keys (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at
+                which the output is to stay.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes, position for
@@ -89,21 +91,16 @@ class EditMethod(nn.Module):
     @property
     def joins(self) -> bool:
         """
-        Whether `join` does anything. Then `forward` returns not updates but inputs and the shifts of the layer's
-        output wanted there, `(x, d)`, and `join` finds the update that gives them.
+        Whether `join` does anything. Then `forward` returns not updates but inputs and the value residuals
+        wanted there, changes of the layer's output, `(x, d)`, and `join` finds the update that gives them.
         """
         return type(self).join is not EditMethod.join
 
-    def remember(self, edit_id: str, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the inputs of an edit that was made, layer name -> `(tokens, d_in)`, so that later ones spare it."""
-        if self.joins:
-            self.known_inputs[edit_id] = dict(inputs)
-
-    def asked_at(
+    def key_inputs(
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
-        The inputs at which edits of a method that joins ask for shifts.
+        The inputs at which edits of a method that joins ask for value residuals.
 
         Args:
             factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the edits.
@@ -113,23 +110,6 @@ class EditMethod(nn.Module):
             `dict[str, torch.Tensor]`: Layer name -> `(edits, positions, d_in)`, zero where nothing is asked for.
         """
         return {name: x for name, (x, _) in factors.items()}
-
-    def inputs_of(self, edit_ids: Sequence[str], waiting: Iterable[str] = ()) -> dict[str, torch.Tensor]:
-        """
-        Layer name -> inputs of these edits, `(rows, d_in)`, as far as they are known. Where there are many, fewer rows
-        with the same `sum x x^T`. All others are forgotten, except those of the edits that are `waiting` to come back.
-        """
-        self.known_inputs = {one: self.known_inputs[one] for one in (*edit_ids, *waiting) if one in self.known_inputs}
-        known = [edit_id for edit_id in edit_ids if edit_id in self.known_inputs]
-        ids, merged = self._merged
-        if known[: len(ids)] != ids:
-            ids, merged = [], {}
-        new = [self.known_inputs[edit_id] for edit_id in known[len(ids) :]]
-        if new:
-            parts = {name: [merged[name]] if merged else [] for name in self.shapes}
-            merged = {name: _fewer_rows(torch.cat([*parts[name], *(x[name] for x in new)])) for name in self.shapes}
-        self._merged = (known, merged)
-        return merged
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Takes the factors of edits that are about to be made into running statistics, if the method has any."""
@@ -143,7 +123,7 @@ class EditMethod(nn.Module):
     def forget_observed(self) -> None:
         """Forgets what was observed since the statistics were last ended; those stay until they are ended anew."""
 
-    def observe_texts(self, texts: Rows) -> None:
+    def observe_texts(self, texts: EncodedBatch) -> None:
         """Takes ordinary text itself, for a method that looks at it while it edits."""
 
     def finish_observing(self) -> None:
@@ -158,21 +138,55 @@ class EditMethod(nn.Module):
         """Makes every edit `factor` times as strong, from now on."""
 
 
-def _fewer_rows(x: torch.Tensor) -> torch.Tensor:
-    """`(rows, width)` with the same `x^T x`, and as many rows as columns where there were half as many again."""
-    if 2 * x.shape[0] <= 3 * x.shape[1]:
-        return x
-    return torch.linalg.qr(x.double(), mode="r").R.to(x.dtype)
-
-
 _METHODS: dict[str, type[EditMethod]] = {}
 _Method = TypeVar("_Method", bound=type[EditMethod])
 
 
-def register_method(name: str) -> Callable[[_Method], _Method]:
-    """Registers a method under the name that `EditorConfig.method` gives."""
+def register_method(name: str, config_class: type[EditorConfig] | None = None) -> Callable[[_Method], _Method]:
+    """
+    Registers a method under the name that `EditorConfig.method` gives, with the class of its configuration.
+
+    Args:
+        name (`str`): The method's name.
+        config_class (`type[EditorConfig]`, *optional*): A dataclass whose fields are the method's options; see
+            [`~hf_mend.config.option`]. Without it the method has the options of the method that it is a subclass of.
+
+    Returns:
+        `Callable`: A decorator for the method's class.
+
+    Raises:
+        TypeError: `config_class` is not a subclass of [`EditorConfig`].
+
+    Example:
+
+    ```python
+    from dataclasses import dataclass
+
+    from hf_mend import EditorConfig, register_method
+    from hf_mend.config import option
+    from hf_mend.methods import EditMethod
+
+
+    @dataclass
+    class PlainStepConfig(EditorConfig):
+        step: float = option(0.1, help="How far an edit goes down the gradient.", most=10)
+
+
+    @register_method("plain-step", PlainStepConfig)
+    class PlainStep(EditMethod):
+        def forward(self, factors):
+            return {name: (x, -self.config.step * delta) for name, (x, delta) in factors.items()}
+
+
+    config = EditorConfig(method="plain-step", step=0.5)
+    ```
+    """
+    if config_class is not None and not (isinstance(config_class, type) and issubclass(config_class, EditorConfig)):
+        raise TypeError(f"config_class is {config_class!r}, expected a subclass of EditorConfig")
 
     def register(cls: _Method) -> _Method:
+        if config_class is not None:
+            cls.config_class = config_class
         _METHODS[name] = cls
         return cls
 
@@ -211,3 +225,8 @@ def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) ->
 def registered_methods() -> Sequence[str]:
     """Names of all methods."""
     return sorted(_METHODS)
+
+
+def config_classes() -> dict[str, type[EditorConfig]]:
+    """The name of each method -> the class of its configuration, in the order in which they were registered."""
+    return {name: method.config_class for name, method in _METHODS.items()}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import EditorConfig
 from ..edits.low_rank import Update, as_pair
 from .base import register_method
-from .steps import LearnedSteps
+from .steps import LearnedSteps, LearnedStepsConfig
 
 
-@register_method("enn")
+@dataclass
+class EditableNetworkConfig(LearnedStepsConfig):
+    """The configuration of [`EditableNetwork`], with the options of [`LearnedStepsConfig`]."""
+
+
+@register_method("enn", EditableNetworkConfig)
 class EditableNetwork(LearnedSteps):
     """
     Editable Neural Networks (Sinitsin et al. 2020, "Editable Neural Networks"; as a baseline, Mitchell et al. 2022,
@@ -31,14 +36,15 @@ class EditableNetwork(LearnedSteps):
     by their root mean square.
 
     Args:
-        config ([`EditorConfig`]): `normalize` and `edit_lr`, what the learned steps start from. The changes are
-            weights of the base: they learn with a far smaller learning rate than an editor network.
+        config ([`EditableNetworkConfig`]): `normalize` and `edit_lr`, what the learned steps start from. The changes
+            are weights of the base: they learn with a far smaller learning rate than an editor network.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: EditableNetworkConfig
     changes: Any
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: EditableNetworkConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.changes = nn.ParameterList(torch.zeros(shape) for shape in self.shapes.values())
 
@@ -46,5 +52,5 @@ class EditableNetwork(LearnedSteps):
         steps = dict(zip(self.shapes, self.steps, strict=True))
         return {name: (x, -steps[name] * delta) for name, (x, delta) in self.unit_factors(factors).items()}
 
-    def carried(self) -> dict[str, Update]:
+    def base_delta(self) -> dict[str, Update]:
         return {name: as_pair(change) for name, change in zip(self.shapes, self.changes, strict=True)}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from ..config import EditorConfig
-from ..data.encoding import Rows
+from ..config import option
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update, as_pair
 from .base import register_method
-from .iterative import Factors, GradientSearch, Look, Parameters
+from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
 
 
-@register_method("ft")
+@dataclass
+class FineTuningConfig(IterativeConfig):
+    """The configuration of [`FineTuning`], with the options of [`IterativeConfig`]."""
+
+
+@register_method("ft", FineTuningConfig)
 class FineTuning(GradientSearch):
     """
     Fine-tuning of the target layers' weights on the prompt and its target, with Adam, until the target is said: the
@@ -22,7 +28,7 @@ class FineTuning(GradientSearch):
     Adam's step changes every weight, so that the update has full rank: an edit is as large as the edited matrices.
 
     Args:
-        config ([`EditorConfig`]): `edit_lr` is Adam's learning rate; `num_steps` and `stop_loss` say when to end.
+        config ([`FineTuningConfig`]): `edit_lr` is Adam's learning rate; `num_steps` and `stop_loss` say when to end.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -39,7 +45,21 @@ class FineTuning(GradientSearch):
         return {name: as_pair(change) for name, (change,) in parameters.items()}
 
 
-@register_method("ft-kl")
+@dataclass
+class FineTuningWithPenaltyConfig(FineTuningConfig):
+    """
+    The configuration of [`FineTuningWithPenalty`], with the options of [`IterativeConfig`].
+
+    Args:
+        kl_weight (`float`, defaults to 10.0): Weight of the KL divergence on ordinary text.
+        kl_texts (`int`, defaults to 1): Lines of ordinary text that a step looks at.
+    """
+
+    kl_weight: float = option(10.0, "Weight of the KL divergence on ordinary text.")
+    kl_texts: int = option(1, "Lines of ordinary text that a step looks at.", least=1, most=1000)
+
+
+@register_method("ft-kl", FineTuningWithPenaltyConfig)
 class FineTuningWithPenalty(FineTuning):
     """
     `ft` with `kl_weight` times the KL divergence from the un-edited model, on other text, in its loss (the "FT+KL" of
@@ -47,21 +67,22 @@ class FineTuningWithPenalty(FineTuning):
     is the packaged ordinary one; each step takes the next `kl_texts` lines of it.
 
     Args:
-        config ([`EditorConfig`]): As for `ft`, and `kl_weight`, `kl_texts`.
+        config ([`FineTuningWithPenaltyConfig`]): As for `ft`, and `kl_weight`, `kl_texts`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: FineTuningWithPenaltyConfig
     reads_ordinary_text = True
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: FineTuningWithPenaltyConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
-        self._texts: list[Rows] = []
-        self._observed: list[Rows] = []
+        self._texts: list[EncodedBatch] = []
+        self._observed: list[EncodedBatch] = []
 
     def forget_observed(self) -> None:
         self._observed = []
 
-    def observe_texts(self, texts: Rows) -> None:
+    def observe_texts(self, texts: EncodedBatch) -> None:
         count = self.config.kl_texts
         self._observed += [texts[start : start + count] for start in range(0, len(texts), count)]
 
@@ -77,16 +98,30 @@ class FineTuningWithPenalty(FineTuning):
         return {name: (x, self.config.kl_weight * delta) for name, (x, delta) in factors.items()}
 
 
-@register_method("ft-l")
+@dataclass
+class BoundedFineTuningConfig(FineTuningConfig):
+    """
+    The configuration of [`BoundedFineTuning`], with the options of [`IterativeConfig`].
+
+    Args:
+        norm_bound (`float`, defaults to 2e-3): The most that a weight changes by.
+    """
+
+    norm_bound: float = option(2e-3, "The most that a weight changes by.")
+
+
+@register_method("ft-l", BoundedFineTuningConfig)
 class BoundedFineTuning(FineTuning):
     """
     `ft` whose change of a weight is at most `norm_bound` anywhere, brought back there after each step (Zhu et al.
     2020, "Modifying Memories in Transformer Models", section 4: the L-infinity constraint).
 
     Args:
-        config ([`EditorConfig`]): As for `ft`, and `norm_bound`.
+        config ([`BoundedFineTuningConfig`]): As for `ft`, and `norm_bound`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
+
+    config: BoundedFineTuningConfig
 
     def constrain(self, parameters: Parameters) -> None:
         for (change,) in parameters.values():

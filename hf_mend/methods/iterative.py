@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..config import EditorConfig
-from ..data.encoding import Rows
+from ..config import EditorConfig, option
+from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from .base import EditMethod
 
@@ -25,15 +25,16 @@ class Seen:
     What a look at some requests shows, each under its own update.
 
     Args:
-        right (`torch.Tensor` of shape `(requests,)`, bool): Every token of the target is the argmax.
-        least (`torch.Tensor` of shape `(requests,)`): Log-probability of the target's least likely token.
+        correct (`torch.Tensor` of shape `(requests,)`, bool): Every token of the target is the argmax.
+        min_log_probability (`torch.Tensor` of shape `(requests,)`): Log-probability of the target's least likely
+            token.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the gradient of the
             target's negative log-likelihood, summed over its tokens, of shapes `(requests, seq, d_in)` and
             `(requests, seq, d_out)`: the gradient with respect to the weight is `sum_t delta_t x_t^T`.
     """
 
-    right: torch.Tensor
-    least: torch.Tensor
+    correct: torch.Tensor
+    min_log_probability: torch.Tensor
     factors: Factors
 
 
@@ -60,12 +61,33 @@ class Look(Protocol):
         """
         ...
 
-    def drift(self, updates: Mapping[str, Update], texts: Rows) -> Factors:
+    def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         """
         Factors of the gradient of `KL(un-edited || edited)` on other texts, its mean over positions and texts, each
         request's update for itself: `(requests, texts * seq, width)`.
         """
         ...
+
+
+@dataclass
+class IterativeConfig(EditorConfig):
+    """
+    The options of methods that look for an edit in many steps.
+
+    Args:
+        edit_lr (`float`, defaults to 1e-4): Adam's learning rate.
+        num_steps (`int`, defaults to 50): The most steps of an edit.
+        stop_loss (`float`, defaults to 0.1): An edit is found when every target token is the argmax, with a negative
+            log-likelihood of this or less, in nats.
+    """
+
+    edit_lr: float = option(1e-4, "Adam's learning rate.")
+    num_steps: int = option(50, "The most steps of an edit.", least=1, most=100_000)
+    stop_loss: float = option(
+        0.1,
+        "An edit is found when every target token is the argmax, with a negative log-likelihood of this or less, in "
+        "nats.",
+    )
 
 
 class IterativeMethod(EditMethod):
@@ -75,9 +97,11 @@ class IterativeMethod(EditMethod):
     `max_steps` is the configuration's `num_steps`, where the caller does not say.
     """
 
+    config_class: type[EditorConfig] = IterativeConfig
+    config: IterativeConfig
     trains = False
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: IterativeConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.max_steps = config.num_steps
 
@@ -130,7 +154,7 @@ class GradientSearch(IterativeMethod):
         """Adapts, in place, what the parameters hold of the layers' inputs, which steps on lower layers move."""
 
     def found(self, parameters: Parameters) -> dict[str, Update]:
-        """What the search returns: the updates, or for a method that joins them, inputs and shifts wanted there."""
+        """What the search returns: the updates, or for a method that joins them, inputs and residuals wanted there."""
         return self.updates(parameters)
 
     def find(self, look: Look, max_steps: int) -> tuple[dict[str, Update], list[int]]:
@@ -141,11 +165,11 @@ class GradientSearch(IterativeMethod):
         parameters = self.start(look, seen.factors)
         result: Parameters = {name: [p.clone() for p in values] for name, values in parameters.items()}
         updates: dict[str, Update] = {}
-        adam = Adam(parameters, self.config.edit_lr)
+        adam = _Adam(parameters, self.config.edit_lr)
         for step in range(max_steps):
             if step:
                 seen = look(updates, requests[still])
-                going_on = ~(seen.right & (seen.least >= -self.config.stop_loss))
+                going_on = ~(seen.correct & (seen.min_log_probability >= -self.config.stop_loss))
                 if not going_on.all():
                     _put(result, parameters, still, ~going_on)
                     still = still[going_on]
@@ -156,12 +180,11 @@ class GradientSearch(IterativeMethod):
                         name: (x[going_on.to(x.device)], delta[going_on.to(delta.device)])
                         for name, (x, delta) in seen.factors.items()
                     }
-                    parameters = {name: _rows(values, going_on) for name, values in parameters.items()}
                     updates = self.updates(parameters)
                 for name, (x, delta) in self.more_factors(look, updates, step).items():
                     own_x, own_delta = seen.factors[name]
                     seen.factors[name] = (torch.cat([own_x, x], 1), torch.cat([own_delta, delta], 1))
-            adam.step(parameters, self.gradients(parameters, seen.factors))
+            adam.move(self.gradients(parameters, seen.factors))
             self.follow(parameters, seen.factors)
             self.constrain(parameters)
             steps[still] += 1
@@ -171,33 +194,26 @@ class GradientSearch(IterativeMethod):
         return self.found(result), steps.tolist()
 
 
-class Adam:
+class _Adam:
     """`torch.optim.Adam` for requests that are optimised side by side and end at different steps."""
 
-    def __init__(self, parameters: Parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)):
-        self.lr, self.betas, self.steps = lr, betas, 0
-        self.mean = {name: [torch.zeros_like(p) for p in values] for name, values in parameters.items()}
-        self.square = {name: [torch.zeros_like(p) for p in values] for name, values in parameters.items()}
+    def __init__(self, parameters: Parameters, lr: float):
+        self.parameters = parameters
+        self.adam = torch.optim.Adam([p for values in parameters.values() for p in values], lr, foreach=False)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Forgets all rows but these, `(rows,)`, bool."""
-        self.mean = {name: _rows(values, rows) for name, values in self.mean.items()}
-        self.square = {name: _rows(values, rows) for name, values in self.square.items()}
+        """Drop all rows of the parameters, in place, and of their state but these, `(rows,)`, bool."""
+        for p, state in self.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][rows.to(p.device)]
+            p.data, p.grad = p.data[rows.to(p.device)], None
 
-    def step(self, parameters: Parameters, gradients: Parameters) -> None:
-        """Moves the parameters, in place."""
-        self.steps += 1
-        first, second = self.betas
-        size = self.lr / (1 - first**self.steps)
-        for name, values in parameters.items():
-            for p, g, mean, square in zip(values, gradients[name], self.mean[name], self.square[name], strict=True):
-                mean.lerp_(g, 1 - first)
-                square.mul_(second).addcmul_(g, g, value=1 - second)
-                p.addcdiv_(mean, (square / (1 - second**self.steps)).sqrt_().add_(1e-8), value=-size)
-
-
-def _rows(values: Sequence[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-    return [value[rows.to(value.device)] for value in values]
+    def move(self, gradients: Parameters) -> None:
+        """Move the parameters, in place."""
+        for name, values in self.parameters.items():
+            for p, gradient in zip(values, gradients[name], strict=True):
+                p.grad = gradient
+        self.adam.step()
 
 
 def _put(result: Parameters, parameters: Parameters, places: torch.Tensor, rows: torch.Tensor) -> None:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from ..config import EditorConfig
+from ..config import option
 from ..edits.low_rank import Update
 from .base import register_method
-from .steps import LearnedSteps
+from .steps import LearnedSteps, LearnedStepsConfig
 
 
-@register_method("ke")
+@dataclass
+class KnowledgeEditorConfig(LearnedStepsConfig):
+    """
+    The configuration of [`KnowledgeEditor`].
+
+    Args:
+        rank (`int`, defaults to 256): Width of the LSTM, in each of its two directions, and of the networks that map
+            its condensed state.
+        num_hidden_layers (`int`, defaults to 1): Hidden layers of those networks.
+        init (`str`, defaults to `"identity"`): With `"identity"` training starts from the gradient's own step; with
+            `"xavier"` the last layer of each network is random.
+    """
+
+    rank: int = option(256, "Width of the LSTM, and of the networks that map its state.", least=1, most=65536)
+    num_hidden_layers: int = option(1, "Hidden layers of those networks.", least=1, most=64)
+    init: str = option("identity", "'identity' or 'xavier'.", choices=("identity", "xavier"))
+
+
+@register_method("ke", KnowledgeEditorConfig)
 class KnowledgeEditor(LearnedSteps):
     """
     KnowledgeEditor (De Cao, Aziz and Titov 2021, "Editing Factual Knowledge in Language Models"): of each edited
@@ -34,16 +53,14 @@ class KnowledgeEditor(LearnedSteps):
     training starts from a plain gradient step. It is trained with MEND's loss, not under the paper's constraint.
 
     Args:
-        config ([`EditorConfig`]): `rank` is the width of the LSTM, in each of its two directions, and of the networks
-            that map its condensed state; `num_hidden_layers` are those networks' hidden layers. With `init="xavier"`
-            the last of these is random at first, and the first step is not the gradient's. `normalize` and `edit_lr`
-            are as for MEND.
+        config ([`KnowledgeEditorConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: KnowledgeEditorConfig
     gates: Any
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: KnowledgeEditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self._read = next(iter(self.shapes))  # the lowest layer
         width = config.rank
@@ -88,10 +105,10 @@ class GateNetwork(nn.Module):
 
     Args:
         shape (`tuple[int, int]`): The matrix's `(d_out, d_in)`.
-        config ([`EditorConfig`]): `rank`, `num_hidden_layers`, `init`.
+        config ([`KnowledgeEditorConfig`]): `rank`, `num_hidden_layers`, `init`.
     """
 
-    def __init__(self, shape: tuple[int, int], config: EditorConfig):
+    def __init__(self, shape: tuple[int, int], config: KnowledgeEditorConfig):
         super().__init__()
         d_out, d_in = shape
         self.parts = [d_out, d_out, d_in, d_in, 1]

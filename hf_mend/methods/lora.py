@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from ..config import option
 from ..edits.low_rank import Update
 from .base import register_method
-from .iterative import Factors, GradientSearch, Look, Parameters
+from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
 
 
-@register_method("lora")
+@dataclass
+class LoraPerEditConfig(IterativeConfig):
+    """
+    The configuration of [`LoraPerEdit`], with the options of [`IterativeConfig`].
+
+    Args:
+        rank (`int`, defaults to 8): Rank of an edit.
+        lora_alpha (`float`, defaults to 16): The product of the two matrices is scaled by this over the rank.
+        seed (`int`, defaults to 0): What the first matrix is drawn from.
+    """
+
+    edit_lr: float = 1e-3
+    rank: int = option(8, "Rank of an edit.", least=1, most=65536)
+    lora_alpha: float = option(16.0, "The product of the two matrices is scaled by this over the rank.")
+    seed: int = option(0, "What the first matrix is drawn from.")
+
+
+@register_method("lora", LoraPerEditConfig)
 class LoraPerEdit(GradientSearch):
     """
     A LoRA adapter for each edit (Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"), trained with
@@ -19,10 +38,11 @@ class LoraPerEdit(GradientSearch):
     A drawn as in PEFT, from the configuration's `seed`.
 
     Args:
-        config ([`EditorConfig`]): `rank`, `lora_alpha`, `seed`; `edit_lr` is Adam's learning rate; `num_steps` and
-            `stop_loss` say when to end.
+        config ([`LoraPerEditConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
+
+    config: LoraPerEditConfig
 
     @property
     def scale(self) -> float:

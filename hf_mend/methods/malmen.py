@@ -1,25 +1,40 @@
 """
-MALMEN: MEND's networks ask for shifts of a layer's output, and one ridge regression gives all edits theirs (Tan et al.
-2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
+MALMEN: MEND's networks ask for value residuals, changes of a layer's output, and one ridge regression gives all edits
+theirs (Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from ..config import EditorConfig
+from ..config import option
 from ..edits.low_rank import Update
 from .base import register_method
-from .mend import Mend
+from .mend import Mend, MendConfig
 from .ridge import ridge_keys
 
 
-@register_method("malmen")
+@dataclass
+class MalmenConfig(MendConfig):
+    """
+    The configuration of [`Malmen`]: all options of [`MendConfig`], and the ridge.
+
+    Args:
+        ridge (`float`, defaults to 1.0): Strength of the regression's ridge, from which each layer learns its own.
+    """
+
+    ridge: float = option(
+        1.0, "Strength of the ridge with which edits made together are merged, from which each layer learns its own."
+    )
+
+
+@register_method("malmen", MalmenConfig)
 class Malmen(Mend):
     """
     MALMEN for a set of layers. It takes the weights of a MEND editor of the same configuration.
@@ -28,11 +43,13 @@ class Malmen(Mend):
     that what an edit must not change counts most; without it, it is the paper's, which weighs all alike.
 
     Args:
-        config ([`EditorConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
+        config ([`MalmenConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    config: MalmenConfig
+
+    def __init__(self, config: MalmenConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.log_ridge = nn.Parameter(torch.full((len(self.shapes),), math.log(config.ridge)))
 
@@ -44,10 +61,11 @@ class Malmen(Mend):
         return wanted
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         moments = {name: group.second_moment(i) for group in self.groups for i, name in enumerate(group.names)}
         ridge = dict(zip(self.shapes, self.log_ridge.exp(), strict=True))
         return {
-            name: (ridge_keys(x, ridge[name], moments[name], kept.get(name)), d) for name, (x, d) in updates.items()
+            name: (ridge_keys(x, ridge[name], moments[name], preserved_keys.get(name)), d)
+            for name, (x, d) in updates.items()
         }

@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..edits.low_rank import Update
 from .base import register_method
-from .iterative import Factors, GradientSearch, Look, Parameters
-from .moments import MergesByRidge
+from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
+from .moments import MergesByRidge, MergesByRidgeConfig
 
 
-@register_method("memit")
+@dataclass
+class MemitConfig(MergesByRidgeConfig, IterativeConfig):
+    """
+    The configuration of [`Memit`], with the options of [`IterativeConfig`], whose `edit_lr` (0.05) is of the search
+    for the shifts, and of [`MergesByRidgeConfig`]: `whiten_ridge` (0.01), `whiten_rank` (512), `ridge` (30) and
+    `margin` (1.25).
+    """
+
+    edit_lr: float = 0.05
+    whiten_ridge: float = 0.01
+    whiten_rank: int = 512
+    ridge: float = 30.0
+    margin: float = 1.25
+
+    # The blocks from which what is known of the subject is read further up.
+    default_span: ClassVar[tuple[float, float]] = (0.267, 0.467)
+
+
+@register_method("memit", MemitConfig)
 class Memit(MergesByRidge, GradientSearch):
     """
     Mass-editing memory (Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4): at the subject's last
-    token, each target layer is asked for a shift of its output, found by gradient steps on the target's loss; one
-    ridge regression a layer then gives all edits of a call their shifts and changes the layer's outputs on ordinary
-    text least.
+    token, each target layer is asked for a value residual, a change of its output, found by gradient steps on the
+    target's loss; one ridge regression a layer then gives all edits of a call their residuals and changes the layer's
+    outputs on ordinary text least.
 
-    Where a request names no subject, or one that its prompt does not contain, the shift is asked for at the prompt's
-    last token; in the decoder of an encoder-decoder model, at its first position.
+    Where a request names no subject, or one that its prompt does not contain, the residual is asked for at the
+    prompt's last token; in the decoder of an encoder-decoder model, at its first position.
 
-    What differs from the paper: the shifts of all layers are sought side by side, each under the rank-one update that
-    gives it, where the paper seeks one at the top and spreads it evenly; without sampled prefixes and without the
+    What differs from the paper: the residuals of all layers are sought side by side, each under the rank-one update
+    that gives it, where the paper seeks one at the top and spreads it evenly; without sampled prefixes and without the
     penalty on what the subject is; the second moment comes from the packaged page of ordinary text. Edits of a call
     that do not take beside the others ask for more.
 
     Args:
-        config ([`EditorConfig`]): `edit_lr` is Adam's learning rate on the shifts; `num_steps` and `stop_loss` say
+        config ([`MemitConfig`]): `edit_lr` is Adam's learning rate on the residuals; `num_steps` and `stop_loss` say
             when to end; what was found is asked for `margin` times; `ridge`, `whiten_rank` and `whiten_ridge` are of
             the regression.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
+
+    config: MemitConfig
 
     def start(self, look: Look, factors: Factors) -> Parameters:
         parameters = {}
@@ -56,8 +78,8 @@ class Memit(MergesByRidge, GradientSearch):
         for name, (x, delta) in factors.items():
             key, _, chosen = parameters[name]
             weights = x @ self._direction(name, key).unsqueeze(-1)  # (requests, seq, 1): what each token gets
-            of_shift = (weights.transpose(1, 2) @ delta)[:, 0]  # (requests, d_out)
-            found[name] = [torch.zeros_like(key), of_shift, torch.zeros_like(chosen)]
+            of_residual = (weights.transpose(1, 2) @ delta)[:, 0]  # (requests, d_out)
+            found[name] = [torch.zeros_like(key), of_residual, torch.zeros_like(chosen)]
         return found
 
     def follow(self, parameters: Parameters, factors: Factors) -> None:
@@ -67,15 +89,17 @@ class Memit(MergesByRidge, GradientSearch):
 
     def updates(self, parameters: Parameters) -> dict[str, Update]:
         return {
-            name: (self._direction(name, key).unsqueeze(1), shift.unsqueeze(1))
-            for name, (key, shift, _) in parameters.items()
+            name: (self._direction(name, key).unsqueeze(1), residual.unsqueeze(1))
+            for name, (key, residual, _) in parameters.items()
         }
 
     def found(self, parameters: Parameters) -> dict[str, Update]:
         margin = self.config.margin
-        return {name: (key.unsqueeze(1), margin * shift.unsqueeze(1)) for name, (key, shift, _) in parameters.items()}
+        return {
+            name: (key.unsqueeze(1), margin * residual.unsqueeze(1)) for name, (key, residual, _) in parameters.items()
+        }
 
-    def asked_at(
+    def key_inputs(
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return {

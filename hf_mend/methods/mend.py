@@ -4,15 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import EditorConfig
+from ..config import EditorConfig, option
 from ..edits.low_rank import Update
 from .base import EditMethod, register_method
 from .ridge import SecondMoment, leading_eigenvectors
+
+
+@dataclass
+class MendConfig(EditorConfig):
+    """
+    The configuration of [`Mend`]: the paper's design choices and, beyond them, whitening. Where a default differs from
+    the paper's choice, the text says so, and benchmarks/results/settings.md has the measurement.
+
+    Args:
+        rank (`int`, defaults to 256): Rank of the networks' weight matrices (paper: 1920).
+        num_hidden_layers (`int`, defaults to 1): Hidden layers of a network, as in the paper.
+        transform (`str`, defaults to `"both"`): The factors that the networks map: `"both"` in one network (paper),
+            `"both_separate"` in two, `"x"` only, `"delta"` only, or `"smaller"`, whichever of the two is narrower.
+        normalize (`bool`, defaults to `True`): Scale factors to zero mean and unit variance (paper).
+        whiten (`bool`, defaults to `True`): Multiply the mapped x by the inverse second moment of the layer's inputs,
+            so that an edit acts on what sets this input apart from text at large. The paper has no such step.
+        whiten_ridge (`float`, defaults to 0.1): Ridge of that inverse, as a share of the mean variance of an input.
+        whiten_rank (`int`, defaults to 128): Eigenvectors of the second moment that are kept.
+        init (`str`, defaults to `"identity"`): `"identity"` (paper) or `"xavier"`.
+        shared (`bool`, defaults to `True`): One network for all layers of one shape (paper), or one each.
+        edit_lr (`float`, defaults to 1e-3): Initial step of an edit, of which each layer learns its own.
+    """
+
+    rank: int = option(256, "Rank of the editor networks' weight matrices (paper: 1920).", least=1, most=65536)
+    num_hidden_layers: int = option(1, "Hidden layers of an editor network, as in the paper.", least=1, most=64)
+    transform: str = option(
+        "both",
+        "Which factors the networks map: 'both' in one network (the paper), 'both_separate' in two, 'x' only, 'delta' "
+        "only, or 'smaller', whichever of the two is narrower.",
+        choices=("both", "both_separate", "x", "delta", "smaller"),
+    )
+    normalize: bool = option(True, "Scale factors to zero mean and unit variance by running statistics (paper).")
+    whiten: bool = option(
+        True,
+        "Multiply the mapped x by the inverse second moment of the layer's inputs, so that an edit acts on what sets "
+        "this input apart from text at large. Not in the paper, which has no such step.",
+    )
+    whiten_ridge: float = option(0.1, "Ridge of that inverse, as a share of the mean variance of an input.")
+    whiten_rank: int = option(
+        128, "Eigenvectors of the second moment that are kept; the others count as equal.", least=1, most=65536
+    )
+    init: str = option("identity", "'identity' (paper) or 'xavier'.", choices=("identity", "xavier"))
+    shared: bool = option(
+        True, "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."
+    )
+    edit_lr: float = option(1e-3, "Initial step of an edit, of which each layer learns its own.")
 
 
 class FactorStatistics(nn.Module):
@@ -102,7 +149,7 @@ class EditorNetwork(nn.Module):
     stand one layer after the other, and `counts` says how many each has.
     """
 
-    def __init__(self, width: int, layers: int, config: EditorConfig):
+    def __init__(self, width: int, layers: int, config: MendConfig):
         super().__init__()
         self.layers = nn.ModuleList(
             LowRankLayer(width, config.rank, layers, config.init, activation=i < config.num_hidden_layers)
@@ -122,7 +169,7 @@ class LayerGroup(nn.Module):
     Args:
         names (`list[str]`): The layers.
         shape (`tuple[int, int]`): Their `(d_out, d_in)`.
-        config ([`EditorConfig`]): The editor's configuration.
+        config ([`MendConfig`]): The editor's configuration.
     """
 
     # torch types what a module holds as "tensor or module"; these are what they are.
@@ -133,7 +180,7 @@ class LayerGroup(nn.Module):
     whiten_shrink: torch.Tensor
     whiten_scale: torch.Tensor
 
-    def __init__(self, names: list[str], shape: tuple[int, int], config: EditorConfig):
+    def __init__(self, names: list[str], shape: tuple[int, int], config: MendConfig):
         super().__init__()
         self.names = names
         self.config = config
@@ -231,19 +278,20 @@ class LayerGroup(nn.Module):
         return SecondMoment(self.whiten_basis[index], self.whiten_shrink[index], self.whiten_scale[index], widths)
 
 
-@register_method("mend")
+@register_method("mend", MendConfig)
 class Mend(EditMethod):
     """
     MEND for a set of layers.
 
     Args:
-        config ([`EditorConfig`]): All of the paper's design choices.
+        config ([`MendConfig`]): All of the paper's design choices.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: MendConfig
     groups: Any
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: MendConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         members: dict[object, list[str]] = {}
         for name, shape in self.shapes.items():

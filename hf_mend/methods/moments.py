@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
-from ..config import EditorConfig
+from ..config import EditorConfig, option
 from ..edits.low_rank import Update
 from .base import EditMethod
 from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
+
+
+@dataclass
+class SecondMomentConfig(EditorConfig):
+    """
+    The options of methods that know the second moment of their layers' inputs.
+
+    Args:
+        whiten_ridge (`float`, defaults to 0.1): Ridge of its inverse, as a share of the mean variance of an input.
+        whiten_rank (`int`, defaults to 128): Its eigenvectors that are kept; the others count as equal.
+    """
+
+    whiten_ridge: float = option(
+        0.1, "Ridge of the inverse second moment of a layer's inputs, as a share of the mean variance of an input."
+    )
+    whiten_rank: int = option(
+        128, "Eigenvectors of the second moment that are kept; the others count as equal.", least=1, most=65536
+    )
+
+
+@dataclass
+class MergesByRidgeConfig(SecondMomentConfig):
+    """
+    The options of methods whose edits made together are merged by one ridge regression a layer.
+
+    Args:
+        ridge (`float`, defaults to 1.0): Strength of the regression's ridge.
+        margin (`float`, defaults to 2.0): How far an edit goes past the step that suffices for its own prompt, so that
+            other words lead to the target too: 1 stops there.
+    """
+
+    ridge: float = option(1.0, "Strength of the ridge with which edits made together are merged.")
+    margin: float = option(
+        2.0,
+        "How far an edit goes past the step that suffices for its own prompt, so that other words lead to the target "
+        "too: 1 stops there.",
+    )
 
 
 class ObservesInputs(EditMethod):
@@ -18,15 +56,17 @@ class ObservesInputs(EditMethod):
     A method that has seen what enters its layers on ordinary text.
 
     Args:
-        config ([`EditorConfig`]): `whiten_rank` and `whiten_ridge`.
+        config ([`SecondMomentConfig`]): `whiten_rank` and `whiten_ridge`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
     reads_ordinary_text = True
     takes_texts = True
+    config_class: type[EditorConfig] = SecondMomentConfig
+    config: SecondMomentConfig
     tokens: torch.Tensor
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: SecondMomentConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         for i, (_, d_in) in enumerate(self.shapes.values()):
             rank = min(config.whiten_rank, d_in)
@@ -67,13 +107,16 @@ class ObservesInputs(EditMethod):
 
 
 class MergesByRidge(ObservesInputs):
-    """A method that asks for shifts, which one ridge regression a layer gives: least change on ordinary text."""
+    """A method that asks for value residuals, which one ridge regression gives: least change on ordinary text."""
+
+    config_class: type[EditorConfig] = MergesByRidgeConfig
+    config: MergesByRidgeConfig
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         moments = {name: self.second_moment(i) for i, name in enumerate(self.shapes)}
         return {
-            name: (ridge_keys(x, self.config.ridge, moments[name], kept.get(name)), d)
+            name: (ridge_keys(x, self.config.ridge, moments[name], preserved_keys.get(name)), d)
             for name, (x, d) in updates.items()
         }

@@ -70,10 +70,10 @@ def ridge_keys(
     x: torch.Tensor,
     strength: torch.Tensor | float,
     moment: SecondMoment | None = None,
-    kept: torch.Tensor | None = None,
+    preserved_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The keys with which shifts asked for at some inputs become one update that does best at all of them: with
+    The keys with which value residuals asked for at some inputs become one update that does best at all of them: with
     `dW = sum_t d_t u_t^T`, the least `sum_t |dW x_t - d_t|^2 + strength * tr(dW M dW^T)` over all `dW` (ridge
     regression; Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", equation 5, with `M`
     the identity; Meng et al. 2023, "Mass-Editing Memory in a Transformer", with inputs on ordinary text).
@@ -84,15 +84,15 @@ def ridge_keys(
         x (`torch.Tensor` of shape `(..., tokens, d_in)`): Inputs; zero where there is none.
         strength (`float` or `torch.Tensor`): Of the ridge; for how many tokens of ordinary text it stands.
         moment ([`SecondMoment`], *optional*): M; the identity when missing.
-        kept (`torch.Tensor` of shape `(rows, d_in)`, *optional*): Inputs at which the layer's output is to stay, as
-            those of earlier edits: further terms of the sum, with no shift.
+        preserved_keys (`torch.Tensor` of shape `(rows, d_in)`, *optional*): Inputs at which the layer's output is to
+            stay, as those of earlier edits: further terms of the sum, with a residual of zero.
 
     Returns:
         `torch.Tensor` of the shape of `x`: `u = (X^T X + strength M)^-1 x`.
     """
-    if kept is not None and len(kept):
-        every = torch.cat([kept.expand(*x.shape[:-2], *kept.shape), x], -2)
-        return ridge_keys(every, strength, moment)[..., len(kept) :, :]
+    if preserved_keys is not None and len(preserved_keys):
+        every = torch.cat([preserved_keys.expand(*x.shape[:-2], *preserved_keys.shape), x], -2)
+        return ridge_keys(every, strength, moment)[..., len(preserved_keys) :, :]
     tokens, width = x.shape[-2:]
     inputs = x.double()
     exact = None if moment is None else moment.to(torch.float64)

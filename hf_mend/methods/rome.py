@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ..config import EditorConfig
 from ..edits.low_rank import Update
 from .base import register_method
-from .iterative import Factors, GradientSearch, Look, Parameters
-from .moments import ObservesInputs
+from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameters
+from .moments import ObservesInputs, SecondMomentConfig
 
 
-@register_method("rome")
+@dataclass
+class RomeConfig(SecondMomentConfig, IterativeConfig):
+    """
+    The configuration of [`Rome`], with the options of [`IterativeConfig`], whose `edit_lr` (0.1) is of the search for
+    the value, and of [`SecondMomentConfig`] (0.01 and 512). Of several target layers the first is edited.
+    """
+
+    edit_lr: float = 0.1
+    whiten_ridge: float = 0.01
+    whiten_rank: int = 512
+
+    # A block from which what is known of the subject is read further up.
+    default_span: ClassVar[tuple[float, float]] = (0.333, 0.367)
+
+
+@register_method("rome", RomeConfig)
 class Rome(ObservesInputs, GradientSearch):
     """
     Rank-one model editing (Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 3): the key
@@ -29,13 +45,15 @@ class Rome(ObservesInputs, GradientSearch):
     not from a hundred thousand articles, and is kept as its leading eigenvectors.
 
     Args:
-        config ([`EditorConfig`]): `edit_lr` is Adam's learning rate on the value; `num_steps` and `stop_loss` say when
+        config ([`RomeConfig`]): `edit_lr` is Adam's learning rate on the value; `num_steps` and `stop_loss` say when
             to end; `whiten_rank` and `whiten_ridge` are of `C`. Of several target layers the first is edited: name
             another with `layers_to_transform`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    config: RomeConfig
+
+    def __init__(self, config: RomeConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.layer = next(iter(self.shapes))
         self._keys: torch.Tensor | None = None
@@ -55,9 +73,9 @@ class Rome(ObservesInputs, GradientSearch):
     def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:
         x, delta = factors[self.layer]
         keys, _ = parameters[self.layer]  # (requests, 1, d_in)
-        weights = x @ keys.transpose(1, 2)  # (requests, seq, 1): what each token gets of the shift
+        weights = x @ keys.transpose(1, 2)  # (requests, seq, 1): what each token gets of the residual
         return {self.layer: [torch.zeros_like(keys), weights.transpose(1, 2) @ delta]}
 
     def updates(self, parameters: Parameters) -> dict[str, Update]:
-        keys, shift = parameters[self.layer]
-        return {self.layer: (keys, shift)}
+        keys, residual = parameters[self.layer]
+        return {self.layer: (keys, residual)}

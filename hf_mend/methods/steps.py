@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import EditorConfig
+from ..config import EditorConfig, option
 from .base import EditMethod
 from .mend import FactorStatistics
 
@@ -41,17 +42,34 @@ class ObservesFactors(EditMethod):
             self.delta_stats[i].observe(delta[present].to(self.delta_stats[i].mean.device))
 
 
+@dataclass
+class LearnedStepsConfig(EditorConfig):
+    """
+    The options of methods whose layers each learn a step.
+
+    Args:
+        normalize (`bool`, defaults to `True`): Divide factors by their root mean square over some edits.
+        edit_lr (`float`, defaults to 1e-3): Initial step of an edit, of which each layer learns its own.
+    """
+
+    normalize: bool = option(True, "Divide factors by their root mean square over some edits.")
+    edit_lr: float = option(1e-3, "Initial step of an edit, of which each layer learns its own.")
+
+
 class LearnedSteps(ObservesFactors):
     """
     A method whose factors are divided by their root mean square over some edits, one number a side and layer, so that
     layers start alike, and whose step each layer learns.
 
     Args:
-        config ([`EditorConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
+        config ([`LearnedStepsConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    config_class = LearnedStepsConfig
+    config: LearnedStepsConfig
+
+    def __init__(self, config: LearnedStepsConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.log_step = nn.Parameter(torch.zeros(len(self.shapes)))
 

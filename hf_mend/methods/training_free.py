@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
-from ..config import EditorConfig
+from ..config import EditorConfig, option
 from ..edits.low_rank import Update
 from .base import register_method
-from .moments import MergesByRidge
+from .moments import MergesByRidge, MergesByRidgeConfig
 from .ridge import ridge_keys
 from .steps import ObservesFactors
 
@@ -20,21 +21,36 @@ def training_free_config() -> EditorConfig:
     return EditorConfig(method="gradient", whiten_ridge=1.0, ridge=30.0)
 
 
-@register_method("ultraedit")
+@dataclass
+class UltraEditConfig(EditorConfig):
+    """
+    The configuration of [`UltraEdit`].
+
+    Args:
+        edit_lr (`float`, defaults to 1e-4): Step of an edit, the paper's eta.
+        ridge (`float`, defaults to 1.0): Strength of the ridge of the regression (paper: 1).
+    """
+
+    edit_lr: float = option(1e-4, "Step of an edit, the paper's eta.")
+    ridge: float = option(1.0, "Strength of the ridge with which edits made together are merged (paper: 1).")
+
+
+@register_method("ultraedit", UltraEditConfig)
 class UltraEdit(ObservesFactors):
     """
     UltraEdit as published (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing"):
-    factors are normalised by statistics over all edits so far, and each token asks for the shift
+    factors are normalised by statistics over all edits so far, and each token asks for the value residual
     `-eta * |x_hat|^2 * delta_hat`.
 
     Args:
-        config ([`EditorConfig`]): `edit_lr` is eta, `ridge` the ridge's strength (the paper's is 1).
+        config ([`UltraEditConfig`]): `edit_lr` is eta, `ridge` the ridge's strength (the paper's is 1).
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: UltraEditConfig
     trains = False
 
-    def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
+    def __init__(self, config: UltraEditConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
         self.factor = 1.0
 
@@ -52,7 +68,7 @@ class UltraEdit(ObservesFactors):
         return wanted
 
     def join(
-        self, updates: Mapping[str, Update], kept: Mapping[str, torch.Tensor] = MappingProxyType({})
+        self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         return {name: (ridge_keys(x, self.config.ridge), d) for name, (x, d) in updates.items()}
 
@@ -60,21 +76,31 @@ class UltraEdit(ObservesFactors):
         self.factor *= factor
 
 
-@register_method("gradient")
+@dataclass
+class WhitenedGradientConfig(MergesByRidgeConfig):
+    """
+    The configuration of [`WhitenedGradient`], with the options of [`MergesByRidgeConfig`]. `whiten_ridge` is best near
+    1 here; [`training_free_config`] has the values of a model without an editor.
+    """
+
+
+@register_method("gradient", WhitenedGradientConfig)
 class WhitenedGradient(MergesByRidge):
     """
     A few steps down the gradient of the target's loss, in the metric of the layer's inputs on ordinary text, so that
     an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
     has no trained editor.
 
-    It is asked for as shifts at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly where the
-    ridge is small, and best for all edits together where there are several. The size of a step comes from the loss.
+    It is asked for as value residuals at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly
+    where the ridge is small, and best for all edits together where there are several. The size of a step comes from
+    the loss.
 
     Args:
-        config ([`EditorConfig`]): `whiten_rank`, `whiten_ridge` (here best near 1) and `ridge`.
+        config ([`WhitenedGradientConfig`]): `whiten_rank`, `whiten_ridge` (here best near 1) and `ridge`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
+    config: WhitenedGradientConfig
     max_steps = 6
     trains = False
     sizes_steps = True

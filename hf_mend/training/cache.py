@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..bases.split import HiddenState, SplitModel
-from ..bases.targets import block_stacks
-from ..data.encoding import Encoder, Query, Rows, length_batches
+from ..bases.targets import block_lists
+from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 
 
 logger = logging.get_logger(__name__)
@@ -74,12 +74,12 @@ class HiddenStateCache:
     def __contains__(self, ids: tuple[Sequence[int], Sequence[int]]) -> bool:
         return _digest(ids) in self._index
 
-    def __call__(self, rows: Rows) -> HiddenState:
+    def __call__(self, rows: EncodedBatch) -> HiddenState:
         """
         The rows' state at the cut; rows that the cache lacks are computed.
 
         Args:
-            rows ([`Rows`]): Texts, padded on the right.
+            rows ([`EncodedBatch`]): Texts, padded on the right.
         """
         found = [self._index.get(_digest(ids)) for ids in token_ids(rows)]
         missing = torch.tensor([place is None for place in found])
@@ -140,7 +140,7 @@ class HiddenStateCache:
 
     # ---- files ----
 
-    def _append(self, rows: Rows, states: Any, index: Any) -> bool:
+    def _append(self, rows: EncodedBatch, states: Any, index: Any) -> bool:
         """Adds rows that are new; returns whether there was room."""
         seen: set[bytes] = set()
         new: list[tuple[int, bytes]] = []
@@ -171,14 +171,14 @@ class HiddenStateCache:
         return len(records) == len(new)
 
     def _parts(self, state: HiddenState, row: int, ids: tuple[list[int], list[int]]) -> list[torch.Tensor]:
-        """The row's states without padding: the cut stack's, then the encoder's output if there is one."""
+        """The row's states without padding: the cut list's, then the encoder's output if there is one."""
         first = len(ids[1]) if self.split.cuts_decoder_of_two else len(ids[0])
         parts = [state.hidden[row, :first]]
         if state.encoder is not None:
             parts.append(state.encoder[row, : len(ids[0])])
         return [part.to("cpu", self.dtype) for part in parts]
 
-    def _padded_lengths(self, rows: Rows) -> tuple[int, int]:
+    def _padded_lengths(self, rows: EncodedBatch) -> tuple[int, int]:
         source = rows.inputs["input_ids"].shape[1]
         if self.split.cuts_decoder_of_two:
             return rows.inputs["decoder_input_ids"].shape[1], source
@@ -228,7 +228,7 @@ class HiddenStateCache:
         return FileLock(self.folder / "lock")
 
 
-def token_ids(rows: Rows) -> Iterator[tuple[list[int], list[int]]]:
+def token_ids(rows: EncodedBatch) -> Iterator[tuple[list[int], list[int]]]:
     """Each row's token ids without padding: the input's, and the decoder's (empty where there is none)."""
     lengths = rows.inputs["attention_mask"].sum(-1).tolist()
     inputs = rows.inputs["input_ids"].tolist()
@@ -255,9 +255,9 @@ def _key(split: SplitModel, dtype: torch.dtype) -> str:
     model: nn.Module = split.model
     above = {id(p) for block in split.blocks[split.block :] for p in block.parameters()}
     if not split.cuts_decoder_of_two:  # an encoder's cut: the whole decoder lies above
-        for stack in block_stacks(model):
-            if stack.blocks is not split.blocks:
-                above |= {id(p) for block in stack.blocks for p in block.parameters()}
+        for block_list in block_lists(model):
+            if block_list.blocks is not split.blocks:
+                above |= {id(p) for block in block_list.blocks for p in block.parameters()}
     digest = hashlib.sha256(
         json.dumps(
             [_FORMAT, type(model).__name__, split.model.config.to_json_string(), split.block, str(dtype)]

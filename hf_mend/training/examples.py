@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..data.encoding import Encoder, Query, Rows
+from ..data.encoding import EncodedBatch, Encoder, Query
 from ..data.forms import PLAIN_FORMS, Surroundings, check_forms, in_form
 from ..data.records import EditRecord
 
@@ -23,15 +23,15 @@ class EditBatch:
     length are apart, so that little is padding.
 
     Args:
-        edit ([`Rows`]): The prompts and targets that make the edits, one row an edit.
-        general ([`Rows`]): Where the target must be said.
-        local (`dict[str, Rows]`): Where nothing may change: `"neighborhood"` prompts, `"unrelated"` questions, prompts
-            about the `"same_subject"`, and the `"continuation"` behind a target.
+        edit ([`EncodedBatch`]): The prompts and targets that make the edits, one row an edit.
+        general ([`EncodedBatch`]): Where the target must be said.
+        local (`dict[str, EncodedBatch]`): Where nothing may change: `"neighborhood"` prompts, `"unrelated"` questions,
+            prompts about the `"same_subject"`, and the `"continuation"` behind a target.
     """
 
-    edit: Rows
-    general: Rows
-    local: dict[str, Rows]
+    edit: EncodedBatch
+    general: EncodedBatch
+    local: dict[str, EncodedBatch]
 
     def __len__(self) -> int:
         return len(self.edit)
@@ -39,7 +39,7 @@ class EditBatch:
     def edits(self, start: int, stop: int) -> EditBatch:
         """Some neighbouring edits with their texts."""
 
-        def part(rows: Rows) -> Rows:
+        def part(rows: EncodedBatch) -> EncodedBatch:
             each = len(rows) // len(self)
             return rows[start * each : stop * each]
 
@@ -311,7 +311,7 @@ class EditCollator:
             {kind: self._rows(queries) for kind, queries in local.items() if queries},
         )
 
-    def _rows(self, queries: Sequence[Query]) -> Rows:
+    def _rows(self, queries: Sequence[Query]) -> EncodedBatch:
         return self.encoder([self.encoder.shortened(query, self.longest) for query in queries])
 
 

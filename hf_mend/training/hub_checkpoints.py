@@ -15,8 +15,9 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..config import CONFIG_NAME
+from ..hub.atomic import link_or_copy
 from ..hub.cards import get_metadata, set_metadata
-from ..hub.files import WEIGHTS_NAME, files_like, link_or_copy
+from ..hub.files import WEIGHTS_NAME, files_like
 from ..hub.plots import CURVE_NAME, METRICS_NAME
 from ..hub.transfer import CARD_NAME, matching_files, push_folder
 

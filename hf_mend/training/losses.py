@@ -11,28 +11,26 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.gradients import Factors, kl_divergence, row_means, trace
-from ..bases.split import HiddenState, SplitModel, logits_of
-from ..bases.targets import Target
-from ..data.encoding import Rows
-from ..edits.hook import applied
+from ..bases.gradients import Factors, kl_divergence, row_means
+from ..bases.split import HiddenState
+from ..data.encoding import EncodedBatch
+from ..editing.context import EditingContext
 from ..edits.low_rank import Update, compacted, together
-from ..methods import EditMethod
 from .examples import EditBatch
 
 
-def target_nll(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+def target_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     """
     Mean negative log-likelihood of a target's tokens, in nats; the mean of the rows' means.
 
     Args:
         logits (`torch.Tensor` of shape `(tokens, vocab)`): The edited model's, at the rows' positions.
-        rows ([`Rows`]): The texts; at all their positions there is a token to say.
+        rows ([`EncodedBatch`]): The texts; at all their positions there is a token to say.
     """
     return _row_nll(logits, rows).mean()
 
 
-def _row_nll(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+def _row_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     labels = rows.next_tokens[rows.positions].to(logits.device)
     return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows)
 
@@ -52,16 +50,14 @@ class EditingLoss:
 
 
 def editing_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float] = MappingProxyType({}),
-    run_below: Callable[[Rows], HiddenState] | None = None,
-    edits_together: int = 1,
-    edits_at_once: int | None = None,
-    calls_in_a_row: int = 1,
-    look_back: float = 0.9,
+    run_below: Callable[[EncodedBatch], HiddenState] | None = None,
+    group_size: int = 1,
+    micro_batch_size: int | None = None,
+    calls_per_batch: int = 1,
+    decay: float = 0.9,
 ) -> EditingLoss:
     """
     Makes every edit of the batch: example b's rows see example b's factors alone, or those of its group's edits.
@@ -69,99 +65,88 @@ def editing_loss(
     What lies below the lowest edited block runs once for each text and serves the un-edited and the edited pass.
 
     Args:
-        split ([`SplitModel`]): The base model.
-        targets (`Sequence[Target]`): The edited layers.
-        method ([`EditMethod`]): Factors to updates; the only part with trainable parameters.
+        context ([`EditingContext`]): The base model and the method, the only part with trainable parameters.
         batch ([`EditBatch`]): The texts.
         locality_weights (`Mapping[str, float]`): Weight of the KL on each kind of local rows, 1 where none is given
             (the paper's is 1 / `c_edit`).
         run_below (`Callable`, *optional*): Gives the rows' hidden states at the lowest edited block, as a
             [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
-        edits_together (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
+        group_size (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
             that leave one another alone. Where it does not divide the batch, their greatest common divisor is taken.
-        edits_at_once (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has the
-            same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
+        micro_batch_size (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has
+            the same value and gradient, in two stages (Tan et al. 2024, "Massive Editing for Large Language Models via
             Meta Learning", section 4.2): that of the texts with respect to the updates, some texts after the others,
             and that of the updates with respect to the method's parameters.
-        calls_in_a_row (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that those
-            before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
-        look_back (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
+        calls_per_batch (`int`, defaults to 1): Into how many calls the batch falls, each made on the model that
+            those before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
+        decay (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
-    below = run_below or (lambda rows: split.run_below(rows.inputs))
-    if calls_in_a_row > 1:
-        return sequential_loss(split, targets, method, batch, locality_weights, below, calls_in_a_row, look_back)
-    size = math.gcd(edits_together, len(batch))
-    if edits_at_once is not None and edits_at_once < len(batch):
-        return _two_stage_loss(split, targets, method, batch, locality_weights, below, size, edits_at_once)
-    carried = method.carried()
-    factors = _traced(split, targets, batch, below, carried)
+    below = run_below or (lambda rows: context.split.run_below(rows.inputs))
+    if calls_per_batch > 1:
+        return sequential_loss(context, batch, locality_weights, below, calls_per_batch, decay)
+    size = math.gcd(group_size, len(batch))
+    if micro_batch_size is not None and micro_batch_size < len(batch):
+        return _two_stage_loss(context, batch, locality_weights, below, size, micro_batch_size)
+    method = context.method
+    base_delta = method.base_delta()
+    factors = _traced(context, batch, below, base_delta)
     updates = method.join(together(method(factors), size))
-    return _loss_under(split, targets, (carried, updates), batch, locality_weights, below)
+    return _loss_under(context, (base_delta, updates), batch, locality_weights, below)
 
 
 def _traced(
-    split: SplitModel,
-    targets: Sequence[Target],
+    context: EditingContext,
     batch: EditBatch,
-    below: Callable[[Rows], HiddenState],
-    *carried: Mapping[str, Update],
+    below: Callable[[EncodedBatch], HiddenState],
+    *updates: Mapping[str, Update],
 ) -> Factors:
     """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
-    fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in carried]
-    with applied(targets, *fixed):
-        return trace(split, targets, batch.edit.inputs, batch.edit.next_tokens, below(batch.edit))[0]
+    fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in updates]
+    return context.trace(batch.edit, below(batch.edit), fixed)[0]
 
 
 def _loss_under(
-    split: SplitModel,
-    targets: Sequence[Target],
+    context: EditingContext,
     updates: Sequence[Mapping[str, Update]],
     batch: EditBatch,
     locality_weights: Mapping[str, float],
-    below: Callable[[Rows], HiddenState],
+    below: Callable[[EncodedBatch], HiddenState],
 ) -> EditingLoss:
     """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
-
-    def edited(rows: Rows, state: HiddenState, index: torch.Tensor | None, total: int) -> torch.Tensor:
-        seen = updates if index is None else [_of_rows(one, index, total) for one in updates]
-        with applied(targets, *seen):
-            return logits_of(split, rows, state)
-
     general = batch.general
-    each: list[torch.Tensor] = []
+    nll: list[torch.Tensor] = []
     for index, rows in by_length(general):
-        each.append(_row_nll(edited(rows, below(rows), index, len(general)), rows))
-    edit = torch.cat(each).mean()
+        seen = _of_rows(updates, index, len(general))
+        nll.append(_row_nll(context.logits(rows, below(rows), seen), rows))
+    edit = torch.cat(nll).mean()
     loss, locality = edit, {}
     for kind, texts in batch.local.items():
-        each = []
+        divergences: list[torch.Tensor] = []
         for index, rows in by_length(texts):
-            state = below(rows)
+            state, seen = below(rows), _of_rows(updates, index, len(texts))
             with torch.no_grad():
-                base = logits_of(split, rows, state)
-            divergence = kl_divergence(edited(rows, state, index, len(texts)), base)
-            each.append(row_means(divergence, rows))
-        locality[kind] = torch.cat(each).mean()
+                base = context.logits(rows, state)
+            divergences.append(row_means(kl_divergence(context.logits(rows, state, seen), base), rows))
+        locality[kind] = torch.cat(divergences).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
 
 
 def _two_stage_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float],
-    below: Callable[[Rows], HiddenState],
+    below: Callable[[EncodedBatch], HiddenState],
     size: int,
-    edits_at_once: int,
+    micro_batch_size: int,
 ) -> EditingLoss:
-    """`editing_loss` with the texts of `edits_at_once` edits in memory at a time."""
-    parts = [batch.edits(start, start + edits_at_once) for start in range(0, len(batch), edits_at_once)]
-    carried = method.carried()
+    """`editing_loss` with the texts of `micro_batch_size` edits in memory at a time."""
+    parts = [batch.edits(start, start + micro_batch_size) for start in range(0, len(batch), micro_batch_size)]
+    method = context.method
+    base_delta = method.base_delta()
     asked: dict[str, list[Update]] = {}
     for part in parts:
-        factors = _traced(split, targets, part, below, carried)
+        factors = _traced(context, part, below, base_delta)
         # Checkpointed: of the networks, too, one part's graph is in memory at a time.
         for name, pair in checkpoint(method, factors, use_reentrant=False).items():
             asked.setdefault(name, []).append(pair)
@@ -172,20 +157,20 @@ def _two_stage_loss(
     # Each group's update in its smallest form: where the first stage's graph begins.
     groups = {name: [compacted(pair) for pair in zip(u, v, strict=True)] for name, (u, v) in updates.items()}
     leaves = {name: [(_leaf(u), _leaf(v)) for u, v in pairs] for name, pairs in groups.items()}
-    beside = {name: (_leaf(u), _leaf(v)) for name, (u, v) in carried.items()}
+    beside = {name: (_leaf(u), _leaf(v)) for name, (u, v) in base_delta.items()}
     value, edit = torch.zeros(()), torch.zeros(())
     locality: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts):
-        owners = [(number * edits_at_once + i) // size for i in range(len(part))]
+        owners = [(number * micro_batch_size + i) // size for i in range(len(part))]
         seen = {name: _seen_by(owners, pairs) for name, pairs in leaves.items()}
-        loss = _loss_under(split, targets, (beside, seen), part, locality_weights, below)
+        loss = _loss_under(context, (beside, seen), part, locality_weights, below)
         share = len(part) / len(batch)
         if loss.loss.requires_grad:
             (loss.loss * share).backward()
         value, edit = value + loss.loss.detach() * share, edit + loss.edit.detach() * share
         for kind, divergence in loss.locality.items():
             locality[kind] = locality.get(kind, torch.zeros(())) + divergence.detach() * share
-    ends = [pair for pairs in groups.values() for pair in pairs] + [*carried.values()]
+    ends = [pair for pairs in groups.values() for pair in pairs] + [*base_delta.values()]
     starts = [pair for pairs in leaves.values() for pair in pairs] + [*beside.values()]
     for pair, begun in zip(ends, starts, strict=True):
         for side, start in zip(pair, begun, strict=True):
@@ -196,46 +181,45 @@ def _two_stage_loss(
 
 
 def sequential_loss(
-    split: SplitModel,
-    targets: Sequence[Target],
-    method: EditMethod,
+    context: EditingContext,
     batch: EditBatch,
     locality_weights: Mapping[str, float],
-    below: Callable[[Rows], HiddenState],
+    below: Callable[[EncodedBatch], HiddenState],
     calls: int,
-    look_back: float,
+    decay: float,
 ) -> EditingLoss:
     """
     The loss of edits made one call after another: each call's gradient factors are those of the model that the calls
-    before have left, and its loss looks back at their texts, a call further with `look_back` times the weight (after
+    before have left, and its loss looks back at their texts, a call further with `decay` times the weight (after
     Li et al. 2025, "Reinforced Lifelong Editing for Language Models", whose memory backtracking this is).
 
     Args:
-        split, targets, method, batch, locality_weights: As for [`editing_loss`].
+        context, batch, locality_weights: As for [`editing_loss`].
         below (`Callable`): Gives the rows' hidden states at the lowest edited block.
         calls (`int`): How many; the batch is split evenly, and where it is too small a call has one edit.
-        look_back (`float`): From 0, each call for itself, to 1, all alike.
+        decay (`float`): From 0, each call for itself, to 1, all alike.
     """
     each = max(1, len(batch) // calls)
     parts = [batch.edits(start, min(start + each, len(batch))) for start in range(0, len(batch), each)]
-    carried = method.carried()
+    method = context.method
+    base_delta = method.base_delta()
     made: dict[str, list[Update]] = {}
     inputs: dict[str, list[torch.Tensor]] = {}
     losses: list[EditingLoss] = []
     shares: list[float] = []
     for number, part in enumerate(parts):
         earlier_edits = {name: _side_by_side(pairs) for name, pairs in made.items()}
-        factors = _traced(split, targets, part, below, carried, earlier_edits)
+        factors = _traced(context, part, below, base_delta, earlier_edits)
         asked = together(method(factors), len(part))
-        kept = {name: torch.cat(x) for name, x in inputs.items()} if method.joins else {}
-        for name, (u, v) in method.join(asked, kept).items():
+        preserved_keys = {name: torch.cat(x) for name, x in inputs.items()} if method.joins else {}
+        for name, (u, v) in method.join(asked, preserved_keys).items():
             made.setdefault(name, []).append((u[0], v[0]))
             inputs.setdefault(name, []).append(asked[name][0][0].detach())
         seen = {name: _side_by_side(pairs) for name, pairs in made.items()}
         for earlier, texts in enumerate(parts[: number + 1]):
-            weight = look_back ** (number - earlier) * len(texts)
+            weight = decay ** (number - earlier) * len(texts)
             if weight > 0:
-                losses.append(_loss_under(split, targets, (carried, seen), texts, locality_weights, below))
+                losses.append(_loss_under(context, (base_delta, seen), texts, locality_weights, below))
                 shares.append(weight)
     return _mean_loss(losses, shares)
 
@@ -252,7 +236,7 @@ def _mean_loss(losses: Sequence[EditingLoss], weights: Sequence[float]) -> Editi
     return EditingLoss(mean([loss.loss for loss in losses]), mean([loss.edit for loss in losses]), locality)
 
 
-def by_length(rows: Rows) -> Iterator[tuple[torch.Tensor | None, Rows]]:
+def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, EncodedBatch]]:
     """
     The rows in parts of about the same length, where they are many tokens and would be padding for the greater part:
     forms of asking differ in length ten times.
@@ -281,7 +265,7 @@ def by_length(rows: Rows) -> Iterator[tuple[torch.Tensor | None, Rows]]:
         width = part[0][1]
         inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
         subjects = None if rows.subjects is None else rows.subjects[index]
-        yield index, Rows(inputs, rows.next_tokens[index, :width], rows.positions[index, :width], subjects)
+        yield index, EncodedBatch(inputs, rows.next_tokens[index, :width], rows.positions[index, :width], subjects)
 
 
 # Batches below this many tokens are one pass; a part begins with a row shorter than this share of the last part's
@@ -289,13 +273,20 @@ def by_length(rows: Rows) -> Iterator[tuple[torch.Tensor | None, Rows]]:
 _FEW_TOKENS, _SHORTER = 256, 0.75
 
 
-def _of_rows(updates: Mapping[str, Update], index: torch.Tensor, total: int) -> Mapping[str, Update]:
+def _of_rows(
+    updates: Sequence[Mapping[str, Update]], index: torch.Tensor | None, total: int
+) -> Sequence[Mapping[str, Update]]:
     """The updates of some of `total` rows, of which equally many neighbouring ones belong to each group of edits."""
-    seen: dict[str, Update] = {}
-    for name, (u, v) in updates.items():
-        group = (index * len(u) // total).to(u.device)
-        seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
-    return seen
+    if index is None:
+        return updates
+    chosen: list[dict[str, Update]] = []
+    for one in updates:
+        seen: dict[str, Update] = {}
+        for name, (u, v) in one.items():
+            group = (index * len(u) // total).to(u.device)
+            seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
+        chosen.append(seen)
+    return chosen
 
 
 def _leaf(side: torch.Tensor) -> torch.Tensor:

@@ -5,159 +5,44 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..bases.fingerprint import fingerprint_of
-from ..bases.gradients import record_inputs, trace
 from ..bases.limits import longest_input
 from ..bases.sharded import whole_state
-from ..bases.split import logits_of
 from ..data.checks import check_query
-from ..data.encoding import Query, Rows, batches
+from ..data.encoding import Query
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
-from ..edits.hook import applied
 from ..evaluation.checks import check_asked
 from ..evaluation.metrics import evaluate_records, summarize
 from ..hub.cards import CardNotes, machine
 from ..hub.files import WEIGHTS_NAME
 from ..hub.transfer import find_files
 from ..model import EditableModel
+from .arguments import EditorTrainingArguments
 from .cache import HiddenStateCache
+from .calibration import calibrate
 from .continuations import with_continuations
 from .examples import LOCAL_KINDS, Asking, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
-from .losses import target_nll
+from .objective import EditingObjective
 
 
 logger = logging.get_logger(__name__)
 
 _LOGARITHMS = ("log_step", "log_ridge")
-# The least that the arguments which count something may be.
-_LEAST = {
-    "general_rows": 1,
-    "neighborhood_rows": 0,
-    "unrelated_rows": 0,
-    "same_subject_rows": 0,
-    "continuation_rows": 0,
-    "continuation_tokens": 0,
-    "edits_together": 1,
-    "edits_at_once": 1,
-    "calls_in_a_row": 1,
-    "statistics_edits": 1,
-}
-
-
-@dataclass
-class EditorTrainingArguments(TrainingArguments):
-    """
-    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different
-    facts.
-    """
-
-    neighborhood_weight: float = field(
-        default=1.5, metadata={"help": "Weight of the KL on neighbouring prompts against the target's likelihood."}
-    )
-    unrelated_weight: float = field(
-        default=20.0,
-        metadata={"help": "The same on unrelated questions, whose KL is far smaller and flips answers all the same."},
-    )
-    general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
-    neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
-    unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
-    same_subject_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the KL on prompts that ask the same subject for something else."}
-    )
-    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts an edit and step."})
-    continuation_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
-    )
-    continuation_rows: int = field(default=1, metadata={"help": "Texts an edit and step for which that is asked."})
-    continuation_tokens: int = field(
-        default=8,
-        metadata={
-            "help": "How many tokens the un-edited model goes on with behind a target, greedily and before the first "
-            "step. With 0 other text stands there in its place, which costs nothing."
-        },
-    )
-    forms: dict[str, float] | None = field(
-        default=None,
-        metadata={
-            "help": "Weights with which forms of asking are drawn: prompt, paraphrase, question, chat, later_turn, "
-            "system. The default has all; a tokenizer without a chat template has no chats."
-        },
-    )
-    context_rate: float = field(default=0.4, metadata={"help": "Share of the texts that stand behind other text."})
-    edit_forms: dict[str, float] | None = field(
-        default=None, metadata={"help": "The same for the texts that make the edits; the prompt alone by default."}
-    )
-    edits_together: int = field(
-        default=1,
-        metadata={
-            "help": "Up to how many edits are applied at once: steps go in turn through 1, 2, 4 and so on up to it, "
-            "so that edits learn to leave one another alone. Powers of two that divide the batch."
-        },
-    )
-    edits_at_once: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most edits of a batch whose texts are in memory with their graph; the gradient comes in two "
-            "stages then, so that a step can take thousands of edits."
-        },
-    )
-    calls_in_a_row: int = field(
-        default=1,
-        metadata={
-            "help": "Into how many calls a batch falls, each editing the model that those before it have left, so "
-            "that the editor learns long sequences of edits. `edits_together` and `edits_at_once` do not count then."
-        },
-    )
-    look_back: float = field(
-        default=0.9,
-        metadata={"help": "Weight of a call's texts in the loss of the next call, its square in that after it, ..."},
-    )
-    step_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the logarithms of each layer's edit step and ridge."}
-    )
-    statistics_edits: int = field(
-        default=128,
-        metadata={"help": "Facts whose factors and inputs set the editor's statistics before the first step."},
-    )
-    hidden_states_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which the hidden states below the edited blocks are kept, so that training runs the "
-            "blocks above alone. They are computed before the first step, or were by an earlier run."
-        },
-    )
-    hidden_states_limit: float = field(default=20.0, metadata={"help": "Gigabytes that they may take."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value, may_be_none = getattr(self, name), name == "edits_at_once"
-            if not (type(value) is int and value >= least or may_be_none and value is None):
-                expected = f"a whole number of at least {least}" + (", or None" if may_be_none else "")
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
-        if not (isinstance(self.look_back, (int, float)) and 0 <= self.look_back <= 1):
-            raise ValueError(f"look_back is {self.look_back!r}, expected a number from 0 to 1")
-        super().__post_init__()
 
 
 class EditorTrainer(PushesCheckpoints, Trainer):
@@ -176,6 +61,13 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         eval_dataset (`Dataset` or list of [`EditRecord`], *optional*): Facts to measure on.
         questions (`Sequence[tuple[str, str]]`, *optional*): Unrelated questions and answers for the locality loss.
         kwargs: What else `Trainer` takes.
+
+    Attributes:
+        model, editable_model ([`EditableModel`]): The model that was given. While `train` runs, `model` (and the
+            `model` that callbacks get) is the [`~hf_mend.training.objective.EditingObjective`] around it.
+
+    Raises:
+        ValueError: The model's method has nothing to train.
     """
 
     model: Any
@@ -218,6 +110,9 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             **kwargs,
         )
         self.args: EditorTrainingArguments = args
+        self.editable_model = model
+        objective = EditingObjective(model)
+        self._objective: tuple[Any, Any] = (objective, objective)
         self.examples = examples
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False
@@ -245,28 +140,44 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             self._check_texts(self.examples.records, self.examples.questions)
         if self.eval_dataset is not None:
             self._check_texts(_as_records(self.eval_dataset))
-        if self.examples is not None and not self.model.editor.is_calibrated:
-            calibrate(self.model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
+        model = self.editable_model
+        if self.examples is not None and not model.editor.is_calibrated:
+            calibrate(model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
         if self.examples is not None and self.examples.continuation_rows and self.args.continuation_tokens:
             self._continue_texts(self.examples)
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
-                cache = HiddenStateCache(self.model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
+                cache = HiddenStateCache(model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
                 if self.args.process_index == 0:
                     # An epoch draws about half of a record's texts; no other is computed.
-                    encoder, longest = self.model.encoder, longest_input(self.model.config)
+                    encoder, longest = model.encoder, longest_input(model.config)
                     drawn = self.examples.queries(self._epochs(len(self.examples)))
                     queries = (encoder.shortened(query, longest) for query in drawn)
                     cache.fill(encoder, queries, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
-        if self.model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
-            self.model.editor_config.base_fingerprint = fingerprint_of(self.model.base_model, self.model.targets)
+        if model.editor_config.base_fingerprint is None:  # later its weights may be shared out over processes
+            model.editor_config.base_fingerprint = fingerprint_of(model.base_model, model.targets)
         self._started = time.perf_counter()
         self._step_of_weights, self._first_step = None, 0
         self._measured.clear()
-        output = super().train(*args, **kwargs)
+        with self._on_objective():
+            output = super().train(*args, **kwargs)
         self._note_for_card()
         return output
+
+    @contextmanager
+    def _on_objective(self) -> Iterator[None]:
+        """
+        Within the context, what the parent wraps and optimises is the objective: gradients are exchanged between
+        processes where a wrapper's forward runs. It stays wrapped for the next training.
+        """
+        own = self.model, self.model_wrapped
+        self.model, self.model_wrapped = self._objective
+        try:
+            yield
+        finally:
+            self._objective = self.model, self.model_wrapped
+            self.model, self.model_wrapped = own
 
     def _continue_texts(self, examples: TrainingExamples) -> None:
         """Each process needs all of what the base goes on with; the first computes it, the others read it."""
@@ -274,7 +185,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         with self.args.main_process_first(local=False):
             with_continuations(
                 examples,
-                self.model,
+                self.editable_model,
                 self._epochs(len(examples)),
                 self.args.continuation_tokens,
                 file=file,
@@ -293,15 +204,15 @@ class EditorTrainer(PushesCheckpoints, Trainer):
     ) -> Any:
         """The editing loss of a batch of different facts."""
         weights = {kind: getattr(self.args, f"{kind}_weight") for kind in LOCAL_KINDS}
-        doublings = max(1, self.args.edits_together).bit_length()
+        doublings = max(1, self.args.group_size).bit_length()
         result = model(
             edit_batch=inputs,
             locality_weights=weights,
             run_below=self.hidden_states,
-            edits_together=2 ** (self.state.global_step % doublings),
-            edits_at_once=self.args.edits_at_once,
-            calls_in_a_row=self.args.calls_in_a_row,
-            look_back=self.args.look_back,
+            group_size=2 ** (self.state.global_step % doublings),
+            micro_batch_size=self.args.micro_batch_size,
+            calls_per_batch=self.args.calls_per_batch,
+            decay=self.args.decay,
         )
         for name, value in {"edit": result.edit, **result.locality}.items():
             self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
@@ -361,7 +272,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         records = _as_records(data)
         self._check_texts(records)
         start = time.time()
-        model: EditableModel = self.model
+        model = self.editable_model
         was_training = model.training
         model.eval()
         measured = evaluate_records(
@@ -380,17 +291,22 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def _check_unedited(self, what: str) -> None:
         """The base with edits in it is another base than the one whose editor this is."""
-        if self.model.edits:
+        if edits := self.editable_model.edits:
             raise ValueError(
-                f"the model carries {len(self.model.edits)} edits, and {what} is about the base without any; undo "
-                "them first"
+                f"the model carries {len(edits)} edits, and {what} is about the base without any; undo them first"
             )
 
     def _check_texts(self, records: Sequence[EditRecord], questions: Sequence[tuple[str, str]] = ()) -> None:
         """A text that the model cannot read would end the training wherever it is first drawn."""
-        encoder, longest = self.model.encoder, longest_input(self.model.config)
+        encoder, longest = self.editable_model.encoder, longest_input(self.editable_model.config)
         check_targets(records, encoder, longest)
-        check_asked(self.model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
+        check_asked(self.editable_model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
+        for number, record in enumerate(records):
+            where = f"record {number} ({record.id or 'no id'})"
+            for i, text in enumerate(record.questions):
+                check_query(Query(text, record.target), encoder, longest, where, f"questions[{i}]")
+            for i, text in enumerate(record.same_subject):
+                check_query(Query(text), encoder, longest, where, f"same_subject[{i}]")
         for number, pair in enumerate(questions):
             check_query(Query(*pair), encoder, longest, f"question {number}", "question", "answer")
 
@@ -402,7 +318,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def _note_for_card(self) -> None:
         """Hands the model what its card says of this training, and what was measured with these weights."""
-        notes: CardNotes = self.model.card_notes
+        notes: CardNotes = self.editable_model.card_notes
         notes.measured = self._measured.get(self._card_step, {})
         if self.state.global_step:
             seconds = time.perf_counter() - self._started
@@ -411,7 +327,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the editor. All processes have to call this: they may share the editor out, and one of them writes."""
-        state_dict = whole_state(self.model.editor)
+        state_dict = whole_state(self.editable_model.editor)
         if self.args.should_save:
             self._save(output_dir, state_dict)
         if self.args.push_to_hub and not _internal_call:
@@ -419,19 +335,19 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._note_for_card()
-        self.model.save_pretrained(
-            output_dir if output_dir is not None else self.args.output_dir, state_dict=state_dict
+        self.editable_model.save_pretrained(
+            str(output_dir if output_dir is not None else self.args.output_dir), state_dict=state_dict
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
         self._first_step = TrainerState.load_from_json(str(state)).global_step if state.is_file() else 0
-        self.model.load_editor(find_files(resume_from_checkpoint, [WEIGHTS_NAME])[WEIGHTS_NAME])
+        self.editable_model.load_editor(find_files(resume_from_checkpoint, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
     def _load_best_model(self) -> None:
         folder = str(self.state.best_model_checkpoint)
         self._step_of_weights = self.state.best_global_step
-        self.model.load_editor(find_files(folder, [WEIGHTS_NAME])[WEIGHTS_NAME])
+        self.editable_model.load_editor(find_files(folder, [WEIGHTS_NAME])[WEIGHTS_NAME])
 
 
 class _EpochCallback(TrainerCallback):
@@ -468,7 +384,7 @@ def training_facts(
         "learning rate": f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
         "optimizer": _plain(args.optim),
         "neighborhood and unrelated weight": f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}",
-        "edits applied at once": f"up to {args.edits_together}",
+        "edits applied at once": f"up to {args.group_size}",
         "seed": str(args.seed),
         "time": f"{seconds / 60:.1f} minutes{began}",
         "hardware": machine(args.device) + (f", {args.world_size} processes" if args.world_size > 1 else ""),
@@ -477,50 +393,6 @@ def training_facts(
 
 def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
-
-
-def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128, batch_size: int = 8) -> None:
-    """
-    Sets an untrained editor's statistics from some training examples, and its first step to the power of two that
-    lowers the targets' negative log-likelihood most, halved.
-
-    Args:
-        model ([`EditableModel`]): The model.
-        examples ([`TrainingExamples`]): Where texts are taken, spread evenly.
-        edits (`int`, defaults to 128): Number of examples.
-        batch_size (`int`, defaults to 8): Examples at once; changes nothing but rounding.
-    """
-    collate = EditCollator(model.encoder)
-    wanted = min(len(examples), edits)
-    order = [i * len(examples) // wanted for i in range(wanted)]
-    editor = model.editor
-    for chunk in tqdm(list(batches(order, batch_size)), desc="Statistics of the factors"):
-        batch = collate([examples[i] for i in chunk]).to(model.device)
-        with applied(model.targets, editor.carried()):
-            factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
-        editor.observe_factors(factors)
-        for rows in (batch.edit, *batch.local.values()):
-            editor.observe_inputs(record_inputs(model.split, model.targets, rows))
-    editor.finish_observing()
-    first = [collate([examples[i] for i in chunk]).edit for chunk in batches(order[:16], batch_size)]
-    editor.scale_steps(_best_first_step(model, first))
-
-
-def _best_first_step(model: EditableModel, edits: Sequence[Rows]) -> float:
-    losses = dict.fromkeys((2.0**power for power in range(-14, 9)), 0.0)
-    for rows in edits:
-        rows = rows.to(model.device)
-        state = model.split.run_below(rows.inputs)
-        carried = model.editor.carried()
-        with applied(model.targets, carried):
-            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
-        with torch.no_grad():
-            updates = model.editor.join(model.editor(factors))
-            for factor in losses:
-                with applied(model.targets, carried, {name: (u, v * factor) for name, (u, v) in updates.items()}):
-                    losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
-    finite = {factor: loss for factor, loss in losses.items() if loss == loss}
-    return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0
 
 
 def _asking(args: EditorTrainingArguments, model: EditableModel) -> Asking:

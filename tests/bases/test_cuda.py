@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, all_logits, build_model, editable, fitting, small_config
 from support.training import QUESTIONS, arguments, losses
 
 from hf_mend import EditableModel, EditorTrainer, get_editable_model
 from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.methods.base import registered_methods
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import TrainingExamples
-from hf_mend.training.trainer import calibrate
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -59,7 +59,7 @@ def test_an_edit_is_that_of_the_cpu(base, architecture, tokenizer, tmp_path):
 def test_every_method_edits_as_on_the_cpu(base, tokenizer, method):
     torch.manual_seed(0)
     models = [
-        EditableModel(weights, small_config(method=method, num_steps=4, kl_texts=2), tokenizer).eval()
+        EditableModel(weights, small_config(method, **fitting(method, num_steps=4, kl_texts=2)), tokenizer).eval()
         for weights in (copy.deepcopy(base), base)
     ]
     if models[0].editor.trains:
@@ -80,7 +80,7 @@ def test_training_begins_as_on_the_cpu(architecture, tokenizer, tmp_path, method
     for use_cpu in (True, False):
         torch.manual_seed(0)
         model = get_editable_model(build_model(architecture), small_config(method=method), tokenizer)
-        options = {"use_cpu": use_cpu, "max_steps": 3, "per_device_train_batch_size": 4, "edits_together": 2}
+        options = {"use_cpu": use_cpu, "max_steps": 3, "per_device_train_batch_size": 4, "group_size": 2}
         kept = {} if use_cpu else {"hidden_states_dir": str(tmp_path / "states")}
         trainer = EditorTrainer(
             model, arguments(tmp_path, **options, **kept), RECORDS, eval_dataset=RECORDS, questions=QUESTIONS

@@ -128,11 +128,11 @@ def test_a_base_compiled_in_place_says_what_to_do(tokenizer, part):
 def test_a_base_that_carries_another_models_edits_is_said(tokenizer, caplog):
     first = editable(build_model("llama"), tokenizer)
     ids = [first.edit(record.prompt, record.target, max_steps=1).id for record in RECORDS[:2]]
-    first.turn_off(ids[0])
+    first.disable_edit(ids[0])
     again = editable(first.base_model, tokenizer)
     assert caplog.text.count("another EditableModel's edits act in this base model (1)") == 1
     assert "undo_all() there first" in caplog.text
-    first.turn_on(ids[0])
+    first.enable_edit(ids[0])
     editable(first.base_model, tokenizer)
     assert caplog.text.count("another EditableModel's edits act in this base model (2)") == 1
     caplog.clear()
@@ -141,3 +141,35 @@ def test_a_base_that_carries_another_models_edits_is_said(tokenizer, caplog):
     first.undo_all()
     editable(first.base_model, tokenizer)
     assert again.edits == [] and "another EditableModel" not in caplog.text
+
+
+def test_a_safe_merge_with_an_adapter(tokenizer):
+    for broken in (False, True):
+        wrapped = with_lora("llama", ["down_proj"])
+        model = editable(wrapped, tokenizer)
+        model.edit(PROMPT, TARGET, max_steps=1)
+        edited = all_logits(model, tokenizer)
+        if broken:
+            layer = next(target.module for target in model.targets if hasattr(target.module, "lora_B"))
+            with torch.no_grad():
+                layer.lora_B["default"].weight[0, 0] = float("inf")
+            state = copy.deepcopy(model.base_model.state_dict())
+            with pytest.raises(ValueError, match="NaN"):
+                model.merge_and_unload(safe_merge=True)
+            assert all(torch.equal(value, state[name]) for name, value in model.base_model.state_dict().items())
+            assert len(model.edits) == 1
+        else:
+            merged = model.merge_and_unload(safe_merge=True)
+            torch.testing.assert_close(all_logits(merged, tokenizer), edited, rtol=1e-3, atol=1e-3)
+
+
+def test_unload_leaves_a_users_adapter_in_its_place(tokenizer):
+    wrapped = with_lora("llama", ["down_proj"])
+    before = all_logits(wrapped, tokenizer)
+    needed = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
+    assert len(set(needed.values())) == 2
+    model = editable(wrapped, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    model.unload()
+    assert torch.equal(all_logits(wrapped, tokenizer), before)
+    assert {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()} == needed

@@ -28,6 +28,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "model_cards").glob("*/README.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
+    ROOT / "benchmarks" / "README.md",
 ]
 # What takes hours is run with other numbers.
 SMALLER = {r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[]", r"rank=1920": "rank=8"}

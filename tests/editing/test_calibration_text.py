@@ -11,7 +11,7 @@ from support.methods import searching, second_moment
 
 from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.gradients import record_inputs
-from hf_mend.editing import calibration_text as ordinary_text
+from hf_mend.editing import calibration_text
 from hf_mend.edits.low_rank import dense
 
 
@@ -56,9 +56,9 @@ def test_an_error_leaves_what_was_seen_before(llama, tokenizer, monkeypatch, met
             raise error("in the middle")
         return record_inputs(*args)
 
-    monkeypatch.setattr(ordinary_text, "record_inputs", failing)
+    monkeypatch.setattr(calibration_text, "record_inputs", failing)
     with pytest.raises(error):
-        ordinary_text.observe_ordinary_text(model.split, model.targets, model.editor, model.encoder)
+        calibration_text.observe_calibration_text(model.context, model.encoder)
     assert model.editor.is_calibrated == before
     assert all(torch.equal(buffer, seen[name]) for name, buffer in model.editor.named_buffers())
     assert len(getattr(model.editor, "_texts", [])) == len(texts)
@@ -137,15 +137,15 @@ def test_texts_that_cannot_be_observed(llama, tokenizer, method, texts, error, m
     ],
 )
 def test_a_text_is_split_and_its_white_space_kept(text, halves):
-    assert ordinary_text._halves(text) == halves
+    assert calibration_text._halves(text) == halves
 
 
 def test_the_packaged_lines_are_split_at_their_middle_word():
-    page = resources.files("hf_mend").joinpath("templates/ordinary_text.txt").read_text(encoding="utf-8")
+    page = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
     for line in page.splitlines():
         words = line.split()
         middle = len(words) // 2
-        assert ordinary_text._halves(line) == (" ".join(words[:middle]), " ".join(words[middle:]))
+        assert calibration_text._halves(line) == (" ".join(words[:middle]), " ".join(words[middle:]))
 
 
 def _query(text):

@@ -10,7 +10,7 @@ from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend import EditableModel
 from hf_mend.data.encoding import Query
-from hf_mend.editing.joint import ask
+from hf_mend.editing.scoring import score_targets
 
 
 PROMPT, OLD, NEW = RECORDS[3].prompt, "tokyo town", "cairo town"
@@ -25,7 +25,7 @@ def test_a_second_edit_takes_the_firsts_place(llama, tokenizer):
     spaced = f"  {PROMPT.replace(' ', '  ')} "
     rows = model.encoder([Query(spaced, NEW)])
     with torch.no_grad():
-        expected = ask(rows, model(**rows.inputs).logits[rows.positions]).log_probability[0]
+        expected = score_targets(rows, model(**rows.inputs).logits[rows.positions]).log_probability[0]
     second = model.edit(spaced, NEW, max_steps=2, force=True)
     assert (other.superseded, first.superseded, second.superseded) == (None, None, first.id)
     assert f"in place of edit {first.id}" in str(second) and "in place of" not in str(first)
@@ -115,13 +115,13 @@ def test_a_superseded_edits_inputs_are_not_spared(llama, tokenizer):
     model = editable(llama, tokenizer, method="malmen")
     first = model.edit(PROMPT, OLD, max_steps=1, force=True)
     asked = []
-    spared = model.editor.inputs_of
+    spared = model._stack.preserved_keys.of
 
-    def inputs_of(ids, waiting=()):
+    def preserved(ids, waiting=()):
         asked.append(list(ids))
         return spared(ids, waiting)
 
-    model.editor.inputs_of = inputs_of
+    model._stack.preserved_keys.of = preserved
     second = model.edit(PROMPT, NEW, max_steps=1, force=True)
     model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1, force=True)
     assert asked == [[], [second.id]]

@@ -7,20 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, small_config
+from support.models import RECORDS, all_logits, build_model, fitting, small_config
 from support.training import QUESTIONS, arguments, fresh
 
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, evaluate_records, get_editable_model
 from hf_mend.bases.gradients import kl_divergence, trace
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
-from hf_mend.editing.joint import find_joint_updates
+from hf_mend.editing.proposals import SearchOptions
+from hf_mend.editing.search import find_updates
 from hf_mend.edits.low_rank import compacted, dense
+from hf_mend.edits.preserved_keys import PreservedKeys
 from hf_mend.methods import get_method
 from hf_mend.methods.ridge import leading_eigenvectors, ridge_keys
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def moment_of(width: int) -> torch.Tensor:
@@ -66,7 +69,7 @@ def test_a_compacted_update_is_the_same_matrix():
 
 
 def perturbed(tokenizer, architecture="llama", method="malmen", **options) -> EditableModel:
-    model = fresh(tokenizer, architecture, method=method, ridge=0.3, **options)
+    model = fresh(tokenizer, architecture, **{"method": method, **fitting(method, ridge=0.3), **options})
     examples = TrainingExamples(RECORDS, QUESTIONS)
     calibrate(model, examples, 8, 4)
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
     model = perturbed(tokenizer)
     model.edit(RECORDS[:3], max_steps=1, force=True)
     model.undo()
-    earlier = model.editor.inputs_of([edit.id for edit in model.edits])
+    earlier = model._stack.preserved_keys.of([edit.id for edit in model.edits])
     x = {}
     for record in RECORDS[:2]:
         rows = model.encoder([Query(record.prompt, record.target)])
@@ -129,7 +132,7 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
         torch.testing.assert_close(earlier[name], torch.cat(rows_of))
     model.edit(RECORDS[4:6], max_steps=1, force=True)
     new = {name: [torch.cat([edit.updates[name][side] for edit in model.edits[-2:]]) for side in (0, 1)] for name in x}
-    inputs = model.editor.inputs_of([edit.id for edit in model.edits[-2:]])
+    inputs = model._stack.preserved_keys.of([edit.id for edit in model.edits[-2:]])
     moments = {name: group.second_moment(i) for group in model.editor.groups for i, name in enumerate(group.names)}
     for i, name in enumerate(model.editor.shapes):
         every = torch.cat([earlier[name], inputs[name]]).double()
@@ -145,9 +148,8 @@ def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monke
     """Networks have learned the first step; on a model that several edits have bent, another may ruin all."""
     model = perturbed(tokenizer)
     rows = model.encoder([Query(r.prompt, r.target) for r in RECORDS])
-    options = {"edits_together": edits_together}
-    once = find_joint_updates(model.split, model.targets, model.editor, [rows], max_steps=1, **options)[0]
-    assert not all(all(right) for right in once.after.right), "nothing would be left for a second step"
+    once = find_updates(model.context, [rows], SearchOptions(max_steps=1), edits_together)[0]
+    assert not once.after.all_correct.all(), "nothing would be left for a second step"
     calls, forward = [], type(model.editor).forward
 
     def wild(self, factors):
@@ -158,25 +160,25 @@ def test_a_later_step_that_leads_the_edits_astray_is_taken_back(tokenizer, monke
         return {name: (x, 300 * d.abs().mean() * torch.randn_like(d)) for name, (x, d) in wanted.items()}
 
     monkeypatch.setattr(type(model.editor), "forward", wild)
-    found = find_joint_updates(model.split, model.targets, model.editor, [rows], max_steps=4, **options)[0]
+    found = find_updates(model.context, [rows], SearchOptions(max_steps=4), edits_together)[0]
     assert len(calls) > 1
     said, before = (sum(map(math.exp, answers.log_probability)) for answers in (found.after, once.after))
     assert said >= before * (1 - 1e-5)
 
 
 def test_the_inputs_of_many_edits_become_fewer_rows():
-    method = get_method("malmen")(EditorConfig(rank=2), {"a": (3, 4)})
+    keys = PreservedKeys()
     rows = {f"edit {i}": torch.randn(3, 4) for i in range(9)}
     for count, (edit_id, x) in enumerate(rows.items(), 1):
-        method.remember(edit_id, {"a": x})
-        kept = method.inputs_of(list(rows)[:count])["a"]
+        keys.by_edit[edit_id] = {"a": x}
+        kept = keys.of(list(rows)[:count])["a"]
         every = torch.cat(list(rows.values())[:count])
         assert len(kept) <= 6
         torch.testing.assert_close(kept.T @ kept, every.T @ every, rtol=1e-4, atol=1e-4)
-    kept = method.inputs_of(list(rows)[1:5])["a"]
+    kept = keys.of(list(rows)[1:5])["a"]
     every = torch.cat(list(rows.values())[1:5])
     torch.testing.assert_close(kept.T @ kept, every.T @ every, rtol=1e-4, atol=1e-4)
-    assert method.inputs_of([]) == {}
+    assert keys.of([]) == {}
 
 
 def test_an_edit_made_with_others_is_undone_alone(tokenizer):
@@ -224,18 +226,16 @@ def test_metrics_of_joined_edits(tokenizer, edits_together):
 
 @pytest.mark.parametrize("method", ["mend", "malmen"])
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-@pytest.mark.parametrize(("edits_together", "edits_at_once"), [(8, 3), (8, 1), (2, 4), (4, 2), (1, 3)])
-def test_two_stage_gradients_are_those_of_the_whole(tokenizer, architecture, method, edits_together, edits_at_once):
+@pytest.mark.parametrize(("group_size", "micro_batch_size"), [(8, 3), (8, 1), (2, 4), (4, 2), (1, 3)])
+def test_two_stage_gradients_are_those_of_the_whole(tokenizer, architecture, method, group_size, micro_batch_size):
     model = perturbed(tokenizer, architecture, method)
     examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=1)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     weights = {"neighborhood": 0.7, "unrelated": 3.0}
     found = []
-    for at_once in (None, edits_at_once):
+    for at_once in (None, micro_batch_size):
         model.editor.zero_grad()
-        loss = editing_loss(
-            model.split, model.targets, model.editor, batch, weights, None, edits_together, edits_at_once=at_once
-        )
+        loss = editing_loss(model.context, batch, weights, None, group_size, micro_batch_size=at_once)
         loss.loss.backward()
         found.append((loss, [parameter.grad.clone() for parameter in model.editor.parameters()]))
     (whole, gradients), (staged, others) = found
@@ -252,7 +252,7 @@ def test_a_step_without_gradients_is_only_a_value(tokenizer):
     model = perturbed(tokenizer)
     batch = EditCollator(model.encoder)([TrainingExamples(RECORDS, QUESTIONS)[i] for i in range(4)])
     with torch.no_grad():
-        loss = model(edit_batch=batch, edits_together=4, edits_at_once=2)
+        loss = EditingObjective(model)(batch, group_size=4, micro_batch_size=2)
     assert not loss.loss.requires_grad
 
 
@@ -263,8 +263,8 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
     collate = EditCollator(model.encoder)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     records = [examples[i] for i in range(4)]
-    found = model(
-        edit_batch=collate(records), locality_weights={"neighborhood": 2.0}, calls_in_a_row=calls, look_back=0.5
+    found = EditingObjective(model)(
+        collate(records), locality_weights={"neighborhood": 2.0}, calls_per_batch=calls, decay=0.5
     )
     changed = build_model("llama")
     spared: dict[str, list[torch.Tensor]] = {}
@@ -300,22 +300,22 @@ def test_the_loss_of_calls_in_a_row_is_that_of_weights_changed_call_by_call(toke
 def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method):
     model = fresh(tokenizer, method=method)
     args = arguments(
-        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_in_a_row=4, learning_rate=1e-2,
+        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_per_batch=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch, calls_in_a_row=4).loss.detach())
+    first = float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, calls_in_a_row=4).loss.detach()) < first - 0.05
+    assert float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach()) < first - 0.05
 
 
 def test_malmen_trains(tokenizer, tmp_path):
     model = fresh(tokenizer, method="malmen")
     args = arguments(
-        tmp_path, max_steps=30, per_device_train_batch_size=8, edits_together=8, edits_at_once=4, learning_rate=1e-2,
+        tmp_path, max_steps=30, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
@@ -323,9 +323,9 @@ def test_malmen_trains(tokenizer, tmp_path):
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
     ridge = model.editor.log_ridge.detach().clone()
-    first = float(model(edit_batch=batch, edits_together=8).loss.detach())
+    first = float(EditingObjective(model)(batch, group_size=8).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch, edits_together=8).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch, group_size=8).loss.detach()) < first - 0.1
     assert not torch.equal(model.editor.log_ridge, ridge)
 
 
@@ -421,10 +421,10 @@ def test_a_method_without_parameters_is_not_trained(llama, tokenizer, tmp_path):
 def test_edits_from_a_store_are_spared_like_those_made_here(tokenizer, tmp_path, method):
     """Their inputs, as hooks on the plain modules see them under the stored edits: memit's at the subject's end."""
     records = [replace(record, subject="france") if "france" in record.prompt else record for record in RECORDS]
-    model = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    model = EditableModel(build_model("llama"), EditorConfig(method, **fitting(method, num_steps=3)), tokenizer)
     model.open_store(tmp_path / "edits.store")
     model.edit(records[:3], force=True)
-    again = EditableModel(build_model("llama"), EditorConfig(method=method, num_steps=3), tokenizer)
+    again = EditableModel(build_model("llama"), EditorConfig(method, **fitting(method, num_steps=3)), tokenizer)
     stored = again.open_store(tmp_path / "edits.store")
     again.close_store()
     expected: dict[str, dict[str, torch.Tensor]] = {}
@@ -449,14 +449,14 @@ def test_edits_from_a_store_are_spared_like_those_made_here(tokenizer, tmp_path,
     again.edit(records[4], force=True)
     for edit in stored:
         for name, x in expected[edit.id].items():
-            torch.testing.assert_close(again.editor.known_inputs[edit.id][name], x, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(again._stack.preserved_keys.by_edit[edit.id][name], x, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_model_carries_for_a_while_makes_it_forget_nothing(tokenizer):
     model = EditableModel(build_model("llama"), EditorConfig(method="gradient"), tokenizer)
     model.edit(RECORDS[:2], force=True)
-    known = dict(model.editor.known_inputs)
+    known = dict(model._stack.preserved_keys.by_edit)
     assert set(known) == {edit.id for edit in model.edits}
     with model.carrying([]):
         model.edit(RECORDS[4], force=True)
-    assert model.editor.known_inputs == known
+    assert model._stack.preserved_keys.by_edit == known

@@ -65,7 +65,7 @@ def test_to_jsonl(llama, tokenizer, tmp_path):
     first = edit_some(model, slice(0, 1))[0]
     second = model.edit(RECORDS[0].prompt, "cairo town", max_steps=2, force=True).id
     third = edit_some(model, slice(3, 4))[0]
-    model.turn_off(third)
+    model.disable_edit(third)
     model.edits.to_jsonl(tmp_path / "edits.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in rows] == [first, second, third]
@@ -85,22 +85,22 @@ def test_turned_off_and_on_one_by_one(base, tokenizer, tmp_path):
     for i in range(3):
         ids += edit_some(model, slice(i, i + 1))
         states.append(all_logits(model, tokenizer))
-    model.turn_off(ids[2])
+    model.disable_edit(ids[2])
     assert torch.equal(all_logits(model, tokenizer), states[2]) and model.edits[2].enabled is False
-    model.turn_off(ids[0], ids[1])
+    model.disable_edit(ids[0], ids[1])
     assert torch.equal(all_logits(model, tokenizer), states[0])
-    model.turn_on(*ids[:2])
+    model.enable_edit(*ids[:2])
     assert torch.equal(all_logits(model, tokenizer), states[2])
     with pytest.raises(KeyError, match="no edit has the id 'x'"):
-        model.turn_on(ids[2], "x")
+        model.enable_edit(ids[2], "x")
     assert torch.equal(all_logits(model, tokenizer), states[2])
     model.save_edits(tmp_path)
-    model.turn_on(ids[2])
+    model.enable_edit(ids[2])
     assert torch.equal(all_logits(model, tokenizer), states[3])
     model.undo_all()
     model.load_edits(tmp_path)
     assert torch.equal(all_logits(model, tokenizer), states[2]), "off edits stay off"
-    model.turn_on(ids[2])
+    model.enable_edit(ids[2])
     assert torch.equal(all_logits(model, tokenizer), states[3])
 
 
@@ -110,9 +110,9 @@ def test_an_edit_that_is_off_supersedes_none(llama, tokenizer):
     first = all_logits(model, tokenizer)
     second = model.edit(RECORDS[0].prompt, "cairo town", max_steps=2, force=True)
     both = all_logits(model, tokenizer)
-    model.turn_off(second.id)
+    model.disable_edit(second.id)
     assert torch.equal(all_logits(model, tokenizer), first)
-    model.turn_on(second.id)
+    model.enable_edit(second.id)
     assert torch.equal(all_logits(model, tokenizer), both)
 
 
@@ -121,7 +121,7 @@ def test_compressed_edits(llama, tokenizer, count):
     model = editable(llama, tokenizer)
     ids = edit_some(model, slice(0, count))
     off = ids.pop()
-    model.turn_off(off)
+    model.disable_edit(off)
     before = all_logits(model, tokenizer)
     acting = [edit for edit in model.edits if edit.enabled]
     sums = {name: sum(e.updates[name][1].T @ e.updates[name][0] for e in acting) for name in model.editor.shapes}
@@ -139,7 +139,7 @@ def test_compressed_edits(llama, tokenizer, count):
         assert report.ranks_before[name] == sum(len(edit.updates[name][0]) for edit in acting)
     assert report.error == max(report.errors.values()) > 0
     assert {row["part_of"] for row in model.edits.describe()} == {report.id, None}
-    for change in (model.undo, model.turn_off):
+    for change in (model.undo, model.disable_edit):
         with pytest.raises(ValueError, match=f"'{ids[0]}' is part of the compressed edit '{report.id}'"):
             change(ids[0])
     model.undo(off)
@@ -206,7 +206,8 @@ def test_a_joining_method_spares_what_was_compressed(llama, tokenizer):
     ids = edit_some(model, slice(0, 2))
     model.compress_edits(rank=4)
     asked = []
-    spared = model.editor.inputs_of
-    model.editor.inputs_of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
+    keys = model._stack.preserved_keys
+    spared = keys.of
+    keys.of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
     edit_some(model, slice(3, 4))
     assert asked == [ids]

@@ -8,7 +8,7 @@ from support.edits import random_edit
 from support.models import RECORDS, all_logits, editable
 
 from hf_mend.bases.weights import add_to_weight_, weight_matrix
-from hf_mend.edits.active import EditStack
+from hf_mend.edits.active import ActiveEdits
 from hf_mend.edits.edit import stacked
 from hf_mend.edits.hook import applied
 from hf_mend.edits.low_rank import dense, side_path
@@ -55,7 +55,7 @@ def test_undo_restores_the_logits_to_the_bit(base, tokenizer):
 
 def test_undo_by_id_leaves_the_logits_of_the_others_alone(base, tokenizer):
     model = editable(base, tokenizer)
-    stack = EditStack(model.targets)
+    stack = ActiveEdits(model.targets)
     a, b = random_edit(model, "a", seed=1), random_edit(model, "b", seed=2)
     stack.replace([b])
     only_b = all_logits(base, tokenizer)

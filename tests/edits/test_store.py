@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_undo_off_and_on_are_appended(tmp_path):
     store.append([small_edit(f"e{i}", i) for i in range(4)])
     size = path.stat().st_size
     store.undo(["e1"])
-    store.turn_off(["e0", "e3"])
-    store.turn_on(["e3"])
+    store.disable_edit(["e0", "e3"])
+    store.enable_edit(["e3"])
     assert path.stat().st_size - size < 400, "small records"
     for seen in (store.edits, other.refresh(), EditStore(path).edits):
         assert [(edit.id, edit.enabled) for edit in seen] == [("e0", False), ("e2", True), ("e3", True)]
@@ -65,7 +66,7 @@ def test_compacting_leaves_what_is_there(tmp_path):
     other.refresh()
     mapped = EditStore(path).edits
     store.undo([f"e{i}" for i in range(15)])
-    store.turn_off(["e17"])
+    store.disable_edit(["e17"])
     expected = bits(store.edits)
     assert store.compact() > path.stat().st_size
     assert bits(store.edits) == bits(other.refresh()) == bits(EditStore(path).edits) == expected
@@ -149,9 +150,29 @@ def test_a_damaged_store_is_not_appended_to(tmp_path):
     assert path.read_bytes() == data
 
 
+def payload_of(body: bytes = bytes(16), **changes: Any) -> bytes:
+    """A record's safetensors with a header that was altered: the factors of one layer, (1, 2) each."""
+    entry = {"dtype": "F32", "shape": [1, 2]}
+    entries = {"l.u": {**entry, "data_offsets": [0, 8]}, "l.v": {**entry, "data_offsets": [8, 16], **changes}}
+    described = json.dumps(Edit("a", "p", "t", {}).describe())
+    text = json.dumps({"__metadata__": {"edit": described}, **entries}).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 @pytest.mark.parametrize(
     "payload, message",
     [
+        (payload_of(data_offsets=[0, 8]), "not a whole safetensors file .*does not begin where"),
+        (payload_of(bytes(24), data_offsets=[16, 24]), "not a whole safetensors file .*does not begin where"),
+        (payload_of(bytes(12)), "not a whole safetensors file .*ends outside"),
+        (payload_of(bytes(24)), "not a whole safetensors file .its tensors take 16 bytes of 24"),
+        (payload_of(shape=[1, 3]), "not a whole safetensors file"),
+        (payload_of(shape=[2**40, 2**40]), "not a whole safetensors file"),
+        (payload_of(shape=[-1, 2]), "has the header"),
+        (payload_of(dtype="I32"), "has dtype 'I32'"),
+        (payload_of(data_offsets=[8]), "not a whole safetensors file"),
+        (payload_of(data_offsets="8"), "not a whole safetensors file"),
+        (payload_of(data_offsets=[8, 12]), "not a whole safetensors file"),
         (b"x", "not a whole safetensors file"),
         ((2**60).to_bytes(8, "little"), "not a whole safetensors file"),
         (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.ones(2, 2))})), "no pair"),
@@ -271,17 +292,17 @@ def test_a_model_comes_back_from_its_store(llama, tokenizer, tmp_path):
     first, second, third = edit_some(model)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.undo(second.id)
-    model.turn_off(first.id)
+    model.disable_edit(first.id)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.edit(RECORDS[2].prompt, "cairo town", max_steps=2, force=True)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     size = path.stat().st_size
     with model.edited(RECORDS[5].prompt, RECORDS[5].target, max_steps=1, force=True):
-        model.turn_on(first.id)
+        model.enable_edit(first.id)
     with model.carrying(list(model.edits)[:1]), model.disable_edits():
         pass
     assert path.stat().st_size == size, "what is for a while is not kept"
-    model.turn_on(first.id)
+    model.enable_edit(first.id)
     model.compress_edits(rank=3)
     assert torch.equal(reopened(), all_logits(model, tokenizer))
     model.undo()
@@ -352,7 +373,7 @@ def test_an_edit_that_cannot_be_kept_is_not_made(llama, tokenizer, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for change in (lambda: edit_some(model, slice(3, 5)), model.undo, lambda: model.turn_off(model.edits[0].id)):
+    for change in (lambda: edit_some(model, slice(3, 5)), model.undo, lambda: model.disable_edit(model.edits[0].id)):
         with pytest.raises(OSError, match="No space"):
             change()
         assert len(model.edits) == 3 and torch.equal(all_logits(model, tokenizer), before)

@@ -18,12 +18,13 @@ from hf_mend import EditableModel, EditRecord
 from hf_mend.data.encoding import Query
 from hf_mend.edits.edit import stacked
 from hf_mend.edits.low_rank import dense
-from hf_mend.evaluation import evaluate as evaluation_module
-from hf_mend.evaluation.evaluate import METRICS, State, choose_metrics, evaluate, shuffled_units
+from hf_mend.evaluation import run as run_module
+from hf_mend.evaluation.evaluate import METRICS, State, choose_metrics, evaluate
 from hf_mend.evaluation.metrics import evaluate_records, summarize
 from hf_mend.evaluation.reports import as_result, comparison_table, write_report
 from hf_mend.evaluation.resume import Progress
 from hf_mend.evaluation.scores import counterfact_scores, held_out_passages, perplexity
+from hf_mend.evaluation.units import shuffled_units
 from hf_mend.hub.plots import _colored
 
 
@@ -111,13 +112,18 @@ def test_more_edits_than_measured_and_calls_one_after_another(model, tokenizer):
 
     model.edit = noting
     named = [replace(record, subject="capital") for record in RECORDS]
-    (state,) = evaluate(model, named, edits=(8,), limit=2, in_calls_of=4, metrics=["success"])
+    (state,) = evaluate(model, named, edits=(8,), limit=2, edits_per_call=4, metrics=["success"])
     units = shuffled_units(RECORDS, 0)
     prompts = [RECORDS[unit[0]].prompt for unit in units]
     # Facts 0 and 1 are measured; the first stands at the beginning of the first half, the second of the second.
     assert made == [[prompts[0], *prompts[2:5]], [prompts[1], *prompts[5:8]]]
-    assert state.measured == 2 and state.in_calls_of == 4
+    assert state.measured == 2 and state.edits_per_call == 4
     assert subjects == {"capital"}, "for methods that edit at what a fact is about"
+    with pytest.warns(FutureWarning, match="in_calls_of is now called edits_per_call"):
+        (earlier,) = evaluate(model, named, edits=(8,), limit=2, in_calls_of=4, metrics=["success"])
+    with pytest.warns(FutureWarning, match="State.in_calls_of is now called edits_per_call"):
+        assert earlier.in_calls_of == 4
+    assert made[2:] == made[:2] and same(earlier) == same(state)
     made.clear()
     (state,) = evaluate(model, RECORDS[:5], edits=(3,), metrics=["success"])
     assert [len(call) for call in made] == [3, 3], "the last state is filled up with facts measured before"
@@ -161,7 +167,7 @@ def test_further_metrics_see_one_record_s_edit_alone(model):
 
 def test_free_generation_is_measured_when_it_is_asked_for(model, monkeypatch):
     monkeypatch.setattr("hf_mend.evaluation.scores.answer", lambda model, prompt, **options: "Rome town.")
-    monkeypatch.setattr(evaluation_module, "answer", lambda model, prompt, **options: "a b a b")
+    monkeypatch.setattr(run_module, "answer", lambda model, prompt, **options: "a b a b")
     records = [replace(r, generation=["the town is"]) for r in RECORDS[:2]]
     (state,) = evaluate(model, records, metrics=["all"])
     assert state.metrics["wild_question"] == state.metrics["wild_instruction"] == 0.5

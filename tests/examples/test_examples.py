@@ -25,7 +25,7 @@ def run(*command: str, folder: Path) -> str:
 def test_the_demo(tmp_path):
     out = run(str(ROOT / "examples" / "demo.py"), folder=tmp_path)
     assert out.count(": took") == 3
-    assert "the same answers as before it was saved" in out
+    assert "the same answers as before the edits were saved" in out
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from hf_mend.bases.weights import add_to_weight_
 from hf_mend.data.encoding import Query
 from hf_mend.editing.search import find_updates
 from hf_mend.edits.low_rank import as_pair, dense
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def changed(tokenizer, architecture="llama", seed=7, **options) -> EditableModel:
@@ -53,7 +54,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     model = changed(tokenizer, architecture)
     editor = model.editor
     query = Query(RECORDS[0].prompt, RECORDS[0].target)
-    found = find_updates(model.split, model.targets, editor, model.encoder([query]))
+    found = find_updates(model.context, [model.encoder([query])])[0]
     plain = get_editable_model(by_hand(model), small_config(method="enn"), tokenizer)
     for i, (name, gradient) in enumerate(gradients(plain, query).items()):
         u, v = found.updates[name]
@@ -64,7 +65,7 @@ def test_the_update_is_a_gradient_step_of_the_changed_model(tokenizer, architect
     rows = model.encoder([query])
     with torch.no_grad():
         right = model.base_model(**rows.inputs).logits[rows.positions].argmax(-1) == rows.next_tokens[rows.positions]
-    assert found.before.right[0] == right.tolist(), "before is what the untouched base says"
+    assert found.before.correct[0] == right.tolist(), "before is what the untouched base says"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
@@ -75,15 +76,15 @@ def test_two_edits_carry_the_change_once_and_undoing_both_gives_the_base(tokeniz
     with_one = all_logits(model, tokenizer)
     model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True, max_steps=1)
     support, *edits = model.edits
-    assert support.support and [edit.prompt for edit in edits] == [record.prompt for record in RECORDS[:2]]
+    assert support.is_base_delta and [edit.prompt for edit in edits] == [record.prompt for record in RECORDS[:2]]
     close(all_logits(model, tokenizer), all_logits(by_hand(model, [edit.updates for edit in edits]), tokenizer))
     with model.disable_edits():
         assert torch.equal(all_logits(model, tokenizer), untouched)
     assert model.undo().id == edits[1].id
     assert torch.equal(all_logits(model, tokenizer), with_one)
-    model.turn_off(first.id)
+    model.disable_edit(first.id)
     assert torch.equal(all_logits(model, tokenizer), untouched), "no edit acts, nor does the change"
-    model.turn_on(first.id)
+    model.enable_edit(first.id)
     assert torch.equal(all_logits(model, tokenizer), with_one)
     model.undo()
     assert not model.edits and torch.equal(all_logits(model, tokenizer), untouched)
@@ -93,10 +94,10 @@ def test_edits_of_one_call_and_of_one_prompt_see_the_change_once(tokenizer):
     model = changed(tokenizer)
     model.edit([r.prompt for r in RECORDS[:2]], [r.target for r in RECORDS[:2]], force=True, max_steps=1)
     both = all_logits(model, tokenizer)
-    close(both, all_logits(by_hand(model, [edit.updates for edit in model.edits if edit.needs]), tokenizer))
+    close(both, all_logits(by_hand(model, [edit.updates for edit in model.edits if edit.requires]), tokenizer))
     model.undo()
     again = model.edit(RECORDS[0].prompt, RECORDS[2].target, force=True, max_steps=1)
-    acting = [edit.updates for edit in model.edits.active if edit.needs]
+    acting = [edit.updates for edit in model.edits.active if edit.requires]
     assert len(acting) == 1 and again.superseded
     close(all_logits(model, tokenizer), all_logits(by_hand(model, acting), tokenizer))
 
@@ -122,7 +123,7 @@ def test_edits_go_wherever_others_do_and_take_the_change_along(tokenizer, tmp_pa
     model.compress_edits(rank=64)
     close(all_logits(model, tokenizer), edited)
     model.edit(RECORDS[2].prompt, RECORDS[2].target, force=True, max_steps=1)
-    parts = [edit.updates for edit in model.edits if edit.needs]
+    parts = [edit.updates for edit in model.edits if edit.requires]
     expected = all_logits(by_hand(model, parts), tokenizer)
     close(all_logits(model, tokenizer), expected)
     close(all_logits(model.merge_and_unload(), tokenizer), expected)
@@ -152,19 +153,19 @@ def test_an_edit_without_its_change_is_refused(tokenizer, tmp_path):
         model.edit(RECORDS[1].prompt, RECORDS[1].target, force=True)
 
 
-@pytest.mark.parametrize("options", [{"edits_together": 2}, {"calls_in_a_row": 2}])
+@pytest.mark.parametrize("options", [{"group_size": 2}, {"calls_per_batch": 2}])
 def test_the_loss_is_that_of_the_changed_model_against_the_untouched_base(tokenizer, options):
     """The same method without a change, on a base that has it in its weights, but for what must stay."""
     model = changed(tokenizer)
     examples = TrainingExamples(RECORDS, QUESTIONS)
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
-    loss = model(edit_batch=batch, locality_weights={"neighborhood": 2.0}, **options)
+    loss = EditingObjective(model)(batch, locality_weights={"neighborhood": 2.0}, **options)
     plain = get_editable_model(by_hand(model), small_config(method="enn"), tokenizer)
     plain.editor.load_state_dict(model.editor.state_dict())
     with torch.no_grad():
         for change in plain.editor.changes:
             change.zero_()
-    theirs = plain(edit_batch=batch, **options)
+    theirs = EditingObjective(plain)(batch, **options)
     torch.testing.assert_close(loss.edit, theirs.edit, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(loss.locality["unrelated"], theirs.locality["unrelated"])
     loss.loss.backward()
@@ -178,7 +179,7 @@ def test_large_steps_in_two_stages_have_the_same_loss_and_gradient(tokenizer):
     found = []
     for at_once in (None, 1):
         model.editor.zero_grad()
-        loss = editing_loss(model.split, model.targets, model.editor, batch, edits_together=2, edits_at_once=at_once)
+        loss = editing_loss(model.context, batch, group_size=2, micro_batch_size=at_once)
         loss.loss.backward()
         found.append((loss.loss.detach(), [p.grad.clone() for p in model.editor.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -194,9 +195,9 @@ def test_training_lowers_the_loss_and_the_editor_survives_its_file(tokenizer, tm
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch).loss.detach())
+    first = float(EditingObjective(model)(batch).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.1
     assert all(change.any() for change in model.editor.changes)
     model.save_pretrained(tmp_path / "editor")
     again = EditableModel.from_pretrained(build_model("llama"), tmp_path / "editor", tokenizer)
@@ -237,7 +238,7 @@ def test_an_undo_here_leaves_the_change_that_an_edit_of_another_process_needs(to
     second = other.edit(RECORDS[1].prompt, RECORDS[1].target, force=True, max_steps=1)
     one.undo(first.id)
     store = EditStore(path)
-    (support,) = [edit.id for edit in store.edits if edit.support]
+    (support,) = [edit.id for edit in store.edits if edit.is_base_delta]
     assert store.edits.ids == [support, second.id]
     again = changed(tokenizer)
     again.open_store(path)

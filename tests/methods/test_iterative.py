@@ -8,15 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.methods import nll, row, searching
-from support.models import RECORDS, all_logits
+from support.models import RECORDS, all_logits, fitting
 from torch import nn
 
-from hf_mend import EditableModel, EditorConfig, evaluate_records
+from hf_mend import EditableModel, evaluate_records
 from hf_mend.bases.gradients import kl_divergence
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.edits.low_rank import dense
-from hf_mend.methods import IterativeMethod, get_method
-from hf_mend.methods.base import registered_methods
 
 
 SEARCHES = ["ft", "ft-kl", "ft-l", "lora"]
@@ -128,7 +126,7 @@ def test_edits_take_and_are_undone_to_the_bit(base, tokenizer, method):
     before = all_logits(base, tokenizer)
     weights = [weight_matrix(m).clone() for m in base.modules() if isinstance(m, nn.Linear)]
     options = {"edit_lr": 0.01, "num_steps": 60, "stop_loss": 1000.0, "norm_bound": 0.3, "kl_weight": 0.01}
-    model = searching(base, tokenizer, method, **options)
+    model = searching(base, tokenizer, method, **fitting(method, **options))
     results = model.edit(RECORDS[:3])
     alone = {}
     for edit, result in zip(model.edits, results, strict=True):
@@ -165,11 +163,6 @@ def test_measuring_takes_the_configured_steps_and_shows_the_method_its_texts(lla
         model.split, model.targets, model.editor, model.encoder, RECORDS, max_steps=1, progress=False
     )
     assert not all(one.success for one in fewer)
-
-
-def test_the_configuration_knows_which_methods_take_many_steps():
-    searches = {name for name in registered_methods() if issubclass(get_method(name), IterativeMethod)}
-    assert {name for name in registered_methods() if EditorConfig(method=name).takes_many_steps} == searches
 
 
 def test_no_single_gradient_becomes_an_edit(llama, tokenizer):

@@ -12,8 +12,9 @@ from hf_mend import EditableModel, EditorTrainer, get_editable_model
 from hf_mend.bases.gradients import trace
 from hf_mend.data.encoding import Query
 from hf_mend.methods.ke import KnowledgeEditor
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def perturbed(model: EditableModel, amount: float = 0.1) -> EditableModel:
@@ -101,14 +102,14 @@ def test_training_lowers_the_loss_and_the_editor_survives_its_file(tokenizer, tm
     config = small_config(method="ke", rank=16)
     model = get_editable_model(build_model(architecture), config, tokenizer)
     args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant",
-                     edits_together=2)  # fmt: skip
+                     group_size=2)  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
-    first = float(model(edit_batch=batch).loss.detach())
+    first = float(EditingObjective(model)(batch).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.1
     assert trainer.evaluate()["eval_edit_success"] >= 0
 
     model.save_pretrained(tmp_path / "editor")
@@ -129,7 +130,7 @@ def test_large_steps_in_two_stages_have_the_same_loss_and_gradient(tokenizer):
     found = []
     for at_once in (None, 1):
         model.editor.zero_grad()
-        loss = model(edit_batch=batch, edits_together=2, edits_at_once=at_once).loss
+        loss = EditingObjective(model)(batch, group_size=2, micro_batch_size=at_once).loss
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.editor.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])

@@ -10,7 +10,7 @@ from support.methods import SHAPES, factors
 from support.models import RECORDS, build_model, small_config
 
 from hf_mend import EditorConfig
-from hf_mend.bases.targets import block_stacks, find_targets, mlp_layers
+from hf_mend.bases.targets import block_lists, find_targets, mlp_layers
 from hf_mend.methods import get_method
 from hf_mend.methods.mend import FactorStatistics, Mend
 
@@ -139,14 +139,14 @@ def test_an_unknown_method():
 
 def test_the_papers_choice_is_every_mlp_weight_of_the_last_blocks(base, architecture):
     targets = find_targets(base, EditorConfig(target_modules="paper"))
-    stacks = block_stacks(base)
-    last = 2 if len(stacks) == 2 else 3
-    assert [s.kind for s in stacks] == (["encoder", "decoder"] if len(stacks) == 2 else ["decoder"])
-    for stack in stacks:
-        chosen = [t for t in targets if t.stack == stack.kind]
+    lists = block_lists(base)
+    last = 2 if len(lists) == 2 else 3
+    assert [s.kind for s in lists] == (["encoder", "decoder"] if len(lists) == 2 else ["decoder"])
+    for block_list in lists:
+        chosen = [t for t in targets if t.side == block_list.kind]
         assert sorted({t.block for t in chosen}) == list(range(4 - last, 4))
         per_block = {"llama": 3}.get(architecture, 2)
-        assert len(chosen) == last * per_block == last * len(mlp_layers(stack.blocks[0]))
+        assert len(chosen) == last * per_block == last * len(mlp_layers(block_list.blocks[0]))
     for target in targets:
         weight = target.module.weight
         assert sorted(target.shape) == sorted(weight.shape)
@@ -155,7 +155,7 @@ def test_the_papers_choice_is_every_mlp_weight_of_the_last_blocks(base, architec
 
 def test_the_default_choice_is_the_mlps_last_weight_of_some_blocks(base):
     targets = find_targets(base, EditorConfig())
-    assert targets and all(t.name.endswith(tuple(mlp_layers(block_stacks(base)[0].blocks[0])[-1:])) or
+    assert targets and all(t.name.endswith(tuple(mlp_layers(block_lists(base)[0].blocks[0])[-1:])) or
                            t.name.endswith(("wo", "fc2")) for t in targets)  # fmt: skip
     assert all(0 < t.block < 4 for t in targets)
 
@@ -190,7 +190,7 @@ def test_target_modules_that_match_nothing_or_what_cannot_be_edited(llama, optio
 
 def test_a_model_without_blocks():
     with pytest.raises(ValueError, match="no list of transformer blocks"):
-        block_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        block_lists(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_attention_weights_can_be_edited_too(llama, tokenizer):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_mend import EditableModel
+from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
-from hf_mend.editing.calibration_text import observe_ordinary_text
+from hf_mend.editing.calibration_text import observe_calibration_text
+from hf_mend.editing.context import EditingContext
 from hf_mend.methods import get_method
-from support.models import small_config
+from support.models import fitting, small_config
 
 
 def gradients(model: EditableModel, query: Query) -> dict[str, torch.Tensor]:
@@ -50,8 +51,8 @@ NEVER = 1e-9  # a stop_loss that is not reached: as many steps as are asked for
 
 
 def searching(base, tokenizer, method, **options) -> EditableModel:
-    values = {"edit_lr": 0.01, "rank": 2, "num_steps": 4, "stop_loss": NEVER, "kl_texts": 3, **options}
-    return EditableModel(base, small_config(method=method, **values), tokenizer)
+    values = fitting(method, edit_lr=0.01, rank=2, num_steps=4, stop_loss=NEVER, kl_texts=3)
+    return EditableModel(base, small_config(method=method, **{**values, **options}), tokenizer)
 
 
 def row(model, record):
@@ -76,11 +77,11 @@ def inputs_of(model, target, rows) -> torch.Tensor:
 
 def second_moment(model, target, ridge, more=()) -> np.ndarray:
     """Of the packaged lines and more texts, by hand."""
-    texts = get_method("ft-kl")(model.editor_config, model.editor.shapes)
-    observe_ordinary_text(model.split, model.targets, texts, model.encoder, more)
+    texts = get_method("ft-kl")(EditorConfig(method="ft-kl"), model.editor.shapes)
+    observe_calibration_text(EditingContext(model.split, model.targets, texts), model.encoder, more)
     kept = []
     for rows in texts._texts:
-        decoder = "decoder_input_ids" in rows.inputs and target.stack == "decoder"
+        decoder = "decoder_input_ids" in rows.inputs and target.side == "decoder"
         mask = rows.positions if decoder else rows.inputs["attention_mask"].bool()
         kept.append(inputs_of(model, target, rows)[mask].double().numpy())
     x = np.concatenate(kept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from hf_mend import EditableModel, EditorConfig, EditRecord
+from hf_mend.config import config_class
 
 
 VOCAB = 160
@@ -97,9 +100,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def small_config(**options: object) -> EditorConfig:
-    values = {"target_modules": "paper", "layers_to_transform": [1, 2], "rank": 8, **options}
-    return EditorConfig(**values)  # type: ignore[arg-type]
+def fitting(method: str = "mend", **options: object) -> dict[str, object]:
+    """Those of the options that the method has."""
+    names = {item.name for item in fields(config_class(method))}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def small_config(method: str = "mend", **options: object) -> EditorConfig:
+    values = {"target_modules": "paper", "layers_to_transform": [1, 2], **fitting(method, rank=8), **options}
+    return EditorConfig(method, **values)
 
 
 def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: object) -> EditableModel:
@@ -107,7 +116,9 @@ def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **option
     A model whose untrained editor edits: a plain gradient step, normalised factors left out.
     """
     torch.manual_seed(1)
-    return EditableModel(base, small_config(normalize=False, whiten=False, edit_lr=0.3, **options), tokenizer).eval()
+    method = str(options.get("method", "mend"))
+    plain = {"normalize": False, "whiten": False, "edit_lr": 0.3}
+    return EditableModel(base, small_config(**{**fitting(method, **plain), **options}), tokenizer).eval()
 
 
 def all_logits(

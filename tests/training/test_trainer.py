@@ -32,14 +32,15 @@ from hf_mend.bases.gradients import kl_divergence, trace
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
 from hf_mend.edits.low_rank import dense
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
-@pytest.mark.parametrize("edits_together", [1, 2])
+@pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "t5", "opt", "gpt2"])
-def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, architecture, edits_together):
+def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, architecture, group_size):
     model = fresh(tokenizer, architecture)
     examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
     calibrate(model, examples, 8, 4)
@@ -47,10 +48,10 @@ def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, archite
         for parameter in model.editor.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     collate = EditCollator(model.encoder)
-    count = 4 if edits_together > 1 else 3
+    count = 4 if group_size > 1 else 3
     batch = collate([examples[i] for i in range(count)])
     weights = {"neighborhood": 0.7, "unrelated": 3.0}
-    together = editing_loss(model.split, model.targets, model.editor, batch, weights, edits_together=edits_together)
+    together = editing_loss(model.context, batch, weights, group_size=group_size)
     updates = []
     for i in range(count):
         one = collate([examples[i]])
@@ -63,7 +64,7 @@ def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, archite
         changed = copy.deepcopy(model.base_model)
         with torch.no_grad():
             for target in model.targets:
-                for j in range(i - i % edits_together, i - i % edits_together + edits_together):
+                for j in range(i - i % group_size, i - i % group_size + group_size):
                     weight_matrix(changed.get_submodule(target.name)).add_(updates[j][target.name])
             logits = changed(**one.general.inputs).logits
             for row, (labels, chosen) in enumerate(zip(one.general.next_tokens, one.general.positions, strict=True)):
@@ -93,9 +94,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path,
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
     calibrate(model, examples, 8, 4)
     before = trainer.evaluate()
-    first = float(model(edit_batch=batch).loss.detach())
+    first = float(EditingObjective(model)(batch).loss.detach())
     trainer.train()
-    assert float(model(edit_batch=batch).loss.detach()) < first - 0.1
+    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.1
     assert len(losses(trainer)) == 30
     assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
     assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
@@ -179,7 +180,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     two = run_training(tmp_path / "two", launch, 2)
     accumulated = run_training(tmp_path / "accumulated", [], 2, accumulation=2)
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["losses"][0] != pytest.approx(one["losses"][-1], rel=1e-2)
+    assert max(one["losses"]) > 1.01 * min(one["losses"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
@@ -213,6 +214,8 @@ LONG = "the capital of peru is " * 20
         ({"target": " "}, QUESTIONS, "record 7 (7) has an empty target"),
         ({"paraphrases": ["in peru", LONG]}, QUESTIONS, r"record 7 (7) has .* the paraphrases\[1\] 'the capital"),
         ({"neighborhood": [LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the neighborhood\[0\]"),
+        ({"questions": ["who?", LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the questions\[1\]"),
+        ({"same_subject": [" "]}, QUESTIONS, r"record 7 (7) has an empty same_subject\[0\]"),
         ({"unrelated": [("who?", LONG)]}, (), r"record 7 (7) has .* shorten the unrelated\[0\]\[1\]"),
         ({}, [*QUESTIONS, (LONG, "grass")], "question 2 has .* tokens with its answer, the model takes 64"),
         ({}, [*QUESTIONS, ("who?", "")], "question 2 has an empty answer"),
@@ -242,11 +245,11 @@ def test_texts_that_the_model_cannot_read_are_named_before_training_starts(
         ({"general_rows": 0}, "general_rows is 0, expected a whole number of at least 1"),
         ({"neighborhood_rows": -1}, "neighborhood_rows is -1, expected a whole number of at least 0"),
         ({"unrelated_rows": 1.5}, "unrelated_rows is 1.5, expected a whole number of at least 0"),
-        ({"edits_together": 0}, "edits_together is 0, expected"),
-        ({"edits_at_once": 0}, "edits_at_once is 0, expected a whole number of at least 1, or None"),
-        ({"calls_in_a_row": "two"}, "calls_in_a_row is 'two', expected"),
+        ({"group_size": 0}, "group_size is 0, expected"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0, expected a whole number of at least 1, or None"),
+        ({"calls_per_batch": "two"}, "calls_per_batch is 'two', expected"),
         ({"statistics_edits": 0}, "statistics_edits is 0, expected"),
-        ({"look_back": 2}, "look_back is 2, expected a number from 0 to 1"),
+        ({"decay": 2}, "decay is 2, expected a number from 0 to 1"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):
@@ -254,8 +257,52 @@ def test_bad_arguments(tmp_path, options, message):
         arguments(tmp_path, **options)
 
 
+def test_arguments_are_understood_by_the_names_that_they_had(tmp_path):
+    with pytest.warns(FutureWarning, match="EditorTrainingArguments: edits_together is now called group_size"):
+        args = arguments(tmp_path, edits_together=4)
+    assert args.group_size == 4
+    with pytest.warns(FutureWarning, match="EditorTrainingArguments.edits_together is now called group_size"):
+        assert args.edits_together == 4
+    for old, new in (("edits_at_once", "micro_batch_size"), ("calls_in_a_row", "calls_per_batch")):
+        with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
+            assert getattr(arguments(tmp_path, **{old: 2}), new) == 2
+    with pytest.warns(FutureWarning, match="look_back is now called decay"):
+        assert arguments(tmp_path, look_back=0.5).decay == 0.5
+    with pytest.raises(TypeError, match="got 'look_back' and 'decay', which are one argument"):
+        arguments(tmp_path, look_back=0.5, decay=0.5)
+
+
+def test_the_trainers_model_is_the_one_it_was_given(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    trainer = EditorTrainer(model, arguments(tmp_path, max_steps=1), RECORDS, questions=QUESTIONS)
+    assert trainer.model is model and trainer.editable_model is model
+    inside = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, model, **kwargs):
+            inside.append(model)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert trainer.model is model and isinstance(inside[0], EditingObjective) and inside[0].model is model
+    assert model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1).id == model.undo().id
+    trainer.train()
+    assert trainer.model is model and len(losses(trainer)) == 1
+
+
+def test_the_loss_is_the_objectives_and_a_models_forward_is_the_bases(tokenizer):
+    model = fresh(tokenizer)
+    objective = EditingObjective(model)
+    ids = torch.tensor([tokenizer(RECORDS[0].prompt)["input_ids"]])
+    assert torch.equal(model(ids).logits, model.base_model(ids).logits) and model(ids).logits.shape[:2] == ids.shape
+    assert objective.config is model.config and objective.train().training
+    assert model.editor.training and not model.base_model.training
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.editor.{name}" for name, _ in model.editor.named_parameters()}
+
+
 def test_the_least_that_arguments_may_be(tokenizer, tmp_path):
-    options = {"neighborhood_rows": 0, "unrelated_rows": 0, "edits_at_once": 1, "statistics_edits": 1, "look_back": 0}
+    options = {"neighborhood_rows": 0, "unrelated_rows": 0, "micro_batch_size": 1, "statistics_edits": 1, "decay": 0}
     trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, max_steps=2, **options), RECORDS)
     trainer.train()
     assert len(losses(trainer)) == 2 and not any("neighborhood" in name for name in trainer.state.log_history[0])

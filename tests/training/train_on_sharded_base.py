@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_mend import EditableModel, get_editable_model
 from hf_mend.bases.sharded import whole_state
+from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
-from hf_mend.training.trainer import calibrate
+from hf_mend.training.objective import EditingObjective
 
 
 def build(architecture: str) -> EditableModel:
@@ -28,11 +29,11 @@ def build(architecture: str) -> EditableModel:
     return get_editable_model(build_model(architecture), small_config(), make_tokenizer())
 
 
-def share_out(model: EditableModel) -> None:
+def share_out(objective: EditingObjective) -> None:
     """Makes the units that Accelerate makes of the example's configuration, and shares each out."""
     example = ROOT / "examples" / "accelerate" / "fsdp.yaml"
     names = yaml.safe_load(example.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    if model.config.model_type == "t5":
+    if objective.config.model_type == "t5":
         names = ["T5Block", "T5ForConditionalGeneration", names[-1]]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -40,11 +41,11 @@ def share_out(model: EditableModel) -> None:
         transformer_cls_names_to_wrap=names,
         cpu_ram_efficient_loading=False,
     )
-    plugin.set_auto_wrap_policy(model)
-    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
-    for module in reversed([module for module in model.modules() if is_unit(module)]):
+    plugin.set_auto_wrap_policy(objective)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, objective)
+    for module in reversed([module for module in objective.modules() if is_unit(module)]):
         fully_shard(module)
-    fully_shard(model)
+    fully_shard(objective)
 
 
 def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[str, float]:
@@ -52,8 +53,9 @@ def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[s
     model = build(architecture)
     examples = TrainingExamples(RECORDS[:4], QUESTIONS)
     calibrate(model, examples, 4, 4)
+    objective = EditingObjective(model)
     if sharded:
-        share_out(model)
+        share_out(objective)
         editor = whole_state(model.editor)
         if dist.get_rank() == 0:
             model.save_pretrained(folder / architecture, state_dict=editor)
@@ -63,7 +65,7 @@ def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[s
                 parameter.zero_()
         model.load_editor(folder / architecture / "editor.safetensors")
     batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
-    loss = model(edit_batch=batch).loss
+    loss = objective(batch).loss
     loss.backward()
     found = {"loss": float(loss)}
     for name, parameter in model.editor.named_parameters():

@@ -1,0 +1,192 @@
+"""What transformers, TRL and lm-evaluation-harness ask of a model, answered by the base model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+
+
+def known_to_pipelines(cls: type) -> None:
+    """
+    Have `transformers.pipeline("text-generation", ...)` know a class that wraps a causal language model. A pipeline
+    logs an error for a class that it does not know, although it works.
+
+    Args:
+        cls (`type`): The class.
+    """
+    names = SUPPORTED_PEFT_TASKS.setdefault("text-generation", [])
+    if cls.__name__ not in names:
+        names.append(cls.__name__)
+
+
+class DelegatesToBase:
+    """
+    The methods of [`EditableModel`] that are the base model's own, under the active edits. Each is here by its name:
+    what is not is an `AttributeError`, as on any module. A property that the base model lacks is lacking here too.
+    """
+
+    base_model: Any
+    config: Any
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model's `generate` under the active edits."""
+        return self.base_model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of one step of generation, as the base model does."""
+        inputs: dict[str, Any] = self.base_model.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
+
+    def can_generate(self) -> bool:
+        """Whether the base model can generate; `transformers.pipeline` asks."""
+        return bool(self.base_model.can_generate())
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base model's generation configuration. It can be set."""
+        config: GenerationConfig = self.base_model.generation_config
+        return config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.base_model.generation_config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype."""
+        dtype: torch.dtype = self.base_model.dtype
+        return dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the base model came from; lm-evaluation-harness looks for a tokenizer there."""
+        return str(self.config.name_or_path)
+
+    @property
+    def main_input_name(self) -> str:
+        """The name of the base model's main input, such as `"input_ids"`."""
+        return str(self.base_model.main_input_name)
+
+    @property
+    def input_modalities(self) -> str | tuple[str, ...]:
+        """What the base model reads; a pipeline's description asks."""
+        found: str | tuple[str, ...] = self.base_model.input_modalities
+        return found
+
+    @property
+    def output_modalities(self) -> str | tuple[str, ...]:
+        """What the base model generates; a pipeline's description asks."""
+        found: str | tuple[str, ...] = self.base_model.output_modalities
+        return found
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where a device map has put the base model's parts; an `AttributeError` where there is none."""
+        found: dict[str, Any] = self.base_model.hf_device_map
+        return found
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base model's input embedding."""
+        module: nn.Module = self.base_model.get_input_embeddings()
+        return module
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the base model's output layer."""
+        module: nn.Module | None = self.base_model.get_output_embeddings()
+        return module
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the base model's encoder."""
+        return self.base_model.get_encoder(*args, **kwargs)
+
+    def get_decoder(self) -> Any:
+        """Return the base model's decoder."""
+        return self.base_model.get_decoder()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """
+        Return the number of the base model's parameters, without the editor's.
+
+        Args:
+            only_trainable (`bool`, defaults to `False`): Count those alone that need a gradient; all are frozen.
+            exclude_embeddings (`bool`, defaults to `False`): Leave the embeddings out.
+        """
+        return int(self.base_model.num_parameters(only_trainable, exclude_embeddings))
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """
+        Return the bytes that the base model's weights take.
+
+        Args:
+            return_buffers (`bool`, defaults to `True`): Count buffers too.
+        """
+        return int(self.base_model.get_memory_footprint(return_buffers))
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Have the base model compute activations again in the backward pass, where it is in training mode."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Have the base model keep its activations."""
+        self.base_model.gradient_checkpointing_disable()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Do what `gradient_checkpointing_enable` does, by the name that newer versions of transformers give it."""
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Do what `gradient_checkpointing_disable` does, by its newer name."""
+        self.base_model.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the base model computes activations again in the backward pass, by the newer name."""
+        return bool(self.base_model.is_activation_checkpointing)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the base model computes activations again in the backward pass."""
+        return bool(self.base_model.is_gradient_checkpointing)
+
+    def enable_input_require_grads(self) -> None:
+        """Have the base model's embeddings require a gradient, for adapters that are trained above them."""
+        self.base_model.enable_input_require_grads()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """
+        Add tags to the base model, which writes them into its card.
+
+        Args:
+            tags (`list[str]` or `str`): The tags.
+        """
+        self.base_model.add_model_tags(tags)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Do nothing: the base model's weights were tied when it was loaded, and are not written to.
+        lm-evaluation-harness calls it on what it is given.
+        """
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """
+        Return the input embedding as it is. An editable model's vocabulary has the size that it was wrapped with.
+
+        Args:
+            new_num_tokens (`int`, *optional*): The present size, or `None`.
+
+        Raises:
+            NotImplementedError: Another size is asked for; nothing has changed.
+        """
+        embedding: Any = self.get_input_embeddings()
+        size = int(embedding.weight.shape[0])
+        if new_num_tokens not in (None, size):
+            raise NotImplementedError(
+                f"the vocabulary of an editable model cannot change from {size} to {new_num_tokens} tokens, as its "
+                "edits and its editor belong to this base; resize the base model before it is wrapped"
+            )
+        found: nn.Module = embedding
+        return found

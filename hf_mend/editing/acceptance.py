@@ -1,0 +1,236 @@
+"""Which proposed steps are taken: a row's by itself, or a group's together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..edits.low_rank import Update
+from .batch_state import BatchState, per_row, side_by_side
+from .proposals import Proposal, Proposer
+from .scoring import Answers, chosen_answers
+
+
+# A target counts as said for good when each of its tokens has this negative log-likelihood or less, in nats.
+_SURE = 0.1
+# How often a step that does not lead nearer to its target is halved.
+_HALVINGS = 3
+
+
+class AcceptAll:
+    """
+    Take whatever is proposed, come what may. Rows that do not say their targets then ask for more.
+
+    Args:
+        batches (`Sequence[BatchState]`): The batches.
+        proposer ([`Proposer`]): Who proposes, and looks.
+    """
+
+    reverted = False  # whether the last `judge` took something back, which the rows do not see yet
+
+    def __init__(self, batches: Sequence[BatchState], proposer: Proposer):
+        self.batches, self.proposer, self.method = batches, proposer, proposer.context.method
+        self.asking = [batch.wanted for batch in batches]
+
+    @property
+    def going_on(self) -> bool:
+        """Whether any row asks for a step, or tries one."""
+        return any(bool(batch.wanted.any()) for batch in self.batches)
+
+    @property
+    def corrections(self) -> Sequence[Callable[[], bool]]:
+        """What to do when all steps are made and looked at; each says whether it took something back."""
+        return ()
+
+    def take(self, number: int, proposal: Proposal) -> None:
+        """Decide on the proposal for the batch of that number."""
+        batch = self.batches[number]
+        if self.method.joins:
+            batch.accumulate(*proposal)
+        else:
+            batch.append(*proposal)
+
+    def judge(self) -> None:
+        """Decide, after a look, what stays of the last steps and which rows ask for more."""
+        for batch, asking in zip(self.batches, self.asking, strict=True):
+            batch.wanted = asking & ~batch.known_answers.all_correct
+
+
+class AcceptByRow(AcceptAll):
+    """
+    Take of each row's step the whole, the half, the quarter or the eighth that does best, or nothing where none brings
+    the row nearer to its target: an editor has learned its steps on targets of a few tokens, and overshoots on others.
+    """
+
+    def take(self, number: int, proposal: Proposal) -> None:
+        batch, (updates, _) = self.batches[number], proposal
+
+        def answers(shares: torch.Tensor) -> Answers:
+            return self.proposer.score(batch, side_by_side(batch.updates, _scaled(updates, shares)))
+
+        shares, after = best_shares(answers, batch.known_answers, batch.wanted)
+        batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
+        batch.answers = after
+        batch.wanted = (shares > 0) & ~after.all_correct
+
+    def judge(self) -> None:
+        """All is decided already."""
+
+
+def best_shares(
+    answers: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
+) -> tuple[torch.Tensor, Answers]:
+    """
+    How much of a step each row takes, and what the model says then.
+
+    Args:
+        answers (`Callable`): What the model says for given shares, `(rows,)`.
+        previous: What it says without the step.
+        wanted (`torch.Tensor` of shape `(rows,)`, bool): Rows that are to take it.
+    """
+    shares = wanted.float()
+    best = answers(shares)
+    for share in (0.5, 0.25, 0.125):
+        open_rows = wanted & ~best.all_correct
+        if not open_rows.any():
+            break
+        found = answers(torch.where(open_rows, share, shares))
+        better = open_rows & torch.tensor([found.rank(i) > best.rank(i) for i in range(len(wanted))])
+        shares = torch.where(better, share, shares)
+        best = chosen_answers(better, found, best)
+    pairs = zip(best.log_probability, previous.log_probability, strict=True)
+    worse = wanted & ~best.all_correct & torch.tensor([now <= then for now, then in pairs])
+    return torch.where(worse, 0.0, shares), chosen_answers(worse, previous, best)
+
+
+def _scaled(updates: dict[str, Update], shares: torch.Tensor) -> dict[str, Update]:
+    """A share of each row's update."""
+    return {name: (u, v * per_row(shares.to(v.dtype), v)) for name, (u, v) in updates.items()}
+
+
+@dataclass
+class _Progress:
+    """How near a batch's rows have come to their targets."""
+
+    level: torch.Tensor  # (rows,): log-probability of the target at `best`
+    tried: torch.Tensor  # (rows,): how often the last step was tried and not found to lead nearer
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # the residuals without a step that is being tried
+    # What the row's group had asked for when it said most, how much that was (-1 before any step), and the steps until
+    # then.
+    top: dict[str, torch.Tensor] = field(default_factory=dict)
+    top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    top_steps: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
+
+
+class AcceptByGroup(AcceptAll):
+    """
+    Take the steps of all rows of a group, which act together, and look at the next step's pass what each came to.
+    Steps that led nearer to their targets stay, others are tried again at half their length, and in the end a group
+    goes back to where it said most.
+
+    Args:
+        batches, proposer: As for [`AcceptAll`].
+        group_size (`int`, *optional*): How many neighbouring rows of a batch are one group; all rows of all batches
+            when missing.
+    """
+
+    def __init__(self, batches: Sequence[BatchState], proposer: Proposer, group_size: int | None):
+        super().__init__(batches, proposer)
+        self.group_size = group_size
+        self.progress = [
+            _Progress(torch.tensor(batch.before.log_probability), torch.zeros(len(batch.rows))) for batch in batches
+        ]
+
+    @property
+    def going_on(self) -> bool:
+        return super().going_on or any(bool(progress.tried.any()) for progress in self.progress)
+
+    @property
+    def corrections(self) -> Sequence[Callable[[], bool]]:
+        return (self._step_back,) if self.method.sizes_steps else (self._step_back, self._back_to_top)
+
+    def take(self, number: int, proposal: Proposal) -> None:
+        super().take(number, proposal)
+        progress, (wanted, steps) = self.progress[number], proposal
+        progress.tried = torch.where(torch.tensor(steps) > 0, 1.0, progress.tried)
+        for name, (_, residual) in wanted.items():
+            progress.best.setdefault(name, torch.zeros_like(residual))
+
+    def judge(self) -> None:
+        self.reverted = False
+        if not self.method.sizes_steps:
+            self._keep_top()
+        for batch, progress in zip(self.batches, self.progress, strict=True):
+            self._judge_batch(batch, progress)
+
+    def _judge_batch(self, batch: BatchState, progress: _Progress) -> None:
+        """
+        Keep the steps that led nearer to their targets, try others again at half their length, up to `_HALVINGS`
+        times, and note which rows are to ask for more.
+        """
+        level = torch.tensor(batch.known_answers.log_probability)
+        worse = (progress.tried > 0) & ~(level > progress.level)
+        again = worse & (progress.tried <= _HALVINGS)
+        for name, residual in batch.residuals.items():
+            best = torch.where(per_row(worse, residual), progress.best[name], residual)
+            progress.best[name] = best
+            batch.residuals[name] = torch.where(per_row(again, residual), (best + residual) / 2, best)
+        progress.level = torch.where(worse, progress.level, level)
+        progress.tried = torch.where(again, progress.tried + 1, 0.0)
+        settled = ~_unsure(batch) if self.method.sizes_steps else batch.known_answers.all_correct
+        batch.wanted = ~worse & ~settled & torch.tensor(batch.steps).bool()
+        self.reverted = self.reverted or bool(worse.any())
+
+    def _step_back(self) -> bool:
+        """Take rows that are less sure of their targets in the end back to where they were best."""
+        found = False
+        for batch, progress in zip(self.batches, self.progress, strict=True):
+            level = torch.tensor(batch.known_answers.log_probability)
+            missed = _unsure(batch) & torch.tensor(batch.steps).bool() & (level < progress.level)
+            for name, residual in batch.residuals.items():
+                batch.residuals[name] = torch.where(per_row(missed, residual), progress.best[name], residual)
+            found = found or bool(missed.any())
+        return found
+
+    def _said_by_group(self) -> list[torch.Tensor]:
+        """Each row's group's number of targets said, counted by their probabilities."""
+        said = [torch.tensor(batch.known_answers.log_probability).exp() for batch in self.batches]
+        if self.group_size is None:
+            return [sum(values.sum() for values in said) + torch.zeros_like(values) for values in said]
+        groups = [torch.arange(len(values)) // self.group_size for values in said]
+        return [
+            torch.zeros(int(group[-1]) + 1).index_add(0, group, values)[group]
+            for group, values in zip(groups, said, strict=True)
+        ]
+
+    def _keep_top(self) -> None:
+        """
+        Note what each group asks for where it says more than ever before. Rows are judged one by one, each among the
+        others' residuals of that step; what is best for each may be bad for all.
+        """
+        for batch, progress, said in zip(self.batches, self.progress, self._said_by_group(), strict=True):
+            better = said > progress.top_said
+            for name, residual in batch.residuals.items():
+                top = progress.top.get(name, torch.zeros_like(residual))
+                progress.top[name] = torch.where(per_row(better, residual), residual, top)
+            progress.top_said = torch.where(better, said, progress.top_said)
+            progress.top_steps = torch.where(better, torch.tensor(batch.steps), progress.top_steps)
+
+    def _back_to_top(self) -> bool:
+        """Take groups that said more at an earlier step back to it."""
+        found = False
+        for batch, progress, said in zip(self.batches, self.progress, self._said_by_group(), strict=True):
+            worse = said < progress.top_said
+            for name, residual in batch.residuals.items():
+                if name in progress.top:
+                    batch.residuals[name] = torch.where(per_row(worse, residual), progress.top[name], residual)
+            batch.steps = torch.where(worse, progress.top_steps, torch.tensor(batch.steps)).tolist()
+            found = found or bool(worse.any())
+        return found
+
+
+def _unsure(batch: BatchState) -> torch.Tensor:
+    """Rows that do not say their targets for sure, `(rows,)`."""
+    return torch.tensor([value < -_SURE for value in batch.known_answers.min_log_probability])

@@ -1,0 +1,131 @@
+"""Where the search for updates stands with a batch of rows, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..bases.gradients import Factors
+from ..bases.split import HiddenState
+from ..data.encoding import EncodedBatch
+from ..edits.low_rank import Update
+from .scoring import Answers
+
+
+@dataclass
+class FoundUpdates:
+    """
+    What a batch of requests comes to.
+
+    Args:
+        updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rows, rank, d_in)`
+            and `(rows, rank, d_out)`.
+        before, after: What the model says to the rows without and with them; `after` is `None` without the check.
+        steps (`list[int]`): Gradient steps a row took.
+        inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
+            from a method that joins.
+    """
+
+    updates: dict[str, Update]
+    before: Answers
+    after: Answers | None
+    steps: list[int]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class BatchState:
+    """
+    Rows that run in one pass, and the updates found for them so far.
+
+    Args:
+        rows ([`EncodedBatch`]): Prompts and targets, a row a request.
+        hidden ([`HiddenState`]): What `run_below` gave for them.
+        before ([`Answers`]): What the model says without the updates.
+        wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that a further step is to be proposed for.
+        steps (`list[int]`): The steps that each row has taken.
+        answers ([`Answers`], *optional*): What the model says under `seen`; `None` where nobody has looked.
+        factors: The factors of the last look's gradients, where the method is given them.
+        inputs (`dict[str, torch.Tensor]`): Layer name -> inputs of the first step, `(rows, seq, d_in)`, of a method
+            that joins.
+        keys (`dict[str, torch.Tensor]`): Layer name -> the updates' `u`, `(rows, rank, d_in)`.
+        residuals (`dict[str, torch.Tensor]`): Layer name -> the updates' `v`, `(rows, rank, d_out)`: of a method that
+            joins, the value residuals wanted at `inputs`, summed over the steps.
+        seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): What the rows are under, as
+            [`~hf_mend.edits.hook.applied`] takes it.
+    """
+
+    rows: EncodedBatch
+    hidden: HiddenState
+    before: Answers
+    wanted: torch.Tensor
+    steps: list[int] = field(default_factory=list)
+    answers: Answers | None = None
+    factors: Factors = field(default_factory=dict)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    residuals: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: dict[str, Update] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.steps = [0] * len(self.rows)
+        self.answers = self.before
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """Layer name -> each row's own update, `(u, v)`."""
+        return {name: (self.keys[name], residuals) for name, residuals in self.residuals.items()}
+
+    @property
+    def known_answers(self) -> Answers:
+        """What the model says under `seen`, which somebody has looked at."""
+        assert self.answers is not None
+        return self.answers
+
+    def append(self, updates: Mapping[str, Update], steps: Sequence[int]) -> None:
+        """Add a step of a method that does not join: its updates stand beside the earlier ones."""
+        joined = side_by_side(self.updates, updates)
+        self.keys = {name: u for name, (u, _) in joined.items()}
+        self.residuals = {name: v for name, (_, v) in joined.items()}
+        self.seen, self.answers = joined, None
+        self._count(steps)
+
+    def accumulate(self, wanted: Mapping[str, Update], steps: Sequence[int]) -> None:
+        """Add a step of a method that joins: its residuals are summed, at the inputs of the first step."""
+        for name, (x, residual) in wanted.items():
+            self.inputs.setdefault(name, x)
+            self.residuals[name] = self.residuals[name] + residual if name in self.residuals else residual
+        self._count(steps)
+
+    def _count(self, steps: Sequence[int]) -> None:
+        self.steps = [count + more for count, more in zip(self.steps, steps, strict=True)]
+
+
+def side_by_side(first: dict[str, Update], second: Mapping[str, Update]) -> dict[str, Update]:
+    """The sum of two batches of updates, their ranks added; the first may be empty."""
+    if not first:
+        return dict(second)
+    return {
+        name: (torch.cat([u, second[name][0]], 1), torch.cat([v, second[name][1]], 1))
+        for name, (u, v) in first.items()
+    }
+
+
+def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value a row, `(rows,)`, to stand beside `(rows, seq, width)`."""
+    return values.to(like.device)[:, None, None]
+
+
+def check_finite(what: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """
+    Raises:
+        ValueError: A value is not finite.
+    """
+    for name, pair in pairs.items():
+        if not all(torch.isfinite(tensor).all() for tensor in pair):
+            raise ValueError(
+                f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base "
+                "model's own outputs are finite (a float16 base may overflow: load it in bfloat16)"
+            )

@@ -1,0 +1,186 @@
+"""How a step is proposed: from the factors of one gradient, or by a method's own search."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..bases.split import HiddenState
+from ..data.encoding import EncodedBatch
+from ..edits.low_rank import Update
+from ..methods import IterativeMethod
+from .batch_state import BatchState, check_finite, per_row
+from .context import EditingContext
+from .look import BatchLook
+from .scoring import Answers, score_targets
+
+
+# How often a method that searches and joins lets rows that do not say their targets beside the others ask for more.
+_ROUNDS = 3
+
+# Layer name -> `(u, v)` for each row, zero in the rows that nothing is proposed for; and the steps each row takes.
+Proposal = tuple[dict[str, Update], list[int]]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """
+    What a search may do.
+
+    Args:
+        max_steps (`int`, *optional*): The most steps a row may take; 1 is one whole step, come what may. When missing
+            it is 1, and for an [`~hf_mend.methods.IterativeMethod`] what its configuration says.
+        force (`bool`, defaults to `True`): Take a step also where the model says the target already.
+        check (`bool`, defaults to `True`): Look at the edited model; without it there is one step.
+    """
+
+    max_steps: int | None = None
+    force: bool = True
+    check: bool = True
+
+
+class Proposer(ABC):
+    """
+    Looks at batches and proposes steps for them.
+
+    Args:
+        context ([`EditingContext`]): The model and the method.
+        options ([`SearchOptions`]): What the search may do.
+        base_delta (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): What acts beside an update from the first step
+            on.
+        progress (`Callable`, *optional*): Told of the rows whose first step is there.
+    """
+
+    def __init__(
+        self,
+        context: EditingContext,
+        options: SearchOptions,
+        base_delta: Mapping[str, Update],
+        progress: Callable[[int], object] | None = None,
+    ):
+        self.context, self.options, self.base_delta = context, options, base_delta
+        self.progress = progress or (lambda rows: None)
+
+    @property
+    @abstractmethod
+    def rounds(self) -> int:
+        """How often steps are proposed at most."""
+
+    @abstractmethod
+    def begin(self, rows: EncodedBatch) -> BatchState:
+        """The first look at a batch, without updates."""
+
+    @abstractmethod
+    def look(self, batch: BatchState) -> None:
+        """Look at a batch under what it sees, for a further step."""
+
+    @abstractmethod
+    def propose(self, batch: BatchState) -> Proposal:
+        """A step for the batch's wanted rows, on the model as it was at the last look."""
+
+    def score(self, batch: BatchState, updates: Mapping[str, Update]) -> Answers:
+        """What the model says to a batch under some updates."""
+        return self.context.answers(batch.rows, batch.hidden, (self.base_delta, updates))
+
+    def look_again(self, batches: Sequence[BatchState]) -> None:
+        """Look at the batches whose updates have changed since the last look, for what the model says alone."""
+        for batch in batches:
+            if batch.answers is None:
+                batch.answers = self.score(batch, batch.seen)
+
+    def _state(self, rows: EncodedBatch, hidden: HiddenState, before: Answers) -> BatchState:
+        return BatchState(rows, hidden, before, before.all_correct.logical_not() | self.options.force)
+
+
+class FromGradient(Proposer):
+    """
+    Proposes what `forward` makes of a gradient's factors. A method that `sizes_steps` gets the step that would bring a
+    row's loss to zero were the loss linear (Polyak 1987, "Introduction to Optimization").
+    """
+
+    @property
+    def rounds(self) -> int:
+        return (self.options.max_steps or 1) if self.options.check else 1
+
+    def begin(self, rows: EncodedBatch) -> BatchState:
+        hidden = self.context.split.run_below(rows.inputs)
+        factors, logits = self.context.trace(rows, hidden, (self.base_delta,))
+        check_finite("gradient", factors)
+        before = self.context.answers(rows, hidden) if self.base_delta else score_targets(rows, logits)
+        batch = self._state(rows, hidden, before)
+        batch.factors = factors
+        chosen = batch.wanted
+        self.context.method.observe_edits(
+            {name: (x[chosen.to(x.device)], delta[chosen.to(x.device)]) for name, (x, delta) in factors.items()}
+        )
+        self.progress(len(rows))
+        return batch
+
+    def look(self, batch: BatchState) -> None:
+        batch.factors, logits = self.context.trace(batch.rows, batch.hidden, (self.base_delta, batch.seen))
+        check_finite("gradient", batch.factors)
+        if batch.answers is None:
+            batch.answers = score_targets(batch.rows, logits)
+
+    def propose(self, batch: BatchState) -> Proposal:
+        method = self.context.method
+        updates = method(batch.factors)
+        shares = batch.wanted.float()
+        if method.sizes_steps:
+            # How much a row's loss would fall with its whole step, were it linear.
+            falls = [(batch.factors[name][1].to(d) * d).sum((1, 2)).cpu() for name, (_, d) in updates.items()]
+            fall = -torch.stack(falls).sum(0)
+            log_probability = torch.tensor(batch.known_answers.log_probability)
+            shares = torch.where(batch.wanted & (fall > 0), -log_probability / fall, 0.0)
+        moves = shares > 0
+        scaled = {
+            name: (u, torch.where(per_row(moves, v), v * per_row(shares.to(v.dtype), v), 0.0))
+            for name, (u, v) in updates.items()
+        }
+        check_finite("update", scaled)
+        return scaled, moves.int().tolist()
+
+
+class FromSearch(Proposer):
+    """Proposes what an [`~hf_mend.methods.IterativeMethod`] finds for each row by itself, under what the row sees."""
+
+    @property
+    def rounds(self) -> int:
+        return _ROUNDS if self.context.method.joins and self.options.check else 1
+
+    def begin(self, rows: EncodedBatch) -> BatchState:
+        hidden = self.context.split.run_below(rows.inputs)
+        batch = self._state(rows, hidden, self.context.answers(rows, hidden))
+        if not batch.wanted.any():
+            self.progress(len(rows))
+        return batch
+
+    def look(self, batch: BatchState) -> None:
+        self.look_again([batch])
+
+    def propose(self, batch: BatchState) -> Proposal:
+        method, max_steps = self.context.method, self.options.max_steps
+        assert isinstance(method, IterativeMethod)
+        wanted = batch.wanted.nonzero()[:, 0]
+        look = BatchLook(self.context, batch.rows, batch.hidden, wanted, batch.seen)
+        found, counts = method.find(look, method.max_steps if max_steps is None else max_steps)
+        check_finite("update", found)
+        steps = [0] * len(batch.rows)
+        for i, count in zip(wanted.tolist(), counts, strict=True):
+            steps[i] = count
+        if not any(batch.steps):
+            self.progress(len(batch.rows))
+        whole = {name: (_in_place(u, wanted, batch), _in_place(v, wanted, batch)) for name, (u, v) in found.items()}
+        return whole, steps
+
+
+def _in_place(side: torch.Tensor, wanted: torch.Tensor, batch: BatchState) -> torch.Tensor:
+    """One side of the wanted rows' updates among all rows; the others' is zero."""
+    if len(wanted) == len(batch.rows):
+        return side
+    whole = side.new_zeros(len(batch.rows), *side.shape[1:])
+    whole[wanted.to(side.device)] = side
+    return whole

@@ -1,0 +1,109 @@
+"""From what a search found to edits and results."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from ..data.encoding import Encoder
+from ..edits.edit import Edit, acting_ids
+from ..edits.low_rank import Update
+from ..methods import EditMethod
+from .batch_state import FoundUpdates
+from .requests import EditRequest, EditResult
+from .scoring import Answers
+
+
+def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
+    """The edit of a row for which a step was found."""
+    if not found.steps[row]:
+        return None
+    return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
+
+
+def absence_edit(request: EditRequest, old: Edit, found: FoundUpdates, row: int) -> Edit | None:
+    """An edit without updates, which takes an earlier one's place where its absence is enough."""
+    if not all(found.before.correct[row]):
+        return None
+    return _new_edit(EditRequest(request.prompt, request.target, old.metadata.get("chat") == "true"), {})
+
+
+def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
+    present = {}
+    for name, (u, v) in updates.items():
+        used = (v != 0).any(-1) & (u != 0).any(-1)
+        present[name] = (u[used].contiguous(), v[used].contiguous())
+    metadata = {"time": _now(), "chat": str(request.chat).lower()}
+    if request.subject:
+        metadata["subject"] = request.subject
+    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, present, metadata)
+
+
+def as_request(edit: Edit) -> EditRequest:
+    """The request that an edit was made for."""
+    chat = edit.metadata.get("chat") == "true"
+    return EditRequest(edit.prompt, edit.target, chat, subject=edit.metadata.get("subject"))
+
+
+def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> Edit | None:
+    """
+    The change of the base that the method's edits act with, as an edit: the one that is among a model's edits already,
+    if it is there.
+
+    Raises:
+        ValueError: The model carries edits that act with another editor's change.
+    """
+    base_delta = method.base_delta()
+    if not base_delta:
+        return None
+    acting = acting_ids(edits)
+    for edit in edits:
+        if edit.is_base_delta and edit.id != made_by and edit.id in acting:
+            raise ValueError(
+                f"the model carries edits that act with the change {edit.id!r}, and this editor's is {made_by!r}: "
+                "with both it is a model that neither has learned to edit; undo those edits, or load the editor that "
+                "made them"
+            )
+    for edit in edits:
+        if edit.is_base_delta and edit.id == made_by:
+            return edit
+    updates = {name: (u.detach().clone(), v.detach().clone()) for name, (u, v) in base_delta.items()}
+    return Edit(made_by, "", "", updates, {"time": _now(), "editor": made_by}, is_base_delta=True)
+
+
+def as_result(
+    request: EditRequest, edit: Edit | None, found: FoundUpdates, row: int, encoder: Encoder, seconds: float
+) -> EditResult:
+    """The result of a row of what was found."""
+    result = EditResult(
+        id=edit.id if edit else None,
+        prompt=request.prompt,
+        target=request.target,
+        before=encoder.decode(found.before.tokens[row]),
+        after=None,
+        probability_before=math.exp(found.before.log_probability[row]),
+        probability_after=None,
+        token_success=None,
+        steps=found.steps[row],
+        seconds=seconds,
+        rank=edit.rank if edit else 0,
+        update_norms=edit.norms() if edit else {},
+    )
+    if found.after is not None:
+        result.set_after(found.after, row, encoder)
+    return result
+
+
+def known_result(request: EditRequest, answers: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
+    """The result of a request whose target the model says already, thanks to an earlier edit."""
+    result = EditResult(None, request.prompt, request.target, "", None, 0.0, None, None, steps=0, seconds=0.0)
+    result.set_before(answers, row, encoder)
+    if check:
+        result.set_after(answers, row, encoder)
+    return result
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,68 @@
+"""What logits say of a target: its log-probability, and which of its tokens the model chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..data.encoding import EncodedBatch
+
+
+@dataclass
+class Answers:
+    """
+    What the model says, per row.
+
+    Args:
+        log_probability (`list[float]`): Log-probability of the whole target.
+        tokens (`list[list[int]]`): The model's own choice at each of the target's tokens, teacher-forced.
+        correct (`list[list[bool]]`): Which of those choices are the target's tokens.
+        min_log_probability (`list[float]`): Log-probability of the target's least likely token.
+    """
+
+    log_probability: list[float]
+    tokens: list[list[int]]
+    correct: list[list[bool]]
+    min_log_probability: list[float]
+
+    @property
+    def all_correct(self) -> torch.Tensor:
+        """The rows that say their whole target, `(rows,)`, bool."""
+        return torch.tensor([all(correct) for correct in self.correct], dtype=torch.bool)
+
+    def rank(self, row: int) -> tuple[bool, float]:
+        """What to compare a row's answers by: all tokens correct, then the target's probability."""
+        return all(self.correct[row]), self.log_probability[row]
+
+
+def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
+    """
+    Score the targets of some rows.
+
+    Args:
+        rows ([`EncodedBatch`]): Prompts and targets.
+        logits (`torch.Tensor` of shape `(positions, vocab)`): The model's, at the rows' positions.
+    """
+    labels = rows.next_tokens[rows.positions].to(logits.device)
+    said = logits.argmax(-1)
+    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    per_row = rows.positions.sum(-1).tolist()
+    correct = said == labels
+    return Answers(
+        [float(part.sum()) for part in log_probabilities.split(per_row)],
+        [part.tolist() for part in said.split(per_row)],
+        [part.tolist() for part in correct.split(per_row)],
+        [float(part.min()) for part in log_probabilities.split(per_row)],
+    )
+
+
+def chosen_answers(first: torch.Tensor, one: Answers, other: Answers) -> Answers:
+    """The rows of `one` where `first`, `(rows,)`, is set, and those of `other` elsewhere."""
+    picks = [one if flag else other for flag in first.tolist()]
+    return Answers(
+        [pick.log_probability[i] for i, pick in enumerate(picks)],
+        [pick.tokens[i] for i, pick in enumerate(picks)],
+        [pick.correct[i] for i, pick in enumerate(picks)],
+        [pick.min_log_probability[i] for i, pick in enumerate(picks)],
+    )

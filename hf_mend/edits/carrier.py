@@ -1,0 +1,323 @@
+"""What an [`EditableModel`] does with the edits that it carries: undo, disable, compress, keep, save and load them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..bases.fingerprint import check_edits_base, check_same_base, fingerprint_of
+from ..bases.targets import Target
+from ..config import EditorConfig
+from ..data.deprecation import renamed_method
+from ..hub.files import EDITS_NAME
+from ..hub.transfer import find_files
+from .active import ActiveEdits
+from .collection import Edits, turned
+from .compression import Compression, compressed
+from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked
+from .edits_file import read_edits_file, write_edits_file
+from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
+from .low_rank import truncated
+from .store import EditStore
+
+
+class ActsWhileOwned:
+    """
+    Takes a model's edits out of its base when no [`EditableModel`] owns them any more. Shallow copies own the same
+    edits together; a deep copy or a pickle has its own.
+
+    Args:
+        stack ([`ActiveEdits`]): The edits.
+    """
+
+    def __init__(self, stack: ActiveEdits):
+        self._stack = stack
+        # At the interpreter's end there is nothing to clean up.
+        weakref.finalize(self, stack.replace, []).atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._stack,)
+
+
+class CarriesEdits:
+    """The methods of [`EditableModel`] that are about the edits it carries, however they were made."""
+
+    base_model: Any
+    targets: list[Target]
+    editor_config: EditorConfig
+    _stack: ActiveEdits
+    _store: EditStore | None
+    _spent: str | None
+    _for_a_while: Any
+
+    @property
+    def edits(self) -> Edits:
+        """
+        The edits the model carries, oldest first, to index, search and export. Of several of one prompt the last acts,
+        the others wait.
+        """
+        return Edits(self._stack.edits)
+
+    def undo(self, edit_id: str | None = None) -> Edit:
+        """
+        Takes back an edit, the last one by default. The logits are then bit for bit those of the other edits alone,
+        among them one that it had superseded.
+
+        Raises:
+            KeyError: No edit has that id.
+            IndexError: There is no edit to undo.
+            ValueError: The edit is part of a compressed one.
+        """
+        self._check_usable()
+        if not self._stack.edits:
+            raise IndexError("there is no edit to undo")
+        with self._stored():
+            return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
+
+    def undo_all(self) -> list[Edit]:
+        """Takes back all edits and returns them."""
+        self._check_usable()
+        with self._stored():
+            return self._stack.remove([edit.id for edit in self._stack.edits])
+
+    def disable_edit(self, *edit_ids: str) -> None:
+        """
+        Disable edits until they are enabled again: they stay among [`~EditableModel.edits`], saved ones too, and the
+        model answers bit for bit as if they were not there. [`~EditableModel.disable_edits`] disables all edits within
+        a context.
+
+        Args:
+            edit_ids (`str`): The ids of the edits.
+
+        Raises:
+            KeyError: No edit has such an id; none is disabled.
+            ValueError: An edit is part of a compressed one; none is disabled.
+        """
+        self._check_usable()
+        with self._stored():
+            self._stack.replace(turned(self._stack.edits, edit_ids, on=False))
+
+    def enable_edit(self, *edit_ids: str) -> None:
+        """
+        Enable edits again: the model answers bit for bit as before they were disabled.
+
+        Args:
+            edit_ids (`str`): The ids of the edits.
+
+        Raises:
+            KeyError: No edit has such an id; none is enabled.
+            ValueError: An edit is part of a compressed one; none is enabled.
+        """
+        self._check_usable()
+        with self._stored():
+            self._stack.replace(turned(self._stack.edits, edit_ids, on=True))
+
+    turn_off = renamed_method("turn_off", "disable_edit")
+    turn_on = renamed_method("turn_on", "enable_edit")
+
+    def compress_edits(self, rank: int, keep: bool = True) -> Compression:
+        """
+        Makes one edit of all that act: of each layer's sum, the nearest matrix of a rank (singular value
+        decomposition).
+
+        The edits that it replaces stay among [`~EditableModel.edits`] without effect, and an undo of the one brings
+        them back bit for bit; until then they cannot be undone or disabled one by one. A later edit of a prompt of
+        theirs is added to the one.
+
+        Args:
+            rank (`int`): The highest rank of a layer.
+            keep (`bool`, defaults to `True`): Keep the edits that are replaced. Without, they are gone, and so are
+                those that they had superseded: the one's undo leaves the model without any of them.
+
+        Returns:
+            [`~hf_mend.edits.compression.Compression`]: The new edit's id, and the relative error of each layer.
+
+        Raises:
+            ValueError: No edit acts, or the rank is below 1.
+        """
+        self._check_usable()
+        with self._stored():
+            edits, report = compressed(self._stack.edits, rank, keep)
+            self._stack.replace(edits)
+        return report
+
+    def open_store(self, path: str | Path) -> list[Edit]:
+        """
+        Takes the edits of a store on disk, and from now on keeps in it what is done to the model's edits: edits,
+        undos, disabling and enabling, loading, compressing; not what `edited` and `carrying` do for a while.
+
+        The store's edits come before those that the model has, which are appended to it. What other processes append
+        meanwhile stays, and is seen by the next model that opens it.
+
+        Args:
+            path (`str` or `Path`): The store, see [`EditStore`]; made by the first edit where it does not exist.
+
+        Returns:
+            `list[Edit]`: The store's edits.
+
+        Raises:
+            ValueError: It is damaged, or its edits are of another base model or in the model already; the model is as
+                it was.
+            RuntimeError: A store is open already.
+        """
+        self._check_usable()
+        if self._store is not None:
+            raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
+        store = EditStore(path, fingerprint_of(self.base_model, self.targets))
+        edits, before = list(store.edits), self._stack.edits
+        check_same_base(self.base_model, store.base_fingerprint, str(path))
+        self._stack.check_fit(edits, path)
+        every = each_base_delta_once([*edits, *before])
+        store.follow(edits, every)
+        self._stack.replace(every)
+        self._store = store
+        return edits
+
+    def close_store(self) -> None:
+        """Keeps nothing more in the store; the model's edits stay as they are."""
+        self._store = None
+
+    @contextmanager
+    def disable_edits(self) -> Iterator[None]:
+        """Within the context, the model answers as if it had no edits."""
+        with self._stack.disabled():
+            yield
+
+    @contextmanager
+    def carrying(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """
+        Within the context the model carries these edits and no others: some of its own, say, or another user's.
+
+        Raises:
+            ValueError: An edit does not fit this model.
+        """
+        self._check_usable()
+        with self._for_a_while():
+            self._stack.replace([])
+            self._stack.check_fit(edits, "these edits")
+            self._stack.replace(edits)
+            yield
+
+    # ---- files ----
+
+    def save_edits(self, save_directory: str | Path) -> None:
+        """
+        Writes the edits to `edits.safetensors` in a folder, all or nothing.
+
+        Args:
+            save_directory (`str` or `Path`): The folder; made if missing.
+        """
+        write_edits_file(save_directory, self._stack.edits, fingerprint_of(self.base_model, self._stack.layers))
+
+    def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
+        """
+        Adds saved edits to the model, bit for bit as they were saved.
+
+        Args:
+            edits_name_or_path (`str` or `Path`): A folder that `save_edits` wrote, or a repository's id on the Hub.
+            hub_kwargs: As for [`~EditableModel.from_pretrained`].
+
+        Raises:
+            FileNotFoundError: There are no edits.
+            ValueError: The file is damaged, or its edits do not fit this model or are there already; nothing is
+                loaded.
+        """
+        self._check_usable()
+        path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
+        edits, fingerprint = read_edits_file(path)
+        check_edits_base(self.editor_config, self.base_model, fingerprint, str(path))
+        self._stack.check_fit(edits, path)
+        with self._stored():
+            self._stack.replace([*self._stack.edits, *edits])
+        return edits
+
+    def save_lora(
+        self,
+        save_directory: str | Path,
+        edits: Sequence[Edit] | None = None,
+        uniform_rank: bool = False,
+        max_rank: int | None = None,
+    ) -> float:
+        """
+        Writes edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            edits (`Sequence[Edit]`, *optional*): Which edits; all that the model carries by default.
+            uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers want it.
+            max_rank (`int`, *optional*): The highest rank of a layer; those above it are brought there by SVD.
+
+        Returns:
+            `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
+
+        Raises:
+            ValueError: There is no edit, one needs a support that is missing, or `max_rank` is below 1.
+        """
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
+        edits = self._stack.edits if edits is None else edits
+        check_required(edits, "save_lora")
+        edits = active_edits(edits)
+        updates, error = stacked(edits), 0.0
+        if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
+            smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
+            updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
+            edits = []  # their rows are no longer apart
+        warn_of_fused_experts(self.base_model, updates)
+        write_lora(
+            save_directory,
+            self.targets,
+            updates,
+            self.editor_config.task_type,
+            self.editor_config.base_model_name_or_path,
+            uniform_rank,
+            edits,
+        )
+        return error
+
+    def load_lora(self, lora_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
+        """
+        Adds a LoRA adapter to the model: as the edits that `save_lora` wrote, or, from elsewhere, as one edit without
+        a prompt. Its layers may be any linear layers of the base model.
+
+        Args:
+            lora_name_or_path (`str` or `Path`): A folder with `adapter_config.json` and `adapter_model.safetensors`,
+                or a repository's id on the Hub.
+            hub_kwargs: As for [`~EditableModel.from_pretrained`].
+
+        Returns:
+            `list[Edit]`: The edits.
+
+        Raises:
+            FileNotFoundError: There is no adapter.
+            ValueError: A file is damaged, the adapter is not plain LoRA on linear layers of this model (DoRA, biases,
+                whole layers), or its edits are there already; nothing is loaded.
+        """
+        self._check_usable()
+        files = find_files(lora_name_or_path, [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME], **hub_kwargs)
+        edits = read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME])
+        self._stack.check_fit(edits, lora_name_or_path)
+        with self._stored():
+            self._stack.replace([*self._stack.edits, *edits])
+        return edits
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """What changes within the context is kept in the open store; if it cannot be, nothing has changed."""
+        before = self._stack.edits
+        yield
+        if self._store is not None:
+            try:
+                self._store.follow(before, self._stack.edits)
+            except BaseException:
+                self._stack.replace(before)
+                raise
+
+    def _check_usable(self) -> None:
+        if self._spent is not None:
+            raise RuntimeError(
+                f"this model's {self._spent}; load the base model again and wrap it anew to edit further"
+            )

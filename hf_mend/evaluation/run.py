@@ -1,0 +1,228 @@
+"""One evaluation: its edits are made, measured and undone, part after part, each independent of those before it."""
+
+from __future__ import annotations
+
+import logging as python_logging
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..data.encoding import batches
+from ..data.records import EditRecord
+from ..model import EditableModel
+from .generation import answer
+from .metrics import Measured, evaluate_records, measure_records
+from .resume import Progress
+from .scores import counterfact_scores, in_the_wild, n_gram_entropy, perplexity, portability
+
+
+_ALONE = 5  # single edits that are timed one by one, and read under
+_FLUENCY_TOKENS = 100
+
+
+@dataclass
+class Run:
+    """
+    One evaluation: what its parts need, and what is known of them already.
+
+    Args:
+        model ([`EditableModel`]): The model; it carries no edits.
+        records (`Sequence[EditRecord]`): The data set, of which the parts take records by their numbers.
+        metrics (`list[str]`): Names in [`~hf_mend.evaluation.evaluate.METRICS`].
+        passages (`list[list[int]]`): Token ids of the texts for perplexity; none where it is not measured.
+        max_steps (`int`): As for [`~hf_mend.EditableModel.edit`].
+        seed (`int`): The seed of methods that draw.
+        batch_size (`int`): Records in one pass.
+        progress ([`~hf_mend.evaluation.resume.Progress`]): Keeps the parts that are finished.
+    """
+
+    model: EditableModel
+    records: Sequence[EditRecord]
+    metrics: list[str]
+    passages: list[list[int]]
+    max_steps: int
+    seed: int
+    batch_size: int
+    progress: Progress
+
+    def alone(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Single edits: a few by themselves, for time, memory and perplexity; then all, side by side in batches."""
+        yield self.progress.part("alone/by themselves", lambda: self._by_themselves(numbers[:_ALONE]))
+        with tqdm(total=len(numbers), desc="Single edits") as bar:
+            for i, chunk in enumerate(batches(numbers, self.batch_size)):
+                yield self.progress.part(f"alone/{i}", partial(self._side_by_side, chunk))
+                bar.update(len(chunk))
+
+    def kept_together(
+        self, measured: Sequence[list[int]], others: Sequence[list[int]], count: int, edits_per_call: int | None
+    ) -> Iterator[dict[str, Any]]:
+        """`count` edits at once, group after group, until all facts are measured."""
+        with tqdm(total=len(measured), desc=f"{count} edit{'s' if count > 1 else ''} at once") as bar:
+            for i, first in enumerate(range(0, len(measured), count)):
+                group = measured[first : first + count]
+                rest = [*others, *measured[:first], *measured[first + count :]]
+                made = _spread(group, rest, count)
+                measure = partial(self._made_and_measured, group, made, edits_per_call, read=first == 0)
+                yield self.progress.part(f"{count}/{i}", measure)
+                bar.update(len(group))
+
+    def _by_themselves(self, numbers: Sequence[int]) -> dict[str, Any]:
+        seconds, read, peaks = [], [], []
+        for number in numbers:
+            with self._made([[number]], None) as (second, peak):
+                seconds.append(second)
+                peaks.append(peak)
+                if self.passages:
+                    read.append(perplexity(self.model, self.passages))
+        mean = {"perplexity": sum(read) / len(read)} if read else {}
+        return {
+            "seconds_an_edit": statistics.median(seconds),
+            "peak_memory": max(filter(None, peaks), default=None),
+            **mean,
+        }
+
+    def _side_by_side(self, numbers: Sequence[int]) -> dict[str, Any]:
+        model, chosen = self.model, [self.records[i] for i in numbers]
+        with _as_it_was(model, self.seed):
+            measured = evaluate_records(
+                model.split, model.targets, model.editor, model.encoder, [self._reduced(r) for r in chosen],
+                self.batch_size, self.max_steps, generate="exact_match" in self.metrics, progress=False,
+                further=lambda i: self._further(chosen[i]),
+            )  # fmt: skip
+        return {"measured": [asdict(m) for m in measured]}
+
+    def _made_and_measured(
+        self, group: Sequence[list[int]], made: Sequence[list[int]], edits_per_call: int | None, read: bool
+    ) -> dict[str, Any]:
+        model = self.model
+        with self._made(made, edits_per_call) as (seconds, peak):
+            chosen = [self.records[i] for unit in group for i in unit]
+            firsts = {unit[0] for unit in group}
+            asked = [i in firsts for unit in group for i in unit]
+            measured: list[Measured] = []
+            for chunk in batches(chosen, self.batch_size):
+                measured += measure_records(
+                    model.split, model.encoder, [self._reduced(r) for r in chunk], lambda owner: nullcontext(),
+                    model.disable_edits, "exact_match" in self.metrics,
+                )  # fmt: skip
+            for result, record, first in zip(measured, chosen, asked, strict=True):
+                # What follows from a group of edits is asked once.
+                result.further = self._further(record if first else replace(record, portability=[]))
+            found: dict[str, Any] = {"measured": [asdict(m) for m in measured], "seconds_an_edit": seconds / len(made)}
+            if read and self.passages:
+                found["perplexity"] = perplexity(model, self.passages)
+        return {**found, "peak_memory": peak}
+
+    @contextmanager
+    def _made(self, units: Sequence[list[int]], edits_per_call: int | None) -> Iterator[tuple[float, int | None]]:
+        """Within the context the model carries the edits of these records; how long that took, and the peak."""
+        model = self.model
+        with _as_it_was(model, self.seed), _quiet():
+            try:
+                peak = _PeakMemory(model.device)
+                began = time.perf_counter()
+                for call in batches(units, edits_per_call or len(units)):
+                    # Without the texts that an edit of a record would be asked about.
+                    records = [
+                        replace(self.records[i], paraphrases=[], neighborhood=[]) for unit in call for i in unit
+                    ]
+                    model.edit(records, max_steps=self.max_steps, force=True)
+                yield time.perf_counter() - began, peak.read()
+            finally:
+                model.undo_all()
+
+    def _reduced(self, record: EditRecord) -> EditRecord:
+        """The record without what only metrics that nobody asked for need."""
+        local = {"unrelated", "drawdown"} & set(self.metrics)
+        return replace(
+            record,
+            paraphrases=record.paraphrases if "generality" in self.metrics else [],
+            neighborhood=record.neighborhood if "neighborhood" in self.metrics else [],
+            unrelated=record.unrelated if local else [],
+        )
+
+    def _further(self, record: EditRecord) -> dict[str, float]:
+        """The metrics that are found record by record, of the model as it is."""
+        found: dict[str, float] = {}
+        if "counterfact" in self.metrics and record.ground_truth:
+            found |= counterfact_scores(self.model, record)
+        if "portability" in self.metrics and record.portability:
+            found["portability"] = portability(self.model, record)
+            if record.group is not None:
+                found["multi_hop"] = float(found["portability"] > 0)
+        if "fluency" in self.metrics and record.generation:
+            texts = [
+                f"{prompt} {answer(self.model, prompt, max_new_tokens=_FLUENCY_TOKENS)}"
+                for prompt in record.generation
+            ]
+            found["fluency"] = sum(map(n_gram_entropy, texts)) / len(texts)
+        if "in_the_wild" in self.metrics:
+            found |= {f"wild_{name}": float(said) for name, said in in_the_wild(self.model, record).items()}
+        return found
+
+
+def _spread(group: Sequence[list[int]], others: Sequence[list[int]], count: int) -> list[list[int]]:
+    """`count` units: those of `group` at even distances among others."""
+    places = {i * count // len(group): unit for i, unit in enumerate(group)}
+    rest = iter(others)
+    return [places[i] if i in places else next(rest) for i in range(count)]
+
+
+@contextmanager
+def _as_it_was(model: EditableModel, seed: int) -> Iterator[None]:
+    """
+    Draws within the context depend on the seed alone, and a method's statistics are afterwards what they were: no part
+    of an evaluation depends on those before it, so that one which goes on gives what an unbroken one would have.
+    """
+    kept = {name: buffer.clone() for name, buffer in model.editor.named_buffers()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.editor.named_buffers():
+                    buffer.copy_(kept[name])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Edits that do not take are in the figures; a thousand warnings would say no more."""
+    logger = python_logging.getLogger("hf_mend.model")
+    level = logger.level
+    logger.setLevel(python_logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _PeakMemory:
+    """The most memory since it was made: of the process, or on a GPU of its tensors."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.known = True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        except OSError:
+            self.known = False  # not Linux
+
+    def read(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type != "cpu" or not self.known:
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,137 @@
+"""The arguments of an editor's training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..data.deprecation import renamed_arguments
+from ..data.forms import check_forms
+
+
+# The least that the arguments which count something may be.
+_LEAST = {
+    "general_rows": 1,
+    "neighborhood_rows": 0,
+    "unrelated_rows": 0,
+    "same_subject_rows": 0,
+    "continuation_rows": 0,
+    "continuation_tokens": 0,
+    "group_size": 1,
+    "micro_batch_size": 1,
+    "calls_per_batch": 1,
+    "statistics_edits": 1,
+}
+
+
+@renamed_arguments(
+    edits_together="group_size",
+    edits_at_once="micro_batch_size",
+    calls_in_a_row="calls_per_batch",
+    look_back="decay",
+)
+@dataclass
+class EditorTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with what the training of an editor adds. A batch is a number of different
+    facts.
+    """
+
+    neighborhood_weight: float = field(
+        default=1.5, metadata={"help": "Weight of the KL on neighbouring prompts against the target's likelihood."}
+    )
+    unrelated_weight: float = field(
+        default=20.0,
+        metadata={"help": "The same on unrelated questions, whose KL is far smaller and flips answers all the same."},
+    )
+    general_rows: int = field(default=1, metadata={"help": "Paraphrases an edit and step."})
+    neighborhood_rows: int = field(default=1, metadata={"help": "Neighbouring prompts an edit and step."})
+    unrelated_rows: int = field(default=1, metadata={"help": "Unrelated questions an edit and step."})
+    same_subject_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on prompts that ask the same subject for something else."}
+    )
+    same_subject_rows: int = field(default=1, metadata={"help": "Such prompts an edit and step."})
+    continuation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
+    )
+    continuation_rows: int = field(default=1, metadata={"help": "Texts an edit and step for which that is asked."})
+    continuation_tokens: int = field(
+        default=8,
+        metadata={
+            "help": "How many tokens the un-edited model goes on with behind a target, greedily and before the first "
+            "step. With 0 other text stands there in its place, which costs nothing."
+        },
+    )
+    forms: dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights with which forms of asking are drawn: prompt, paraphrase, question, chat, later_turn, "
+            "system. The default has all; a tokenizer without a chat template has no chats."
+        },
+    )
+    context_rate: float = field(default=0.4, metadata={"help": "Share of the texts that stand behind other text."})
+    edit_forms: dict[str, float] | None = field(
+        default=None, metadata={"help": "The same for the texts that make the edits; the prompt alone by default."}
+    )
+    group_size: int = field(
+        default=1,
+        metadata={
+            "help": "The largest number of edits that are applied together: steps go in turn through 1, 2, 4 and so "
+            "on up to it, so that edits learn to leave one another alone. A power of two that divides the batch."
+        },
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "The largest number of edits of a batch whose texts are in memory with their graph; the gradient "
+            "is computed in two stages then, so that a step can take thousands of edits."
+        },
+    )
+    calls_per_batch: int = field(
+        default=1,
+        metadata={
+            "help": "The number of calls into which a batch is divided, each of which edits the model that those "
+            "before it have left, so that the editor learns long sequences of edits. `group_size` and "
+            "`micro_batch_size` are not used then."
+        },
+    )
+    decay: float = field(
+        default=0.9,
+        metadata={"help": "Weight of a call's texts in the loss of the next call, its square in that after it, ..."},
+    )
+    step_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the logarithms of each layer's edit step and ridge."}
+    )
+    statistics_edits: int = field(
+        default=128,
+        metadata={"help": "Facts whose factors and inputs set the editor's statistics before the first step."},
+    )
+    hidden_states_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the hidden states below the edited blocks are kept, so that training runs the "
+            "blocks above alone. They are computed before the first step, or were by an earlier run."
+        },
+    )
+    hidden_states_limit: float = field(default=20.0, metadata={"help": "Gigabytes that they may take."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the editor networks."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Facts edited at once on a device."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Records are not columns; leave this off."})
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value, may_be_none = getattr(self, name), name == "micro_batch_size"
+            if not (type(value) is int and value >= least or may_be_none and value is None):
+                expected = f"a whole number of at least {least}" + (", or None" if may_be_none else "")
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if not (isinstance(self.decay, (int, float)) and 0 <= self.decay <= 1):
+            raise ValueError(f"decay is {self.decay!r}, expected a number from 0 to 1")
+        for name in ("forms", "edit_forms"):
+            if getattr(self, name) is not None:
+                check_forms(getattr(self, name), name)
+        if not (isinstance(self.context_rate, (int, float)) and 0 <= self.context_rate <= 1):
+            raise ValueError(f"context_rate is {self.context_rate!r}, expected a number from 0 to 1")
+        super().__post_init__()

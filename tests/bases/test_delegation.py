@@ -1,0 +1,79 @@
+"""What libraries ask of a model is answered by the base model, under the edits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.models import RECORDS, build_model, editable
+from transformers import GenerationConfig, PreTrainedModel, pipeline
+
+
+PROMPT = RECORDS[0].prompt
+
+
+def test_a_pipeline_generates_the_edited_text(llama, tokenizer, caplog):
+    model = editable(llama, tokenizer)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    before = generator(PROMPT, **options)[0]["generated_text"]
+    assert "is not supported" not in caplog.text
+    assert model.edit(PROMPT, "rome", max_steps=60).success
+    edited = generator(PROMPT, **options)[0]["generated_text"]
+    assert "rome" in edited and "rome" not in before
+    # The oracle is a plain model with the edit in its weights.
+    merged = copy.deepcopy(model).merge_and_unload()
+    plain = pipeline("text-generation", model=merged, tokenizer=tokenizer, device="cpu")
+    assert plain(PROMPT, **options)[0]["generated_text"] == edited
+    several = generator([PROMPT, "the capital of peru is"], batch_size=2, **options)
+    assert several[0][0]["generated_text"] == edited
+    assert "EditableModel" in repr(generator)
+    with model.disable_edits():
+        assert generator(PROMPT, **options)[0]["generated_text"] == before
+
+
+def test_what_is_asked_of_a_model_is_the_base_models(base, tokenizer):
+    model = editable(base, tokenizer)
+    assert model.can_generate() is True
+    assert model.generation_config is base.generation_config
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    assert base.generation_config.max_new_tokens == 3
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    assert model.get_output_embeddings() is base.get_output_embeddings()
+    assert model.get_decoder() is base.get_decoder() and model.get_encoder() is base.get_encoder()
+    assert model.main_input_name == base.main_input_name == "input_ids"
+    assert model.num_parameters() == base.num_parameters() and model.num_parameters(only_trainable=True) == 0
+    assert model.num_parameters(exclude_embeddings=True) == base.num_parameters(exclude_embeddings=True)
+    assert model.get_memory_footprint() == base.get_memory_footprint()
+    assert (model.dtype, model.device, model.name_or_path) == (base.dtype, base.device, base.config.name_or_path)
+    model.gradient_checkpointing_enable()
+    assert base.is_gradient_checkpointing and model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not base.is_gradient_checkpointing and not model.is_gradient_checkpointing
+    model.add_model_tags(["edited"])
+    assert "edited" in base.model_tags
+
+
+def test_what_the_base_lacks_is_lacking(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    assert not hasattr(model, "hf_device_map") and not hasattr(model, "no_such_name")
+    assert getattr(model, "hf_device_map", None) is None
+    llama.hf_device_map = {"": "cpu"}
+    assert model.hf_device_map == {"": "cpu"}
+    assert not isinstance(model, PreTrainedModel)
+
+
+def test_a_vocabulary_keeps_its_size(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    size = llama.config.vocab_size
+    assert model.resize_token_embeddings(size) is model.resize_token_embeddings() is llama.get_input_embeddings()
+    with pytest.raises(NotImplementedError, match=rf"cannot change from {size} to {size + 8} tokens.*resize the base"):
+        model.resize_token_embeddings(size + 8)
+    assert llama.get_input_embeddings().weight.shape[0] == size
+
+
+def test_inputs_of_a_step_of_generation(tokenizer):
+    model = editable(build_model("gpt2"), tokenizer)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    assert torch.equal(model.prepare_inputs_for_generation(ids)["input_ids"], ids)
