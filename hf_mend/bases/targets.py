@@ -177,7 +177,8 @@ def _named_choice(
             blocks = list(range(max(0, depth - paper_blocks), depth))
         else:
             first, last = (round(fraction * depth) for fraction in span)
-            blocks = list(range(min(first, depth - 1), max(last, first + 1)))
+            first = min(first, depth - 1)
+            blocks = list(range(first, max(last, first + 1)))
         for index in blocks:
             names = mlp_layers(block_list.blocks[index])
             for name in names if choice == "paper" else names[-1:]:

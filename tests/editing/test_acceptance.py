@@ -1,12 +1,15 @@
-"""Which share of a step a row takes, on answers that are made up."""
+"""Which steps are taken, whole, in part or not at all, on answers that are made up."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_mend.data.encoding import EncodedBatch
-from hf_mend.editing.acceptance import best_shares
+from hf_mend.editing.acceptance import AcceptByGroup, best_shares
+from hf_mend.editing.batch_state import BatchState
 from hf_mend.editing.scoring import Answers, score_targets
 
 
@@ -52,3 +55,68 @@ def test_targets_are_scored_at_their_own_tokens():
     assert answers.min_log_probability == pytest.approx([min(each[:2]), each[2]], rel=1e-5)
     assert answers.tokens == [[int(logits[0].argmax()), 1], [int(logits[2].argmax())]]
     assert answers.correct[0][1] and answers.all_correct.tolist() == [all(one) for one in answers.correct]
+
+
+def rows_of(count: int) -> EncodedBatch:
+    tokens = torch.zeros(count, 1, dtype=torch.long)
+    return EncodedBatch({"input_ids": tokens}, tokens, tokens == 0)
+
+
+def by_group(count: int, sizes_steps: bool = True) -> tuple[BatchState, AcceptByGroup]:
+    """A group of rows whose targets have a log-probability of -5 before the edit."""
+    method = SimpleNamespace(joins=True, sizes_steps=sizes_steps)
+    before = made_up([-5.0] * count, [False] * count)
+    batch = BatchState(rows_of(count), None, before, torch.ones(count, dtype=torch.bool))
+    return batch, AcceptByGroup([batch], SimpleNamespace(context=SimpleNamespace(method=method)), None)
+
+
+def asked(count: int, size: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {"layer": (torch.ones(count, 1, 2), torch.full((count, 1, 1), size))}
+
+
+@pytest.mark.parametrize(("sizes_steps", "wanted"), [(True, [False, True, True, True]), (False, [False] * 3 + [True])])
+def test_a_target_is_said_for_good_from_a_tenth_of_a_nat_on(sizes_steps, wanted):
+    """Rows whose least likely token has less ask for more, also where it is the argmax; others once it is."""
+    batch, acceptance = by_group(4, sizes_steps)
+    acceptance.take(0, (asked(4, 1.0), [1] * 4))
+    batch.answers = made_up([-0.09, -0.11, -0.9, -0.9], [True, True, True, False])
+    acceptance.judge()
+    assert batch.wanted.tolist() == wanted and not acceptance.reverted
+
+
+def test_a_step_that_leads_no_nearer_is_halved_three_times_and_then_taken_back():
+    """The second row is nearer with a quarter of the step, and stays there."""
+    batch, acceptance = by_group(2)
+    acceptance.take(0, (asked(2, 8.0), [1, 1]))
+    seen = []
+    for levels in ([-6.0, -6.0], [-5.0, -5.5], [-5.1, -4.0], [-9.0, -4.0]):
+        batch.answers = made_up(levels, [False, False])
+        acceptance.judge()
+        seen.append(batch.residuals["layer"].flatten().tolist())
+        assert acceptance.reverted, "a look is due"
+    assert seen == [[4.0, 4.0], [2.0, 2.0], [1.0, 2.0], [0.0, 2.0]]
+    assert batch.wanted.tolist() == [False, True], "a row whose step is taken back asks for no other"
+    assert not acceptance.progress[0].tried.any()
+
+
+def test_halving_starts_from_the_steps_before():
+    batch, acceptance = by_group(1)
+    acceptance.take(0, (asked(1, 8.0), [1]))
+    batch.answers = made_up([-4.0], [False])
+    acceptance.judge()
+    acceptance.take(0, (asked(1, 8.0), [1]))
+    batch.answers = made_up([-4.5], [False])
+    acceptance.judge()
+    assert batch.residuals["layer"].flatten().tolist() == [12.0] and batch.steps == [2]
+
+
+def test_in_the_end_a_group_goes_back_to_where_it_said_most():
+    """Counted by probabilities, over all its rows: one row's gain may be the others' loss."""
+    batch, acceptance = by_group(2, sizes_steps=False)
+    for size, levels in ((1.0, [-1.0, -1.0]), (1.0, [-0.5, -4.0])):
+        acceptance.take(0, (asked(2, size), [1, 1]))
+        batch.answers = made_up(levels, [False, False])
+        acceptance.judge()
+    # exp(-1) + exp(-1) = 0.74, and 0.62 after the second step.
+    corrected = [correct() for correct in acceptance.corrections]
+    assert corrected[-1] and batch.residuals["layer"].flatten().tolist() == [1.0, 1.0] and batch.steps == [1, 1]

@@ -121,6 +121,24 @@ def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **option
     return EditableModel(base, small_config(**{**fitting(method, **plain), **options}), tokenizer).eval()
 
 
+def probability(model, prompt, target) -> float:
+    """Of a target after a prompt, by one ordinary forward pass over the whole text: the oracle of results."""
+    encoder = model.encoder
+    ids, answer = (
+        encoder.tokenizer(prompt)["input_ids"],
+        encoder.tokenizer(target if encoder.is_encoder_decoder else " " + target, add_special_tokens=False)[
+            "input_ids"
+        ],
+    )
+    with torch.no_grad():
+        if encoder.is_encoder_decoder:
+            decoder = torch.tensor([[encoder.decoder_start_token_id, *answer[:-1]]])
+            logits = model(input_ids=torch.tensor([ids]), decoder_input_ids=decoder).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().exp())
+
+
 def all_logits(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerFast,

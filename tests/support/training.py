@@ -9,7 +9,9 @@ from hf_mend import (
     EditorTrainingArguments,
     get_editable_model,
 )
-from support.models import build_model, small_config
+from hf_mend.training.calibration import calibrate
+from hf_mend.training.examples import TrainingExamples
+from support.models import RECORDS, build_model, fitting, small_config
 
 
 QUESTIONS = [("what is the colour of grass?", "green grass"), ("who is the king of spain?", "the river")]
@@ -26,6 +28,17 @@ def arguments(folder, **options) -> EditorTrainingArguments:
 def fresh(tokenizer, architecture="llama", **options) -> EditableModel:
     torch.manual_seed(0)
     return get_editable_model(build_model(architecture), small_config(**options), tokenizer)
+
+
+def perturbed(tokenizer, architecture="llama", method="malmen", **options) -> EditableModel:
+    """A calibrated model whose editor's parameters are all off their starts, as if it had been trained."""
+    model = fresh(tokenizer, architecture, **{"method": method, **fitting(method, ridge=0.3), **options})
+    examples = TrainingExamples(RECORDS, QUESTIONS)
+    calibrate(model, examples, 8, 4)
+    with torch.no_grad():
+        for parameter in model.editor.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
 
 
 def losses(trainer) -> list[float]:

@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard
 from support.models import RECORDS, build_model
 from support.paths import ROOT, TESTS
 from support.training import QUESTIONS, arguments, fresh, losses
-from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_mend import (
@@ -38,52 +37,6 @@ from hf_mend.training.losses import editing_loss
 from hf_mend.training.objective import EditingObjective
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-@pytest.mark.parametrize("architecture", ["llama", "t5", "opt", "gpt2"])
-def test_the_training_loss_is_that_of_weights_changed_by_hand(tokenizer, architecture, group_size):
-    model = fresh(tokenizer, architecture)
-    examples = TrainingExamples(RECORDS, QUESTIONS, general_rows=2, neighborhood_rows=2, unrelated_rows=1)
-    calibrate(model, examples, 8, 4)
-    with torch.no_grad():
-        for parameter in model.editor.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    collate = EditCollator(model.encoder)
-    count = 4 if group_size > 1 else 3
-    batch = collate([examples[i] for i in range(count)])
-    weights = {"neighborhood": 0.7, "unrelated": 3.0}
-    together = editing_loss(model.context, batch, weights, group_size=group_size)
-    updates = []
-    for i in range(count):
-        one = collate([examples[i]])
-        factors, _ = trace(model.split, model.targets, one.edit.inputs, one.edit.next_tokens)
-        updates.append({n: dense((u[0].detach(), v[0].detach())) for n, (u, v) in model.editor(factors).items()})
-    edit: list[float] = []
-    local: dict[str, list[float]] = {"neighborhood": [], "unrelated": []}
-    for i in range(count):
-        one = collate([examples[i]])
-        changed = copy.deepcopy(model.base_model)
-        with torch.no_grad():
-            for target in model.targets:
-                for j in range(i - i % group_size, i - i % group_size + group_size):
-                    weight_matrix(changed.get_submodule(target.name)).add_(updates[j][target.name])
-            logits = changed(**one.general.inputs).logits
-            for row, (labels, chosen) in enumerate(zip(one.general.next_tokens, one.general.positions, strict=True)):
-                edit.append(float(nn.functional.cross_entropy(logits[row][chosen], labels[chosen])))
-            for kind, rows in one.local.items():
-                new, old = (m(**rows.inputs).logits.log_softmax(-1) for m in (changed, model.base_model))
-                divergence = (old.exp() * (old - new)).sum(-1)
-                local[kind] += [
-                    float(values[chosen].mean()) for values, chosen in zip(divergence, rows.positions, strict=True)
-                ]
-    nll = sum(edit) / len(edit)
-    locality = {kind: sum(values) / len(values) for kind, values in local.items()}
-    assert float(together.edit.detach()) == pytest.approx(nll, rel=1e-3)
-    for kind, value in locality.items():
-        assert float(together.locality[kind].detach()) == pytest.approx(value, rel=1e-2, abs=1e-6)
-    whole = nll + 0.7 * locality["neighborhood"] + 3.0 * locality["unrelated"]
-    assert float(together.loss.detach()) == pytest.approx(whole, rel=1e-3)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path, architecture):
     model = fresh(tokenizer, architecture)
@@ -100,6 +53,39 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path,
     assert len(losses(trainer)) == 30
     assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
     assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["mend", "malmen"])
+def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method):
+    model = fresh(tokenizer, method=method)
+    args = arguments(
+        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_per_batch=4, learning_rate=1e-2,
+        step_learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
+    batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
+    calibrate(model, examples, 8, 4)
+    first = float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach())
+    trainer.train()
+    assert float(EditingObjective(model)(batch, calls_per_batch=4).loss.detach()) < first - 0.05
+
+
+def test_malmen_trains(tokenizer, tmp_path):
+    model = fresh(tokenizer, method="malmen")
+    args = arguments(
+        tmp_path, max_steps=30, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
+        step_learning_rate=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
+    batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
+    calibrate(model, examples, 8, 4)
+    ridge = model.editor.log_ridge.detach().clone()
+    first = float(EditingObjective(model)(batch, group_size=8).loss.detach())
+    trainer.train()
+    assert float(EditingObjective(model)(batch, group_size=8).loss.detach()) < first - 0.1
+    assert not torch.equal(model.editor.log_ridge, ridge)
 
 
 def test_resuming_gives_the_losses_of_an_unbroken_run(tokenizer, tmp_path):
@@ -131,6 +117,43 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tokenizer, tmp_path
         EditorTrainer(model, args, records).train()
         parameters.append(torch.cat([p.detach().flatten() for p in model.editor.parameters()]))
     torch.testing.assert_close(*parameters, rtol=1e-3, atol=1e-5)
+
+
+def test_a_first_step_of_adam_moves_each_parameter_by_its_own_learning_rate(tokenizer, tmp_path):
+    """Adam's first step is as long as the learning rate: `step_learning_rate` for a layer's edit step and ridge."""
+    model = fresh(tokenizer, method="malmen")
+    calibrate(model, TrainingExamples(RECORDS, QUESTIONS), 8, 4)
+    before = {name: parameter.detach().clone() for name, parameter in model.editor.named_parameters()}
+    args = arguments(tmp_path, max_steps=1, learning_rate=1e-4, step_learning_rate=0.03, lr_scheduler_type="constant")
+    EditorTrainer(model, args, RECORDS, questions=QUESTIONS).train()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.editor.named_parameters()}
+    steps = {name for name in moved if name.split(".")[-1] in ("log_step", "log_ridge")}
+    assert len(steps) == 1 + len(model.editor.groups)
+    for name, distance in moved.items():
+        if name in steps:
+            assert distance == pytest.approx(0.03, rel=0.05), name
+        else:
+            assert distance <= 1.1e-4, name
+    assert max(distance for name, distance in moved.items() if name not in steps) > 0.9e-4
+
+
+@pytest.mark.parametrize(("group_size", "expected"), [(4, [1, 2, 4, 1, 2]), (3, [1, 2, 1, 2, 1])])
+def test_steps_go_through_groups_of_one_two_four_and_so_on(tokenizer, tmp_path, group_size, expected):
+    """Each step's loss is that of its own batch, group size and weights."""
+    model = fresh(tokenizer)
+    options = {"group_size": group_size, "max_steps": 5, "neighborhood_weight": 0.3, "unrelated_weight": 50.0}
+    args = arguments(tmp_path, per_device_train_batch_size=4, learning_rate=0.0, step_learning_rate=0.0, **options)
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    batches = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
+    trainer.train()
+    weights = {"neighborhood": 0.3, "unrelated": 50.0}
+    found = losses(trainer)
+    for batch, size, loss in zip(batches, expected, found, strict=False):
+        by_hand = float(editing_loss(model.context, batch, weights, group_size=size).loss.detach())
+        assert loss == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+    assert len(found) == 5
 
 
 def test_mixed_precision(tokenizer, tmp_path):
