@@ -192,7 +192,7 @@ def with_forms(records: Iterable[EditRecord], templates: FormTemplates | None = 
 
 
 def packaged_texts() -> list[str]:
-    """The packaged lines of ordinary text."""
+    """The packaged lines of calibration text."""
     return (
         resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8").splitlines()
     )

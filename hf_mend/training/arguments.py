@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..data.deprecation import renamed_arguments
+from ..data.forms import check_forms
 
 
 # The smallest values of the arguments that are counts.
@@ -131,4 +132,9 @@ class EditorTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
         if not (isinstance(self.decay, (int, float)) and 0 <= self.decay <= 1):
             raise ValueError(f"decay is {self.decay!r}, expected a number from 0 to 1")
+        for name in ("forms", "edit_forms"):
+            if getattr(self, name) is not None:
+                check_forms(getattr(self, name), name)
+        if not (isinstance(self.context_rate, (int, float)) and 0 <= self.context_rate <= 1):
+            raise ValueError(f"context_rate is {self.context_rate!r}, expected a number from 0 to 1")
         super().__post_init__()

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bases.gradients import record_inputs, trace
+from ..bases.limits import longest_input
 from ..bases.split import logits_of
 from ..data.encoding import EncodedBatch, batches
 from ..edits.hook import applied
@@ -27,7 +28,7 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
         edits (`int`, defaults to 128): Number of examples.
         batch_size (`int`, defaults to 8): Examples per batch; it changes only the rounding.
     """
-    collate = EditCollator(model.encoder)
+    collate = EditCollator(model.encoder, longest_input(model.config))
     wanted = min(len(examples), edits)
     order = [i * len(examples) // wanted for i in range(wanted)]
     editor = model.editor

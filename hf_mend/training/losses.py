@@ -113,27 +113,21 @@ def _loss_under(
     below: Callable[[EncodedBatch], HiddenState],
 ) -> EditingLoss:
     """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
-
-    def edited(rows: EncodedBatch, state: HiddenState, index: torch.Tensor | None, total: int) -> torch.Tensor:
-        return context.logits(
-            rows, state, updates if index is None else [_of_rows(one, index, total) for one in updates]
-        )
-
     general = batch.general
-    each: list[torch.Tensor] = []
+    nll: list[torch.Tensor] = []
     for index, rows in by_length(general):
-        each.append(_row_nll(edited(rows, below(rows), index, len(general)), rows))
-    edit = torch.cat(each).mean()
+        seen = _of_rows(updates, index, len(general))
+        nll.append(_row_nll(context.logits(rows, below(rows), seen), rows))
+    edit = torch.cat(nll).mean()
     loss, locality = edit, {}
     for kind, texts in batch.local.items():
-        each = []
+        divergences: list[torch.Tensor] = []
         for index, rows in by_length(texts):
-            state = below(rows)
+            state, seen = below(rows), _of_rows(updates, index, len(texts))
             with torch.no_grad():
                 base = context.logits(rows, state)
-            divergence = kl_divergence(edited(rows, state, index, len(texts)), base)
-            each.append(row_means(divergence, rows))
-        locality[kind] = torch.cat(each).mean()
+            divergences.append(row_means(kl_divergence(context.logits(rows, state, seen), base), rows))
+        locality[kind] = torch.cat(divergences).mean()
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
 
@@ -279,13 +273,20 @@ def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, Encoded
 _FEW_TOKENS, _SHORTER = 256, 0.75
 
 
-def _of_rows(updates: Mapping[str, Update], index: torch.Tensor, total: int) -> Mapping[str, Update]:
+def _of_rows(
+    updates: Sequence[Mapping[str, Update]], index: torch.Tensor | None, total: int
+) -> Sequence[Mapping[str, Update]]:
     """The updates of some of `total` rows, of which equally many neighbouring ones belong to each group of edits."""
-    seen: dict[str, Update] = {}
-    for name, (u, v) in updates.items():
-        group = (index * len(u) // total).to(u.device)
-        seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
-    return seen
+    if index is None:
+        return updates
+    chosen: list[dict[str, Update]] = []
+    for one in updates:
+        seen: dict[str, Update] = {}
+        for name, (u, v) in one.items():
+            group = (index * len(u) // total).to(u.device)
+            seen[name] = (u, v) if u.dim() == 2 else (u[group], v[group])
+        chosen.append(seen)
+    return chosen
 
 
 def _leaf(side: torch.Tensor) -> torch.Tensor:

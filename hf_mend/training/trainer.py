@@ -302,6 +302,12 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         encoder, longest = self.editable_model.encoder, longest_input(self.editable_model.config)
         check_targets(records, encoder, longest)
         check_asked(self.editable_model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
+        for number, record in enumerate(records):
+            where = f"record {number} ({record.id or 'no id'})"
+            for i, text in enumerate(record.questions):
+                check_query(Query(text, record.target), encoder, longest, where, f"questions[{i}]")
+            for i, text in enumerate(record.same_subject):
+                check_query(Query(text), encoder, longest, where, f"same_subject[{i}]")
         for number, pair in enumerate(questions):
             check_query(Query(*pair), encoder, longest, f"question {number}", "question", "answer")
 

@@ -153,9 +153,9 @@ def test_the_collator_keeps_each_edits_rows_together_in_every_kind(tokenizer):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
-@pytest.mark.parametrize("edits_together", [1, 2])
+@pytest.mark.parametrize("group_size", [1, 2])
 def test_rows_of_like_length_together_give_the_loss_and_gradient_of_all_at_once(
-    tokenizer, architecture, edits_together, monkeypatch
+    tokenizer, architecture, group_size, monkeypatch
 ):
     chatting = copy.deepcopy(tokenizer)
     chatting.chat_template = CHAT
@@ -169,9 +169,7 @@ def test_rows_of_like_length_together_give_the_loss_and_gradient_of_all_at_once(
         assert (len(parts) > 1) == (few == 8)
         assert sum(len(rows) for _, rows in parts) == len(batch.general)
         model.editor.zero_grad()
-        loss = editing_loss(
-            model.split, model.targets, model.editor, batch, {"continuation": 2.0}, edits_together=edits_together
-        )
+        loss = editing_loss(model.context, batch, {"continuation": 2.0}, group_size=group_size)
         loss.loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.editor.parameters() if p.grad is not None])
         found.append((loss.loss.detach(), gradient))

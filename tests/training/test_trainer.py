@@ -203,7 +203,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     two = run_training(tmp_path / "two", launch, 2)
     accumulated = run_training(tmp_path / "accumulated", [], 2, accumulation=2)
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["losses"][0] != pytest.approx(one["losses"][-1], rel=1e-2)
+    assert max(one["losses"]) > 1.01 * min(one["losses"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
@@ -237,6 +237,8 @@ LONG = "the capital of peru is " * 20
         ({"target": " "}, QUESTIONS, "record 7 (7) has an empty target"),
         ({"paraphrases": ["in peru", LONG]}, QUESTIONS, r"record 7 (7) has .* the paraphrases\[1\] 'the capital"),
         ({"neighborhood": [LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the neighborhood\[0\]"),
+        ({"questions": ["who?", LONG]}, QUESTIONS, r"record 7 (7) has .* shorten the questions\[1\]"),
+        ({"same_subject": [" "]}, QUESTIONS, r"record 7 (7) has an empty same_subject\[0\]"),
         ({"unrelated": [("who?", LONG)]}, (), r"record 7 (7) has .* shorten the unrelated\[0\]\[1\]"),
         ({}, [*QUESTIONS, (LONG, "grass")], "question 2 has .* tokens with its answer, the model takes 64"),
         ({}, [*QUESTIONS, ("who?", "")], "question 2 has an empty answer"),
