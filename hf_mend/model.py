@@ -296,7 +296,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         """
         self._check_usable()
         if not self.editor.takes_texts:
-            other = "the packaged text alone" if self.editor.reads_ordinary_text else "no other text"
+            other = "the packaged text alone" if self.editor.reads_calibration_text else "no other text"
             why = "is trained, on data that say what must stay" if self.editor.trains else f"looks at {other}"
             raise ValueError(f"the method {self.editor_config.method!r} {why}; leave observe out")
         texts = list(texts)
