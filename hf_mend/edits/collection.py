@@ -101,12 +101,12 @@ class Edits(Sequence[Edit]):
         `rank`, and `norms`, the Frobenius norm of each layer's update.
         """
         enabled = [edit for edit in self if edit.enabled]
-        last = {edit.asked: edit.id for edit in enabled}
+        last = {edit.prompt_key: edit.id for edit in enabled}
         part_of = {one: edit.id for edit in enabled for one in edit.replaces}
         acting = {id(edit) for edit in self.active}
         rows = []
         for edit in self:
-            later = last.get(edit.asked) if edit.enabled and edit.asked else None
+            later = last.get(edit.prompt_key) if edit.enabled and edit.prompt_key else None
             rows.append(
                 {
                     "id": edit.id,

@@ -17,7 +17,7 @@ from .low_rank import Update
 _KEYS = {"enabled": "enabled", "replaces": "replaces", "needs": "requires", "support": "is_base_delta"}
 
 
-@renamed_arguments(needs="requires", support="is_base_delta")
+@renamed_arguments(needs="requires", support="is_base_delta", asked="prompt_key")
 @dataclass
 class Edit:
     """
@@ -48,7 +48,7 @@ class Edit:
     is_base_delta: bool = False
 
     @property
-    def asked(self) -> tuple[str, bool] | None:
+    def prompt_key(self) -> tuple[str, bool] | None:
         """The identity of the prompt, as [`same_prompt`] gives it; `None` for an edit without a prompt."""
         return same_prompt(self.prompt, self.metadata.get("chat") == "true") if self.prompt else None
 
@@ -89,12 +89,12 @@ def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     unless another edit replaces it; and the base deltas that these require.
     """
     enabled = [edit for edit in edits if edit.enabled and not edit.is_base_delta]
-    last = {edit.asked: index for index, edit in enumerate(enabled)}
+    last = {edit.prompt_key: index for index, edit in enumerate(enabled)}
     replaced = {one for edit in enabled for one in edit.replaces}
     acting = [
         edit
         for index, edit in enumerate(enabled)
-        if edit.id not in replaced and (edit.asked is None or last[edit.asked] == index)
+        if edit.id not in replaced and (edit.prompt_key is None or last[edit.prompt_key] == index)
     ]
     required = {edit.requires for edit in acting} - replaced
     return [edit for edit in edits if edit.is_base_delta and edit.id in required] + acting
