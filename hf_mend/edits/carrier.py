@@ -48,7 +48,7 @@ class CarriesEdits:
     base_model: Any
     targets: list[Target]
     editor_config: EditorConfig
-    _stack: ActiveEdits
+    _active: ActiveEdits
     _store: EditStore | None
     _spent: str | None
     _for_a_while: Any
@@ -59,7 +59,7 @@ class CarriesEdits:
         The edits of the model, oldest first, to index, search and export. Of several edits of one prompt the last
         acts, and the others wait.
         """
-        return Edits(self._stack.edits)
+        return Edits(self._active.edits)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
@@ -72,16 +72,16 @@ class CarriesEdits:
             ValueError: The edit is part of a compressed one.
         """
         self._check_usable()
-        if not self._stack.edits:
+        if not self._active.edits:
             raise IndexError("there is no edit to undo")
         with self._stored():
-            return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
+            return self._active.remove([self._active.edits[-1].id if edit_id is None else edit_id])[0]
 
     def undo_all(self) -> list[Edit]:
         """Take back all edits and return them."""
         self._check_usable()
         with self._stored():
-            return self._stack.remove([edit.id for edit in self._stack.edits])
+            return self._active.remove([edit.id for edit in self._active.edits])
 
     def disable_edit(self, *edit_ids: str) -> None:
         """
@@ -136,8 +136,8 @@ class CarriesEdits:
         """
         self._check_usable()
         with self._stored():
-            edits, report = compressed(self._stack.edits, rank, keep)
-            self._stack.replace(edits)
+            edits, report = compressed(self._active.edits, rank, keep)
+            self._active.replace(edits)
         return report
 
     def open_store(self, path: str | Path) -> list[Edit]:
@@ -163,12 +163,12 @@ class CarriesEdits:
         if self._store is not None:
             raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
         store = EditStore(path, fingerprint_of(self.base_model, self.targets))
-        edits, before = list(store.edits), self._stack.edits
+        edits, before = list(store.edits), self._active.edits
         check_same_base(self.base_model, store.base_fingerprint, str(path))
-        self._stack.check_fit(edits, path)
+        self._active.check_fit(edits, path)
         every = each_base_delta_once([*edits, *before])
         store.follow(edits, every)
-        self._stack.replace(every)
+        self._active.replace(every)
         self._store = store
         return edits
 
@@ -179,7 +179,7 @@ class CarriesEdits:
     @contextmanager
     def disable_edits(self) -> Iterator[None]:
         """Disable all edits within the context: the model answers as if it had none."""
-        with self._stack.disabled():
+        with self._active.disabled():
             yield
 
     @contextmanager
@@ -192,9 +192,9 @@ class CarriesEdits:
         """
         self._check_usable()
         with self._for_a_while():
-            self._stack.replace([])
-            self._stack.check_fit(edits, "these edits")
-            self._stack.replace(edits)
+            self._active.replace([])
+            self._active.check_fit(edits, "these edits")
+            self._active.replace(edits)
             yield
 
     # ---- files ----
@@ -206,7 +206,7 @@ class CarriesEdits:
         Args:
             save_directory (`str` or `Path`): The folder; made if missing.
         """
-        write_edits_file(save_directory, self._stack.edits, fingerprint_of(self.base_model, self._stack.targets))
+        write_edits_file(save_directory, self._active.edits, fingerprint_of(self.base_model, self._active.targets))
 
     def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
         """
@@ -251,7 +251,7 @@ class CarriesEdits:
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
-        edits = self._stack.edits if edits is None else edits
+        edits = self._active.edits if edits is None else edits
         check_required(edits, "save_lora")
         edits = active_edits(edits)
         updates, error = stacked(edits), 0.0
@@ -294,26 +294,26 @@ class CarriesEdits:
         return self._add(read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME]), lora_name_or_path)
 
     def _add(self, edits: list[Edit], source: str | Path) -> list[Edit]:
-        self._stack.check_fit(edits, source)
+        self._active.check_fit(edits, source)
         with self._stored():
-            self._stack.replace([*self._stack.edits, *edits])
+            self._active.replace([*self._active.edits, *edits])
         return edits
 
     def _set_enabled(self, edit_ids: Sequence[str], enabled: bool) -> None:
         self._check_usable()
         with self._stored():
-            self._stack.replace(with_enabled(self._stack.edits, edit_ids, enabled))
+            self._active.replace(with_enabled(self._active.edits, edit_ids, enabled))
 
     @contextmanager
     def _stored(self) -> Iterator[None]:
         """Record changes made within the context in the open store. If that fails, restore the edits."""
-        before = self._stack.edits
+        before = self._active.edits
         yield
         if self._store is not None:
             try:
-                self._store.follow(before, self._stack.edits)
+                self._store.follow(before, self._active.edits)
             except BaseException:
-                self._stack.replace(before)
+                self._active.replace(before)
                 raise
 
     def _check_usable(self) -> None:
