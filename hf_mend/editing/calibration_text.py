@@ -9,6 +9,7 @@ from importlib import resources
 from tqdm.auto import tqdm
 
 from ..bases.gradients import record_inputs
+from ..bases.limits import longest_input
 from ..data.encoding import Encoder, Query
 from .context import EditingContext
 
@@ -35,7 +36,7 @@ def observe_calibration_text(
     """
     packaged = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
     split, method = context.split, context.method
-    longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
+    longest = (longest_input(split.model.config) or 512) // 2
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
     pairs = [(prompt[:longest], answer[:longest]) for prompt, answer in map(encoder.tokens, queries)]

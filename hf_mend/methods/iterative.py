@@ -47,7 +47,7 @@ class Look(Protocol):
 
     def __call__(self, updates: Mapping[str, Update], requests: torch.Tensor) -> Seen:
         """
-        Run some requests from the hidden state that is kept below the lowest edited block.
+        Run some requests from the hidden state stored below the lowest edited block.
 
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes
