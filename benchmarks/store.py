@@ -114,7 +114,7 @@ def forward_figures(model: EditableModel, edits: list[Edit], repeat: int) -> dic
             again = sorted(seconds_of(lambda: model(input_ids=tokens))[0] for _ in range(repeat))[repeat // 2]
             rank = min(count * RANK, D_IN * D_OUT // (D_IN + D_OUT))
             form = "none" if not count else "dense" if count * RANK > rank else f"two of rank {rank}"
-            held = model._stack.nbytes / 1e6
+            held = model._active.nbytes / 1e6
         figures[f"{count:,}"] = {"form": form, "first pass, s": first, "later passes, s": again, "sum, MB": held}
     return figures
 

@@ -87,8 +87,8 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        self._stack = ActiveEdits(self.targets, base_model)
-        self._ownership = ActsWhileOwned(self._stack)
+        self._active = ActiveEdits(self.targets, base_model)
+        self._ownership = ActsWhileOwned(self._active)
         self.card_notes = CardNotes()
         self._spent: str | None = None
         self._store: EditStore | None = None
@@ -266,7 +266,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         self._warn_if_untrained()
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
-            results = make_edits(self.context, encoder, self._stack, requests, options, batch_size)
+            results = make_edits(self.context, encoder, self._active, requests, options, batch_size)
         for result in results:
             if result.success is False:
                 logger.warning(
@@ -292,7 +292,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         """
         self._check_usable()
         if not self.editor.takes_texts:
-            other = "the packaged text alone" if self.editor.reads_ordinary_text else "no other text"
+            other = "the packaged text alone" if self.editor.reads_calibration_text else "no other text"
             why = "is trained, on data that say what must stay" if self.editor.trains else f"looks at {other}"
             raise ValueError(f"the method {self.editor_config.method!r} {why}; leave observe out")
         texts = list(texts)
@@ -324,7 +324,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
             RuntimeError: The model has been merged or unloaded already.
         """
         self._check_usable()
-        self._stack.merge(safe=safe_merge)
+        self._active.merge(safe=safe_merge)
         self._base_state.restore_gradients(self.base_model)
         self._store, self._spent = None, "edits have been merged into the base model's weights"
         return self.base_model
@@ -340,7 +340,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         """
         self._check_usable()
         self._store, self._spent = None, "base model was given back by unload()"
-        self._stack.replace([])
+        self._active.replace([])
         self._base_state.restore(self.base_model)
         return self.base_model
 
@@ -351,13 +351,13 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
     @contextmanager
     def _for_a_while(self) -> Iterator[None]:
         """Restore the edits after the context, and record nothing of it in a store."""
-        before, store, keys = self._stack.edits, self._store, self._stack.preserved_keys.copy()
+        before, store, keys = self._active.edits, self._store, self._active.preserved_keys.copy()
         self._store = None
         try:
             yield
         finally:
-            self._store, self._stack.preserved_keys = store, keys
-            self._stack.replace(before)
+            self._store, self._active.preserved_keys = store, keys
+            self._active.replace(before)
 
     def _warn_if_untrained(self) -> None:
         """Warn once if the editor was never trained."""

@@ -1,1 +1,1 @@
-"""All that knows architectures: layers to edit, their weights, the split pass and its gradients."""
+"""Base models, and all that knows their architectures: layers to edit, weights, the split pass and its gradients."""

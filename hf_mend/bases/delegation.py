@@ -1,8 +1,8 @@
-"""What transformers, TRL and lm-evaluation-harness ask of a model, answered by the base model."""
+"""Attributes that transformers, TRL and lm-evaluation-harness expect of a model, delegated to the base model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 def known_to_pipelines(cls: type) -> None:
     """
-    Have `transformers.pipeline("text-generation", ...)` know a class that wraps a causal language model. A pipeline
-    logs an error for a class that it does not know, although it works.
+    Register a class that wraps a causal language model with `transformers.pipeline("text-generation", ...)`, which
+    otherwise logs an error although it works.
 
     Args:
         cls (`type`): The class.
@@ -25,8 +25,8 @@ def known_to_pipelines(cls: type) -> None:
 
 class DelegatesToBase:
     """
-    The methods of [`EditableModel`] that are the base model's own, under the active edits. Each is here by its name:
-    what is not is an `AttributeError`, as on any module. A property that the base model lacks is lacking here too.
+    The methods of [`EditableModel`] that delegate to the base model, under the active edits. Each is defined by name:
+    any other is an `AttributeError`, as on any module. A property that the base model lacks is lacking here too.
     """
 
     base_model: Any
@@ -38,18 +38,16 @@ class DelegatesToBase:
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of one step of generation, as the base model does."""
-        inputs: dict[str, Any] = self.base_model.prepare_inputs_for_generation(*args, **kwargs)
-        return inputs
+        return cast("dict[str, Any]", self.base_model.prepare_inputs_for_generation(*args, **kwargs))
 
     def can_generate(self) -> bool:
-        """Whether the base model can generate; `transformers.pipeline` asks."""
+        """Whether the base model can generate; `transformers.pipeline` calls it."""
         return bool(self.base_model.can_generate())
 
     @property
     def generation_config(self) -> GenerationConfig:
         """The base model's generation configuration. It can be set."""
-        config: GenerationConfig = self.base_model.generation_config
-        return config
+        return cast("GenerationConfig", self.base_model.generation_config)
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
@@ -58,12 +56,11 @@ class DelegatesToBase:
     @property
     def dtype(self) -> torch.dtype:
         """The base model's dtype."""
-        dtype: torch.dtype = self.base_model.dtype
-        return dtype
+        return cast("torch.dtype", self.base_model.dtype)
 
     @property
     def name_or_path(self) -> str:
-        """Where the base model came from; lm-evaluation-harness looks for a tokenizer there."""
+        """The base model's origin, where lm-evaluation-harness looks for a tokenizer."""
         return str(self.config.name_or_path)
 
     @property
@@ -73,31 +70,26 @@ class DelegatesToBase:
 
     @property
     def input_modalities(self) -> str | tuple[str, ...]:
-        """What the base model reads; a pipeline's description asks."""
-        found: str | tuple[str, ...] = self.base_model.input_modalities
-        return found
+        """The base model's input modalities, for a pipeline's description."""
+        return cast("str | tuple[str, ...]", self.base_model.input_modalities)
 
     @property
     def output_modalities(self) -> str | tuple[str, ...]:
-        """What the base model generates; a pipeline's description asks."""
-        found: str | tuple[str, ...] = self.base_model.output_modalities
-        return found
+        """The base model's output modalities, for a pipeline's description."""
+        return cast("str | tuple[str, ...]", self.base_model.output_modalities)
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
-        """Where a device map has put the base model's parts; an `AttributeError` where there is none."""
-        found: dict[str, Any] = self.base_model.hf_device_map
-        return found
+        """The devices of the base model's parts by its device map; an `AttributeError` without one."""
+        return cast("dict[str, Any]", self.base_model.hf_device_map)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base model's input embedding."""
-        module: nn.Module = self.base_model.get_input_embeddings()
-        return module
+        return cast("nn.Module", self.base_model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the base model's output layer."""
-        module: nn.Module | None = self.base_model.get_output_embeddings()
-        return module
+        return cast("nn.Module | None", self.base_model.get_output_embeddings())
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base model's encoder."""
@@ -112,7 +104,7 @@ class DelegatesToBase:
         Return the number of the base model's parameters, without the editor's.
 
         Args:
-            only_trainable (`bool`, defaults to `False`): Count those alone that need a gradient; all are frozen.
+            only_trainable (`bool`, defaults to `False`): Count only those that require a gradient; all are frozen.
             exclude_embeddings (`bool`, defaults to `False`): Leave the embeddings out.
         """
         return int(self.base_model.num_parameters(only_trainable, exclude_embeddings))
@@ -127,7 +119,7 @@ class DelegatesToBase:
         return int(self.base_model.get_memory_footprint(return_buffers))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Have the base model compute activations again in the backward pass, where it is in training mode."""
+        """Have the base model recompute activations in the backward pass, where it is in training mode."""
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -135,21 +127,21 @@ class DelegatesToBase:
         self.base_model.gradient_checkpointing_disable()
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Do what `gradient_checkpointing_enable` does, by the name that newer versions of transformers give it."""
+        """Call `gradient_checkpointing_enable` by its name in newer versions of transformers."""
         self.base_model.activation_checkpointing_enable(*args, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
-        """Do what `gradient_checkpointing_disable` does, by its newer name."""
+        """Call `gradient_checkpointing_disable` by its newer name."""
         self.base_model.activation_checkpointing_disable()
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """Whether the base model computes activations again in the backward pass, by the newer name."""
+        """Whether the base model recomputes activations in the backward pass, by the newer name."""
         return bool(self.base_model.is_activation_checkpointing)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether the base model computes activations again in the backward pass."""
+        """Whether the base model recomputes activations in the backward pass."""
         return bool(self.base_model.is_gradient_checkpointing)
 
     def enable_input_require_grads(self) -> None:
@@ -179,7 +171,7 @@ class DelegatesToBase:
             new_num_tokens (`int`, *optional*): The present size, or `None`.
 
         Raises:
-            NotImplementedError: Another size is asked for; nothing has changed.
+            NotImplementedError: `new_num_tokens` is another size; nothing has changed.
         """
         embedding: Any = self.get_input_embeddings()
         size = int(embedding.weight.shape[0])
@@ -188,5 +180,4 @@ class DelegatesToBase:
                 f"the vocabulary of an editable model cannot change from {size} to {new_num_tokens} tokens, as its "
                 "edits and its editor belong to this base; resize the base model before it is wrapped"
             )
-        found: nn.Module = embedding
-        return found
+        return cast("nn.Module", embedding)

@@ -1,4 +1,4 @@
-"""Which base model an editor or an edit was made for: architecture, shapes, and a hash of the edited weights."""
+"""Fingerprints of base models: architecture, shapes, and a hash of the edited weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EDITOR_SAMPLE = 256
 
 def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, Any]:
     """
-    The base model as far as an editor depends on it.
+    Return a base model's fingerprint: the properties that an editor depends on.
 
     The hash is over an even sample of the edited weights rounded to bfloat16, so that the same model has the same hash
     in float32 and bfloat16. It is `None` where the weights cannot be read so (offloaded, quantised or
@@ -42,7 +42,7 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
         except TypeError:
             digest = None
             break
-        if weight.dtype == torch.float16:  # rounds a second time on its way to bfloat16, which changes some
+        if weight.dtype == torch.float16:  # rounding to float16 and then to bfloat16 differs from rounding once
             digest = None
             break
         flat = weight.reshape(-1)
@@ -57,8 +57,7 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
 
 def editor_id(method: nn.Module, name: str) -> str:
     """
-    Tells editors apart: the method's name, and a hash of an even sample of its parameters, of which a method that is
-    not trained has none.
+    Return an editor's id: the method's name, and a hash of an even sample of its parameters, if it has any.
 
     Args:
         method (`nn.Module`): The editor.
@@ -75,7 +74,7 @@ def editor_id(method: nn.Module, name: str) -> str:
 
 def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> None:
     """
-    Checks that edits were made for this base model, whatever editor it has now.
+    Check that edits were made for this base model, whatever its editor is now.
 
     Args:
         base_model (`PreTrainedModel`): The model at hand.
@@ -83,7 +82,7 @@ def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> No
         source (`str`): Where the edits came from, for the message.
 
     Raises:
-        ValueError: It is another one, or the fingerprint cannot be read.
+        ValueError: They were made for another one, or the fingerprint cannot be read.
     """
     if stored is None:
         return
@@ -103,10 +102,10 @@ def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> No
 
 def check_edits_base(config: EditorConfig, base_model: PreTrainedModel, stored: Any, source: str) -> None:
     """
-    [`check_base`] for saved edits, which may be of other layers than the model's editor edits.
+    Run [`check_base`] for saved edits, whose layers may differ from those of the model's editor.
 
     Args:
-        config ([`EditorConfig`]): Of the model's editor; its base model's name is for the message.
+        config ([`EditorConfig`]): The configuration of the model's editor; its base model's name is for the message.
         base_model (`PreTrainedModel`): The model at hand.
         stored (`str` or `dict`, *optional*): The fingerprint of the edits' base; nothing is checked without one.
         source (`str`): Where the edits came from.
@@ -117,7 +116,7 @@ def check_edits_base(config: EditorConfig, base_model: PreTrainedModel, stored: 
 
 
 def _in_order(base_model: PreTrainedModel, names: Sequence[str]) -> list[Target]:
-    """The model's layers of these names, in the order of the names: their hash depends on it."""
+    """Return the model's layers of these names, in the order of the names: their hash depends on it."""
     found = {target.name: target for target in named_layers(base_model, names)}
     return [found[name] for name in names if name in found]
 
@@ -126,15 +125,15 @@ def check_base(
     config: EditorConfig, base_model: PreTrainedModel, targets: Sequence[Target], source: str, fingerprint: Any = None
 ) -> None:
     """
-    Compares a stored fingerprint with a base model; another base of the same shapes gives a warning that names both.
+    Compare a stored fingerprint with a base model. Another base of the same shapes gives a warning that names both.
 
     Args:
         config ([`EditorConfig`]): Holds the editor's fingerprint and its base model's name.
         base_model (`PreTrainedModel`): The model at hand.
         targets (`Sequence[Target]`): Its edited layers.
         source (`str`): Where the editor or the edits came from, for the message.
-        fingerprint (`str` or `dict`, *optional*): The stored one, when it is not the configuration's; may be JSON
-            text.
+        fingerprint (`str` or `dict`, *optional*): The stored fingerprint, perhaps as JSON text, when it is not the
+            configuration's.
 
     Raises:
         ValueError: The layers' shapes differ, or the fingerprint cannot be read.
@@ -162,17 +161,17 @@ def check_base(
 
 
 def _parts(stored: Any, source: str) -> tuple[str, dict[str, list[int]], str | None]:
-    """Architecture, layers and hash of a stored fingerprint."""
+    """Return architecture, layers and hash of a stored fingerprint."""
     if isinstance(stored, str):
         stored = read_json_object(stored, f"{source}: its base_fingerprint")
     values = stored if isinstance(stored, dict) else {}
     architecture, layers, sha256 = values.get("architecture"), values.get("layers"), values.get("sha256")
-    right = (
+    valid = (
         isinstance(architecture, str)
         and isinstance(layers, dict)
         and all(isinstance(shape, list) and all(type(n) is int for n in shape) for shape in layers.values())
         and (sha256 is None or isinstance(sha256, str))
     )
-    if not right:
+    if not valid:
         raise ValueError(f"{source}: its base_fingerprint was altered, it is {shortened(stored)}; download it again")
     return architecture, layers, sha256  # type: ignore[return-value]

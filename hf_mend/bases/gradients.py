@@ -1,4 +1,4 @@
-"""The factors of a fine-tuning gradient at chosen layers, and divergences between logits."""
+"""Factors of fine-tuning gradients at chosen layers, and divergences between logits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 @contextmanager
 def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.Tensor]]]:
     """
-    Records the input and the output of each target layer in the passes within the context.
+    Record the input and the output of each target layer in the passes within the context.
 
-    The first target that a pass meets starts autograd's graph: nothing below it is kept. Yields a dictionary from
-    the layer's name to `[x, y]`, where `y` is part of the graph.
+    The first target that a pass meets starts autograd's graph: no activation below it is kept. The context's value is
+    a dictionary from the layer's name to `[x, y]`, where `y` is part of the graph.
     """
     record: dict[str, list[torch.Tensor]] = {}
 
@@ -50,10 +50,11 @@ def trace(
     state: HiddenState | None = None,
 ) -> tuple[Factors, torch.Tensor]:
     """
-    The factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section 3.1).
+    Return the factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section
+    3.1).
 
     A row's loss is the negative log-likelihood of its target, summed over the target's tokens. The backward pass ends
-    at the lowest target and asks for the gradients of the targets' outputs alone: no weight gradient is ever formed.
+    at the lowest target and computes the gradients of the targets' outputs alone: no weight gradient is ever formed.
 
     Args:
         split ([`SplitModel`]): The model; all its parameters are frozen.
@@ -61,7 +62,7 @@ def trace(
         inputs (`Mapping[str, torch.Tensor]`): The model's arguments, padded on any side.
         next_tokens (`torch.Tensor` of shape `(rows, seq)`): The target token that each position must predict, -100
             where there is none.
-        state ([`HiddenState`], *optional*): What `run_below` gave for these rows; computed when missing.
+        state ([`HiddenState`], *optional*): The output of `run_below` for these rows; computed when missing.
 
     Returns:
         `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero
@@ -88,12 +89,12 @@ def gradient_factors(
     state: HiddenState | None = None,
 ) -> tuple[Factors, torch.Tensor]:
     """
-    [`trace`] for any loss that is a sum over rows.
+    Return the factors and logits of [`trace`] for any loss that is a sum over rows.
 
     Args:
         split, targets, inputs, state: As for [`trace`].
-        positions (`torch.Tensor` of shape `(rows, seq)`, bool): Where there are logits.
-        loss_of (`Callable`): The loss, from the logits there, `(positions, vocab)`.
+        positions (`torch.Tensor` of shape `(rows, seq)`, bool): The positions of the logits.
+        loss_of (`Callable`): The logits there, `(positions, vocab)` -> the loss.
     """
     if state is None:
         state = split.run_below(inputs)
@@ -129,7 +130,7 @@ def gradient_factors(
 
 def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBatch) -> dict[str, torch.Tensor]:
     """
-    What enters the target layers on calibration text, padding left out.
+    Return the inputs of the target layers on calibration text, without padding.
 
     Args:
         split ([`SplitModel`]): The model.
@@ -140,12 +141,8 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
         `dict[str, torch.Tensor]`: Layer name -> `(tokens, d_in)`.
     """
     found: dict[str, torch.Tensor] = {}
-    present = {
-        "encoder": rows.inputs["attention_mask"].bool(),
-        "decoder": rows.inputs["attention_mask"].bool(),
-    }
-    if "decoder_input_ids" in rows.inputs:
-        present["decoder"] = rows.positions
+    mask = rows.inputs["attention_mask"].bool()
+    present = {"encoder": mask, "decoder": rows.positions if "decoder_input_ids" in rows.inputs else mask}
 
     def make(target: Target) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -164,11 +161,11 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
 
 def row_means(values: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     """
-    Means of each row's positions, so that a row weighs the same however long its answer is, and a batch split over
-    devices or accumulation steps has the whole batch's mean.
+    Return the means over each row's positions, so that a row weighs the same however long its answer is, and a batch
+    split over devices or accumulation steps has the whole batch's mean.
 
     Args:
-        values (`torch.Tensor` of shape `(positions,)`): One at each of the rows' positions.
+        values (`torch.Tensor` of shape `(positions,)`): One value at each of the rows' positions.
         rows ([`EncodedBatch`]): The texts.
 
     Returns:
@@ -181,7 +178,7 @@ def row_means(values: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
 
 def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """
-    `KL(base || edited)` at each position, in nats.
+    Return `KL(base || edited)` at each position, in nats.
 
     Args:
         edited (`torch.Tensor` of shape `(positions, vocab)`): Logits of the edited model.

@@ -1,4 +1,4 @@
-"""How long a text a model can read."""
+"""Limits of a model's input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from transformers import PretrainedConfig
 
 
 def longest_input(config: PretrainedConfig) -> int | None:
-    """Most tokens that a model takes; `None` where its configuration sets no bound."""
+    """Return the maximum number of tokens of a model's input; `None` where its configuration sets no bound."""
     longest: int | None = getattr(config, "max_position_embeddings", None)
     return longest

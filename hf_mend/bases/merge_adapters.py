@@ -1,4 +1,4 @@
-"""Adapters of a user's own around the base model's layers: merged through PEFT, so that the plain model is left."""
+"""Merging of a user's adapters around the base model's layers through PEFT, so that the plain model remains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REMEDY = (
 
 def weight_with_adapters(layer: Any) -> torch.Tensor:
     """
-    A layer's weight as `(d_out, d_in)` with the active adapters merged into it; where there are some it is a copy.
+    Return a layer's weight as `(d_out, d_in)` with the active adapters merged into it. It is a copy if there are some.
 
     Args:
         layer (`nn.Module`): A linear layer, or PEFT's around one.
@@ -40,7 +40,7 @@ def weight_with_adapters(layer: Any) -> torch.Tensor:
 @torch.no_grad()
 def merge_adapters_(model: Any) -> None:
     """
-    Puts what PEFT has wrapped back in its place, in place, with the active adapters merged into it.
+    Replace PEFT's layers by their base layers, in place, with the active adapters merged into them.
 
     Args:
         model (`PreTrainedModel`): A model with or without adapters, from `PeftModel` or `add_adapter`.
@@ -60,7 +60,7 @@ def merge_adapters_(model: Any) -> None:
             if not layer.disable_adapters:
                 writable_weight(layer)
                 check_own_weight(model, layer)
-                copy.deepcopy(layer).merge(safe_merge=True)  # what PEFT cannot merge, it says only then
+                copy.deepcopy(layer).merge(safe_merge=True)  # PEFT raises for what it cannot merge only here
         except Exception as error:
             raise TypeError(f"the adapter of {name!r} cannot be merged ({error}); {_REMEDY}") from error
     for name, layer in reversed(layers):  # an adapter inside another first

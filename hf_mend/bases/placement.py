@@ -1,4 +1,4 @@
-"""How an editor and its base model move: together, each in its own dtype and mode."""
+"""Placement of an editor and its base model: they move together, each in its own dtype and mode."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PlacedWithBase(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """The device of the inputs."""
         return self.split.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -57,5 +57,5 @@ class PlacedWithBase(nn.Module):
 
     @property
     def edit_device(self) -> torch.device:
-        """Where factors are made: where the first edited layer runs."""
+        """The device of the factors, where the first edited layer runs."""
         return device_of(self.targets[0].module)

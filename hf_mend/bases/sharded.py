@@ -1,4 +1,6 @@
-"""A module's tensors where processes share them out (FSDP2, DeepSpeed ZeRO-3): whole to save, and loaded in shares."""
+"""
+State dicts of modules that processes shard (FSDP2, DeepSpeed ZeRO-3): gathered to save, and loaded into the shards.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """
-    A module's state dict with every tensor whole. Where processes share the module out, all of them have to call this.
+    Return a module's state dict with every tensor whole. Where processes shard the module, all of them have to call
+    this.
 
     Args:
         module (`nn.Module`): The module.
@@ -26,17 +29,17 @@ def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
         return {}
     with _gathered(module):
         state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
-        # What DeepSpeed gathers is gone after the context.
+        # DeepSpeed frees the gathered tensors after the context.
         return {name: value.detach().clone() for name, value in state.items()} if _is_partitioned(module) else state
 
 
 def load_whole_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """
-    Load whole tensors into a module, into each process's share of it where it is shared out.
+    Load whole tensors into a module, into each process's shard of it where it is sharded.
 
     Args:
         module (`nn.Module`): The module.
-        tensors (`Mapping[str, torch.Tensor]`): Everything in its state dict, in any floating-point dtype.
+        tensors (`Mapping[str, torch.Tensor]`): All tensors of its state dict, in any floating-point dtype.
     """
     if not module.state_dict():
         return
@@ -45,7 +48,7 @@ def load_whole_state(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _is_partitioned(module: nn.Module) -> bool:
-    """Whether DeepSpeed has shared out the parameters; it leaves empty ones in their place."""
+    """Whether DeepSpeed has partitioned the parameters; it leaves empty ones in their place."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
@@ -54,7 +57,7 @@ def _gathered(module: nn.Module, write: bool = False) -> AbstractContextManager[
         return nullcontext()
     from deepspeed.zero import GatheredParameters
 
-    # Every process writes the same values; rank 0's count.
+    # Every process writes the same values, and DeepSpeed broadcasts those of rank 0.
     context: AbstractContextManager[Any] = GatheredParameters(
         list(module.parameters()), modifier_rank=0 if write else None
     )

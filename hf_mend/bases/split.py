@@ -1,4 +1,4 @@
-"""Running a model up to a block, and from that block on."""
+"""The split pass: a model runs up to a block, and from that block on."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .weights import device_of
 
 logger = logging.get_logger(__name__)
 
-# How far logits of two equal passes may lie apart, as a share of the largest: rounding only.
+# Tolerated difference of two equal passes' logits, as a share of the largest: rounding only.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Inputs = Mapping[str, torch.Tensor]
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass early; never leaves this module."""
+    """End a forward pass early; never leaves this module."""
 
 
 @dataclass
 class HiddenState:
     """
-    Where a forward pass stands at the lowest edited block.
+    The state of a forward pass at the lowest edited block.
 
     Args:
-        hidden (`torch.Tensor` of shape `(rows, seq, width)`): What enters that block.
+        hidden (`torch.Tensor` of shape `(rows, seq, width)`): The input of that block.
         encoder (`torch.Tensor` of shape `(rows, source, width)`, *optional*): The encoder's output, when the block is
             one of the decoder's.
     """
@@ -46,21 +46,21 @@ class HiddenState:
     encoder: torch.Tensor | None = None
 
     def rows(self, index: slice | torch.Tensor) -> HiddenState:
-        """The same for some of the rows."""
+        """Return the state of some of the rows."""
         return HiddenState(self.hidden[index], None if self.encoder is None else self.encoder[index])
 
 
 class SplitModel:
     """
-    Runs a model up to a block, and from that block on, through the model's own `forward`.
+    Run a model up to a block, and from that block on, through the model's own `forward`.
 
     The first use checks that both halves together give the whole pass's logits; where they do not, one warning says so
     and every pass runs the whole model.
 
     The model's own code computes embeddings, masks, position ids and rotary tables in both halves. In the second half
-    the blocks below the cut return what they are given, and the cut block gets the kept hidden state. Where blocks
-    return tuples (T5 hands its position bias from block to block), the first block does run, and the ones between
-    hand on what it returned beside its hidden state.
+    the blocks below the cut return their input, and the cut block gets the stored hidden state. Where blocks return
+    tuples (T5 hands its position bias from block to block), the first block does run, and the ones between return the
+    further values of its output beside their input.
 
     Args:
         model (`nn.Module`): A causal or seq2seq model of transformers.
@@ -78,13 +78,13 @@ class SplitModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """The device of the inputs."""
         return device_of(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
         """
-        The part that no edit changes, without a gradient.
+        Run the blocks that no edit changes, without a gradient.
 
         Args:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments.
@@ -116,7 +116,7 @@ class SplitModel:
         return state
 
     def _check(self, inputs: Inputs, state: HiddenState) -> bool:
-        """Whether a pass from the kept state gives the whole pass's logits in this architecture."""
+        """Whether a pass from the stored state gives the whole pass's logits in this architecture."""
         whole = self.model(**inputs, use_cache=False).logits
         try:
             resumed = self.run_above(inputs, state).logits
@@ -129,18 +129,17 @@ class SplitModel:
             reason = f"logits differ by {float(difference):.3g}"
         logger.warning(
             f"{type(self.model).__name__} cannot be run from block {self.block} on ({reason}); every pass runs the "
-            f"whole "
-            "model instead, which is slower and as exact"
+            "whole model instead, which is slower and as exact"
         )
         return False
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
         """
-        The model's output, from the kept hidden state on. Gradients flow if they are enabled.
+        Return the model's output from the stored hidden state on. Gradients flow if they are enabled.
 
         Args:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments, of the same rows as `state`.
-            state ([`HiddenState`]): What `run_below` returned for them.
+            state ([`HiddenState`]): Their output of `run_below`.
         """
         if not self._resumes:
             return self.model(**inputs, use_cache=False)
@@ -179,7 +178,7 @@ def _hook(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Gives a module another `forward` for a while; Accelerate's own replacement, if any, comes back after it."""
+    """Replace a module's `forward` within the context. Accelerate's own replacement, if any, is restored after it."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -194,8 +193,8 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 @contextmanager
 def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
     """
-    Within the context, the blocks of an offloaded model run again in the backward pass instead of keeping their
-    weights for it: else all weights above the first target would be in memory at once.
+    Recompute the blocks of an offloaded model in backward passes within the context, in place of keeping their
+    weights: otherwise all weights above the first target would be in memory at once.
     """
     with ExitStack() as undo:
         for block_list in block_lists(model):
@@ -206,7 +205,7 @@ def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # To the end, not just as far as is needed: after it Accelerate takes the weights away again.
+    # Recompute to the end, not only to the last activation required: Accelerate offloads the weights again only there.
     with set_checkpoint_early_stop(False):
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
@@ -214,7 +213,8 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """
-    Within the context, the vocabulary projection sees the chosen positions only: logits come as `(1, chosen, vocab)`.
+    Restrict the vocabulary projection to chosen positions within the context: logits have the shape `(1, chosen,
+    vocab)`.
 
     With a large vocabulary the projection of every position otherwise dominates a short pass.
 
@@ -232,12 +232,12 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
 
 def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None = None) -> torch.Tensor:
     """
-    Logits at the positions of `rows` that matter, `(positions, vocab)`.
+    Return the logits at the positions of `rows`, `(positions, vocab)`.
 
     Args:
         split ([`SplitModel`]): The model.
         rows ([`EncodedBatch`]): The texts.
-        state ([`HiddenState`], *optional*): What `run_below` gave for them; computed when missing.
+        state ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
     if state is None:
         state = split.run_below(rows.inputs)

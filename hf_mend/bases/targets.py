@@ -1,4 +1,4 @@
-"""Which layers an editor changes, found in any causal or seq2seq architecture."""
+"""The layers that an editor changes, found in any causal or seq2seq architecture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from .weights import is_editable, layer_widths
 
 
 # Inside a block, every linear layer that is neither attention nor routing belongs to the MLP. That rule covers the
-# architectures we know of; names here are components of a module's name relative to its block.
+# architectures of docs/architectures.md; names here are components of a module's name relative to its block.
 _ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
-
-
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
-
 _MATCHING_SECONDS = 2.0
-
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -51,7 +47,7 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The weight's shape as the library counts it, `(d_out, d_in)`, whatever the layer's own layout."""
+        """The weight's shape, `(d_out, d_in)`, whatever the layer's own layout."""
         return self.d_out, self.d_in
 
 
@@ -65,7 +61,7 @@ class BlockList:
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Name within the block -> linear layer. One with an adapter around it counts once, adapter included."""
+    """Return name within the block -> linear layer. One with an adapter around it counts once, adapter included."""
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules():
         if is_editable(module) and not any(name.startswith(outer + ".") for outer in found):
@@ -74,7 +70,7 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
-    """Those linear layers of a model that have one of these names, in a block or not, whatever an editor edits."""
+    """Return a model's linear layers of these names, in a block or not, whatever layers an editor edits."""
     wanted = set(names)
     found = []
     for name, module in linear_layers(model).items() if wanted else ():
@@ -86,7 +82,7 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
 def block_lists(model: nn.Module) -> list[BlockList]:
     """
-    The model's lists of transformer blocks, in the order in which a forward pass runs them.
+    Return the model's lists of transformer blocks, in the order in which a forward pass runs them.
 
     A list is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
     name tells the two apart.
@@ -116,10 +112,10 @@ def block_lists(model: nn.Module) -> list[BlockList]:
 
 def mlp_layers(block: nn.Module) -> list[str]:
     """
-    Names, relative to the block, of its MLP's linear layers in the order in which they are defined.
+    Return the names, relative to the block, of its MLP's linear layers in the order of their definition.
 
-    A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, its shared
-    expert's layers, or else its attention's output projection, are what can be edited.
+    A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, the editable
+    layers are its shared expert's, or else its attention's output projection.
     """
     linear = list(linear_layers(block))
     mlp = [n for n in linear if not _ATTENTION_NAME.search(n) and n.split(".")[-1] not in _ROUTER_NAMES]
@@ -128,7 +124,7 @@ def mlp_layers(block: nn.Module) -> list[str]:
 
 def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
     """
-    The layers that `config` chooses in `model`, in the order of a forward pass.
+    Return the layers that `config` chooses in `model`, in the order of a forward pass.
 
     Args:
         model (`nn.Module`): The base model.
@@ -160,7 +156,7 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
 
 
 def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
-    """`(side, block)` of the first target that a forward pass meets."""
+    """Return `(side, block)` of the first target that a forward pass meets."""
     first = min(targets, key=lambda t: (t.side != "encoder", t.block))
     return first.side, first.block
 
@@ -188,7 +184,10 @@ def _named_choice(
 def _matching(
     model: nn.Module, lists: list[BlockList], pattern: str | Sequence[str], layers: Sequence[int] | None
 ) -> Iterator[Target]:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    """
+    Yield the layers that match by PEFT's rule: a string is a regular expression for the whole name, a list holds names
+    or their last parts.
+    """
     matches = expression(pattern) if isinstance(pattern, str) else _listed(pattern)
     for block_list in lists:
         for index, block in enumerate(block_list.blocks):
@@ -208,9 +207,10 @@ def _matching(
 
 def expression(pattern: str, field: str = "target_modules") -> Callable[[str], bool]:
     """
-    Whether a name matches a regular expression, within a time for all names together: the expression may come from a
-    configuration on the Hub, and re takes years for some, `(a+)+` say. The syntax is that of re, as in PEFT; the
-    matching is done by regex, which takes most of those in its stride and has a time limit for the rest.
+    Return a function that tells whether a name matches a regular expression, with a time limit for all names together:
+    the expression may come from a configuration on the Hub, and re takes years for some, such as `(a+)+`. The syntax
+    is that of re, as in PEFT; regex does the matching, which is fast on most of those and has a time limit for the
+    rest.
     """
     try:
         re.compile(pattern)
@@ -235,7 +235,7 @@ def expression(pattern: str, field: str = "target_modules") -> Callable[[str], b
 
 
 def _listed(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a name, or the end of it after a dot, is in a list."""
+    """Return a function that tells whether a name, or the end of it after a dot, is in a list."""
     wanted = frozenset(names)
 
     def matches(name: str) -> bool:

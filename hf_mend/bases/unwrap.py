@@ -1,4 +1,4 @@
-"""The transformers model inside what a user may have wrapped it in."""
+"""The transformers model inside a user's wrappers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 def plain_base(model: Any) -> Any:
     """
-    The transformers model inside what a user may have wrapped it in. Adapters of a `PeftModel` stay active.
+    Return the transformers model inside a user's wrappers. Adapters of a `PeftModel` stay active.
 
     Args:
         model (`nn.Module`): A transformers model, `torch.compile`'s wrapper of one, or a `PeftModel`.
@@ -46,8 +46,8 @@ def plain_base(model: Any) -> Any:
 
 class BaseState:
     """
-    How a model was before it was wrapped: which modules were in training mode, and which parameters need a gradient.
-    Both are known by name, so that a copy of the wrapped model can give a copy of the base back.
+    The state of a model before it was wrapped: the modules in training mode, and the parameters that require a
+    gradient. Both are stored by name, so that it also restores a copy of the model.
 
     Args:
         model (`nn.Module`): The model.
@@ -64,19 +64,19 @@ class BaseState:
         self.restore_gradients(model)
 
     def restore_gradients(self, model: nn.Module) -> None:
-        """Restore which parameters need a gradient."""
+        """Restore which parameters require a gradient."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._gradients.get(_plain(name), parameter.requires_grad))
 
 
 def _plain(name: str) -> str:
-    """A name as it is where no adapter is around the layer: merging takes the adapters away."""
+    """Return a name without the adapter around its layer: merging removes the adapters."""
     return name.replace(".base_layer", "")
 
 
 def keep_gradients(model: nn.Module) -> None:
     """
-    Keeps quantised layers in a form that passes a gradient on to their inputs.
+    Keep quantised layers in a form that passes a gradient on to their inputs.
 
     bitsandbytes packs 4-bit weights anew on some CPUs, at the first pass in eval mode, for a kernel that has no
     gradient.

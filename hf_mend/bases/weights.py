@@ -20,7 +20,7 @@ def is_editable(module: nn.Module) -> bool:
 
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
-    """`(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    """Return `(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
     module = inner_layer(module)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
@@ -30,13 +30,13 @@ def layer_widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def inner_layer(module: Any) -> Any:
-    """The layer inside PEFT's, which is the layer itself where there is no adapter."""
+    """Return the layer inside PEFT's, or the layer itself where there is no adapter."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def writable_weight(module: Any) -> torch.Tensor:
     """
-    A layer's weight as `(d_out, d_in)`, a view of the stored one that may be written to.
+    Return a layer's weight as `(d_out, d_in)`, a view of the stored one that may be written to.
 
     Raises:
         TypeError: The weight is offloaded, quantised or sharded.
@@ -75,11 +75,11 @@ def check_own_weight(model: nn.Module, layer: nn.Module) -> None:
 @torch.no_grad()
 def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
     """
-    Adds an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
+    Add an update of shape `(d_out, d_in)` to a layer's weight in place, in the weight's own layout.
 
     Args:
         module (`nn.Module`): The layer.
-        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): The update.
 
     Raises:
         TypeError: The weight cannot be written to.
@@ -90,11 +90,11 @@ def add_to_weight_(module: nn.Module, update: torch.Tensor) -> None:
 
 def with_update(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """
-    The sum of a weight and an update, computed in float32 at least, in the weight's dtype and on its device.
+    Return the sum of a weight and an update, computed in float32 at least, in the weight's dtype and on its device.
 
     Args:
         weight (`torch.Tensor` of shape `(d_out, d_in)`): The weight.
-        update (`torch.Tensor` of shape `(d_out, d_in)`): What to add.
+        update (`torch.Tensor` of shape `(d_out, d_in)`): The update.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
     return (weight.detach().to(dtype) + update.to(weight.device, dtype)).to(weight.dtype)
@@ -113,7 +113,9 @@ def check_finite_weight(name: str, weight: torch.Tensor) -> None:
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a layer runs: where its weight is, or, offloaded, where Accelerate brings it."""
+    """
+    Return the device on which a layer runs: that of its weight, or, offloaded, the one to which Accelerate brings it.
+    """
     module = inner_layer(module)
     weight: torch.Tensor = module.weight
     if weight.is_meta:
@@ -130,7 +132,7 @@ def is_placed(model: nn.Module) -> bool:
 
 
 def weight_matrix(module: Any) -> torch.Tensor:
-    """A layer's weight as `(d_out, d_in)`, a view of the stored one."""
+    """Return a layer's weight as `(d_out, d_in)`, a view of the stored one."""
     module = inner_layer(module)
     weight: torch.Tensor = module.weight
     return weight.T if stores_transposed(module) else weight
@@ -143,12 +145,12 @@ def stores_transposed(module: Any) -> bool:
 
 def named_like_fused_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
     """
-    Those of some layers that are named like an expert's, in a model that fuses its experts' weights into 3-D
+    Return those of some layers whose names are an expert's, in a model that fuses its experts' weights into 3-D
     parameters: PEFT maps an adapter of such a layer, a shared expert's say, onto the fused parameter.
 
     Args:
         model (`nn.Module`): The base model.
         names (`Iterable[str]`): The layers' names.
     """
-    taken = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
-    return taken if taken and any(parameter.dim() == 3 for parameter in model.parameters()) else []
+    alike = [name for name in names if name.split(".")[-1] in _EXPERT_NAMES]
+    return alike if alike and any(parameter.dim() == 3 for parameter in model.parameters()) else []

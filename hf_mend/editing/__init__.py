@@ -1,1 +1,1 @@
-"""From a request to an edit: the pipeline of one call and the search for its updates."""
+"""From requests to edits: the pipeline of one call and the search for its updates."""

@@ -1,4 +1,4 @@
-"""Which proposed steps are taken: a row's by itself, or a group's together."""
+"""The acceptance of proposed steps: of each row by itself, or of a group together."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from .proposals import Proposal, Proposer
 from .scoring import Answers, chosen_answers
 
 
-# A target counts as said for good when each of its tokens has this negative log-likelihood or less, in nats.
+# The model says a target for sure when each of its tokens has this negative log-likelihood or less, in nats.
 _SURE = 0.1
-# How often a step that does not lead nearer to its target is halved.
+# The number of times that a step is halved which does not lead nearer to its target.
 _HALVINGS = 3
 
 
 class AcceptAll:
     """
-    Take whatever is proposed, come what may. Rows that do not say their targets then ask for more.
+    Accept every proposal. Rows that do not say their targets afterwards want a further step.
 
     Args:
         batches (`Sequence[BatchState]`): The batches.
-        proposer ([`Proposer`]): Who proposes, and looks.
+        proposer ([`Proposer`]): Proposes steps and scores them.
     """
 
-    reverted = False  # whether the last `judge` took something back, which the rows do not see yet
+    reverted = False  # whether the last `judge` reverted a step that the rows are still under
 
     def __init__(self, batches: Sequence[BatchState], proposer: Proposer):
         self.batches, self.proposer, self.method = batches, proposer, proposer.context.method
-        self.asking = [batch.wanted for batch in batches]
+        self.wanted = [batch.wanted for batch in batches]
 
     @property
     def going_on(self) -> bool:
-        """Whether any row asks for a step, or tries one."""
+        """Whether any row wants a step, or tries one."""
         return any(bool(batch.wanted.any()) for batch in self.batches)
 
     @property
     def corrections(self) -> Sequence[Callable[[], bool]]:
-        """What to do when all steps are made and looked at; each says whether it took something back."""
+        """Functions to call after the last steps are made and scored. Each returns whether it reverted a step."""
         return ()
 
-    def take(self, number: int, proposal: Proposal) -> None:
-        """Decide on the proposal for the batch of that number."""
+    def accept(self, number: int, proposal: Proposal) -> None:
+        """Accept the proposal for the batch of that number, in whole or in part."""
         batch = self.batches[number]
         if self.method.joins:
             batch.accumulate(*proposal)
@@ -53,42 +53,43 @@ class AcceptAll:
             batch.append(*proposal)
 
     def judge(self) -> None:
-        """Decide, after a look, what stays of the last steps and which rows ask for more."""
-        for batch, asking in zip(self.batches, self.asking, strict=True):
-            batch.wanted = asking & ~batch.known_answers.all_correct
+        """Decide, after a look, which of the last steps stay and which rows want more."""
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            batch.wanted = wanted & ~batch.current_answers.all_correct
 
 
 class AcceptByRow(AcceptAll):
     """
-    Take of each row's step the whole, the half, the quarter or the eighth that does best, or nothing where none brings
-    the row nearer to its target: an editor has learned its steps on targets of a few tokens, and overshoots on others.
+    Accept of each row's step the whole, the half, the quarter or the eighth that does best, or nothing where none
+    brings the row nearer to its target: an editor has learned its steps on targets of a few tokens, and overshoots on
+    others.
     """
 
-    def take(self, number: int, proposal: Proposal) -> None:
+    def accept(self, number: int, proposal: Proposal) -> None:
         batch, (updates, _) = self.batches[number], proposal
 
         def answers(shares: torch.Tensor) -> Answers:
             return self.proposer.score(batch, side_by_side(batch.updates, _scaled(updates, shares)))
 
-        shares, after = best_shares(answers, batch.known_answers, batch.wanted)
+        shares, after = best_shares(answers, batch.current_answers, batch.wanted)
         batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
         batch.answers = after
         batch.wanted = (shares > 0) & ~after.all_correct
 
     def judge(self) -> None:
-        """All is decided already."""
+        """Do nothing: `accept` decides."""
 
 
 def best_shares(
     answers: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, Answers]:
     """
-    How much of a step each row takes, and what the model says then.
+    Return the share of a step that each row takes, and the model's answers then.
 
     Args:
-        answers (`Callable`): What the model says for given shares, `(rows,)`.
-        previous: What it says without the step.
-        wanted (`torch.Tensor` of shape `(rows,)`, bool): Rows that are to take it.
+        answers (`Callable`): The shares, `(rows,)` -> the model's answers.
+        previous ([`Answers`]): The model's answers without the step.
+        wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that want the step.
     """
     shares = wanted.float()
     best = answers(shares)
@@ -106,19 +107,19 @@ def best_shares(
 
 
 def _scaled(updates: dict[str, Update], shares: torch.Tensor) -> dict[str, Update]:
-    """A share of each row's update."""
+    """Multiply each row's update by the row's share."""
     return {name: (u, v * per_row(shares.to(v.dtype), v)) for name, (u, v) in updates.items()}
 
 
 @dataclass
 class _Progress:
-    """How near a batch's rows have come to their targets."""
+    """The progress of a batch's rows towards their targets."""
 
     level: torch.Tensor  # (rows,): log-probability of the target at `best`
-    tried: torch.Tensor  # (rows,): how often the last step was tried and not found to lead nearer
+    tried: torch.Tensor  # (rows,): number of tries of the last step without progress
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # the residuals without a step that is being tried
-    # What the row's group had asked for when it said most, how much that was (-1 before any step), and the steps until
-    # then.
+    # The row's residuals when its group said most targets, the number of targets said then (-1 before any step), and
+    # the steps until then.
     top: dict[str, torch.Tensor] = field(default_factory=dict)
     top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     top_steps: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
@@ -126,14 +127,14 @@ class _Progress:
 
 class AcceptByGroup(AcceptAll):
     """
-    Take the steps of all rows of a group, which act together, and look at the next step's pass what each came to.
-    Steps that led nearer to their targets stay, others are tried again at half their length, and in the end a group
-    goes back to where it said most.
+    Accept the steps of all rows of a group, which act together, and judge each by the next step's pass. Steps that led
+    nearer to their targets stay, others are tried again at half their length, and in the end a group returns to the
+    step at which it said most targets.
 
     Args:
         batches, proposer: As for [`AcceptAll`].
-        group_size (`int`, *optional*): How many neighbouring rows of a batch are one group; all rows of all batches
-            when missing.
+        group_size (`int`, *optional*): The number of neighbouring rows of a batch in one group; all rows of all
+            batches when missing.
     """
 
     def __init__(self, batches: Sequence[BatchState], proposer: Proposer, group_size: int | None):
@@ -151,8 +152,8 @@ class AcceptByGroup(AcceptAll):
     def corrections(self) -> Sequence[Callable[[], bool]]:
         return (self._step_back,) if self.method.sizes_steps else (self._step_back, self._back_to_top)
 
-    def take(self, number: int, proposal: Proposal) -> None:
-        super().take(number, proposal)
+    def accept(self, number: int, proposal: Proposal) -> None:
+        super().accept(number, proposal)
         progress, (wanted, steps) = self.progress[number], proposal
         progress.tried = torch.where(torch.tensor(steps) > 0, 1.0, progress.tried)
         for name, (_, residual) in wanted.items():
@@ -168,9 +169,9 @@ class AcceptByGroup(AcceptAll):
     def _judge_batch(self, batch: BatchState, progress: _Progress) -> None:
         """
         Keep the steps that led nearer to their targets, try others again at half their length, up to `_HALVINGS`
-        times, and note which rows are to ask for more.
+        times, and mark the rows that want more.
         """
-        level = torch.tensor(batch.known_answers.log_probability)
+        level = torch.tensor(batch.current_answers.log_probability)
         worse = (progress.tried > 0) & ~(level > progress.level)
         again = worse & (progress.tried <= _HALVINGS)
         for name, residual in batch.residuals.items():
@@ -179,15 +180,15 @@ class AcceptByGroup(AcceptAll):
             batch.residuals[name] = torch.where(per_row(again, residual), (best + residual) / 2, best)
         progress.level = torch.where(worse, progress.level, level)
         progress.tried = torch.where(again, progress.tried + 1, 0.0)
-        settled = ~_unsure(batch) if self.method.sizes_steps else batch.known_answers.all_correct
+        settled = ~_unsure(batch) if self.method.sizes_steps else batch.current_answers.all_correct
         batch.wanted = ~worse & ~settled & torch.tensor(batch.steps).bool()
         self.reverted = self.reverted or bool(worse.any())
 
     def _step_back(self) -> bool:
-        """Take rows that are less sure of their targets in the end back to where they were best."""
+        """Revert rows that are less sure of their targets in the end to their best step."""
         found = False
         for batch, progress in zip(self.batches, self.progress, strict=True):
-            level = torch.tensor(batch.known_answers.log_probability)
+            level = torch.tensor(batch.current_answers.log_probability)
             missed = _unsure(batch) & torch.tensor(batch.steps).bool() & (level < progress.level)
             for name, residual in batch.residuals.items():
                 batch.residuals[name] = torch.where(per_row(missed, residual), progress.best[name], residual)
@@ -195,8 +196,8 @@ class AcceptByGroup(AcceptAll):
         return found
 
     def _said_by_group(self) -> list[torch.Tensor]:
-        """Each row's group's number of targets said, counted by their probabilities."""
-        said = [torch.tensor(batch.known_answers.log_probability).exp() for batch in self.batches]
+        """Return, for each row, the number of targets that its group says, counted by their probabilities."""
+        said = [torch.tensor(batch.current_answers.log_probability).exp() for batch in self.batches]
         if self.group_size is None:
             return [sum(values.sum() for values in said) + torch.zeros_like(values) for values in said]
         groups = [torch.arange(len(values)) // self.group_size for values in said]
@@ -207,8 +208,8 @@ class AcceptByGroup(AcceptAll):
 
     def _keep_top(self) -> None:
         """
-        Note what each group asks for where it says more than ever before. Rows are judged one by one, each among the
-        others' residuals of that step; what is best for each may be bad for all.
+        Store the residuals of each group that says more than ever before. Rows are judged one by one, each among the
+        others' residuals of that step; the best step for each may be bad for all.
         """
         for batch, progress, said in zip(self.batches, self.progress, self._said_by_group(), strict=True):
             better = said > progress.top_said
@@ -219,7 +220,7 @@ class AcceptByGroup(AcceptAll):
             progress.top_steps = torch.where(better, torch.tensor(batch.steps), progress.top_steps)
 
     def _back_to_top(self) -> bool:
-        """Take groups that said more at an earlier step back to it."""
+        """Revert groups that said more at an earlier step to that step."""
         found = False
         for batch, progress, said in zip(self.batches, self.progress, self._said_by_group(), strict=True):
             worse = said < progress.top_said
@@ -232,5 +233,5 @@ class AcceptByGroup(AcceptAll):
 
 
 def _unsure(batch: BatchState) -> torch.Tensor:
-    """Rows that do not say their targets for sure, `(rows,)`."""
-    return torch.tensor([value < -_SURE for value in batch.known_answers.min_log_probability])
+    """Return which rows do not say their targets for sure, `(rows,)`."""
+    return torch.tensor([value < -_SURE for value in batch.current_answers.min_log_probability])

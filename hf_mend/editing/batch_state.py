@@ -1,4 +1,4 @@
-"""Where the search for updates stands with a batch of rows, and what it comes to."""
+"""The state of the search for updates in a batch of rows, and its result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .scoring import Answers
 @dataclass
 class FoundUpdates:
     """
-    What a batch of requests comes to.
+    The updates found for a batch of requests.
 
     Args:
         updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rows, rank, d_in)`
             and `(rows, rank, d_out)`.
-        before, after: What the model says to the rows without and with them; `after` is `None` without the check.
-        steps (`list[int]`): Gradient steps a row took.
+        before, after ([`Answers`]): The model's answers without and with them; `after` is `None` without the check.
+        steps (`list[int]`): Gradient steps of each row.
         inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
             from a method that joins.
     """
@@ -42,19 +42,20 @@ class BatchState:
 
     Args:
         rows ([`EncodedBatch`]): Prompts and targets, a row a request.
-        hidden ([`HiddenState`]): What `run_below` gave for them.
-        before ([`Answers`]): What the model says without the updates.
-        wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that a further step is to be proposed for.
-        steps (`list[int]`): The steps that each row has taken.
-        answers ([`Answers`], *optional*): What the model says under `seen`; `None` where nobody has looked.
-        factors: The factors of the last look's gradients, where the method is given them.
+        hidden ([`HiddenState`]): Their output of `run_below`.
+        before ([`Answers`]): The model's answers without the updates.
+        wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that want a further step.
+        steps (`list[int]`): The number of steps of each row.
+        answers ([`Answers`], *optional*): The model's answers under `seen`; `None` until they are scored.
+        factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The factors of the last look's gradients, where the
+            method uses them.
         inputs (`dict[str, torch.Tensor]`): Layer name -> inputs of the first step, `(rows, seq, d_in)`, of a method
             that joins.
         keys (`dict[str, torch.Tensor]`): Layer name -> the updates' `u`, `(rows, rank, d_in)`.
         residuals (`dict[str, torch.Tensor]`): Layer name -> the updates' `v`, `(rows, rank, d_out)`: of a method that
             joins, the value residuals wanted at `inputs`, summed over the steps.
-        seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): What the rows are under, as
-            [`~hf_mend.edits.hook.applied`] takes it.
+        seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates that the rows are under, as
+            [`~hf_mend.edits.hook.applied`] takes them.
     """
 
     rows: EncodedBatch
@@ -79,8 +80,8 @@ class BatchState:
         return {name: (self.keys[name], residuals) for name, residuals in self.residuals.items()}
 
     @property
-    def known_answers(self) -> Answers:
-        """What the model says under `seen`, which somebody has looked at."""
+    def current_answers(self) -> Answers:
+        """The model's answers under `seen`, from the last look."""
         assert self.answers is not None
         return self.answers
 
@@ -104,7 +105,7 @@ class BatchState:
 
 
 def side_by_side(first: dict[str, Update], second: Mapping[str, Update]) -> dict[str, Update]:
-    """The sum of two batches of updates, their ranks added; the first may be empty."""
+    """Return the sum of two batches of updates, their ranks added. The first may be empty."""
     if not first:
         return dict(second)
     return {
@@ -114,7 +115,7 @@ def side_by_side(first: dict[str, Update], second: Mapping[str, Update]) -> dict
 
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One value a row, `(rows,)`, to stand beside `(rows, seq, width)`."""
+    """Reshape one value a row, `(rows,)`, to broadcast over `(rows, seq, width)`."""
     return values.to(like.device)[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""The calibration text that a method which needs no training looks at before the first edit: what must stay."""
+"""Calibration text: a method that needs no training sees it before the first edit, as text whose outputs must stay."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import resources
 from tqdm.auto import tqdm
 
 from ..bases.gradients import record_inputs
+from ..bases.limits import longest_input
 from ..data.encoding import Encoder, Query
 from .context import EditingContext
 
@@ -20,13 +21,13 @@ def observe_calibration_text(
     batch_size: int = 16,
 ) -> None:
     """
-    Show a method calibration text, some 160 packaged lines and the user's own. What the method saw before is discarded
-    when all were shown, and stays on an error.
+    Gather a method's statistics of calibration text, some 160 packaged lines and the user's own. They replace the
+    method's earlier statistics at the end; on an error those stay.
 
     Args:
-        context ([`EditingContext`]): The model, and the method whose statistics are set then.
+        context ([`EditingContext`]): The model and the method.
         encoder ([`Encoder`]): Tokenises and pads.
-        texts (`Iterable[str | tuple[str, str]]`, *optional*): The user's: a text, or a prompt and its answer.
+        texts (`Iterable[str | tuple[str, str]]`, *optional*): The user's texts, or prompts with their answers.
         batch_size (`int`, defaults to 16): Texts in one pass.
 
     Raises:
@@ -35,7 +36,7 @@ def observe_calibration_text(
     """
     packaged = resources.files("hf_mend").joinpath("templates/calibration_text.txt").read_text(encoding="utf-8")
     split, method = context.split, context.method
-    longest = (getattr(split.model.config, "max_position_embeddings", None) or 512) // 2
+    longest = (longest_input(split.model.config) or 512) // 2
     queries = [Query(*_halves(line)) for line in packaged.splitlines()]
     queries += [_as_query(number, text) for number, text in enumerate(texts)]
     pairs = [(prompt[:longest], answer[:longest]) for prompt, answer in map(encoder.tokens, queries)]
@@ -46,7 +47,7 @@ def observe_calibration_text(
             method.observe_texts(rows)
         method.finish_observing()
     finally:
-        method.forget_observed()  # what an error left unfinished
+        method.forget_observed()  # statistics that an error left unfinished
 
 
 def _as_query(number: int, text: str | tuple[str, str]) -> Query:
@@ -60,11 +61,11 @@ def _as_query(number: int, text: str | tuple[str, str]) -> Query:
 
 def _halves(text: str) -> tuple[str, str]:
     """
-    A text in two, at a white space near the middle or, where there is none, at a character. Of an encoder-decoder
-    model the decoder sees the second.
+    Split a text in two, at a white space near the middle or, where there is none, at a character. The decoder of an
+    encoder-decoder model sees the second half.
     """
     text = text.strip()
     words = list(re.finditer(r"\S+", text))
     middle = words[len(words) // 2].start() if len(words) > 1 else len(text) // 2
-    # One space joins them again; any other white space is the first half's.
+    # One space joins the halves again; any other white space belongs to the first.
     return re.sub(r"(?<=\S) $", "", text[:middle]), text[middle:]

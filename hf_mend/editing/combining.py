@@ -1,4 +1,4 @@
-"""How the proposals of several rows become updates: each by itself, or joined in groups."""
+"""The combination of several rows' proposals into updates: each by itself, or joined in groups."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from .batch_state import BatchState
 
 class Combination:
     """
-    Joins what the rows of a group ask for where the method does that, and lets them see it; otherwise each row sees
-    its own update already.
+    Join the residuals of a group's rows where the method joins, and apply the result to them. Otherwise each row is
+    under its own update already.
 
     Args:
         batches (`Sequence[BatchState]`): The batches.
-        method ([`EditMethod`]): Joins, or does not.
-        group_size (`int`, *optional*): How many neighbouring rows of a batch are one group; all rows of all batches
-            when missing.
-        preserved_keys (`Mapping[str, torch.Tensor]`): Layer name -> inputs at which the output is to stay, as `join`
-            takes them.
+        method ([`EditMethod`]): The method.
+        group_size (`int`, *optional*): The number of neighbouring rows of a batch in one group; all rows of all
+            batches when missing.
+        preserved_keys (`Mapping[str, torch.Tensor]`): The argument of that name of the method's `join`.
     """
 
     def __init__(
@@ -36,49 +35,49 @@ class Combination:
         self.preserved_keys = preserved_keys
 
     def __call__(self) -> None:
-        """Combine what has been asked so far."""
-        asking = [batch for batch in self.batches if batch.residuals]
-        if not self.method.joins or not asking:
+        """Combine the residuals proposed so far."""
+        started = [batch for batch in self.batches if batch.residuals]
+        if not self.method.joins or not started:
             return
-        if not any(batch.keys for batch in asking):
-            self._set_keys(asking)
-        for batch in asking if self.group_size is not None else self.batches:
+        if not any(batch.keys for batch in started):
+            self._set_keys(started)
+        for batch in started if self.group_size is not None else self.batches:
             batch.answers = None
         if self.group_size is None:
-            self._show_all(asking)
+            self._show_all(started)
         else:
-            self._show_groups(asking, self.group_size)
+            self._show_groups(started, self.group_size)
 
-    def _set_keys(self, asking: Sequence[BatchState]) -> None:
-        """Set the keys of each row's inputs; they do not depend on what is asked for there."""
+    def _set_keys(self, started: Sequence[BatchState]) -> None:
+        """Set the keys of each row's inputs. They do not depend on the residuals there."""
         if self.group_size is not None:
-            for batch in asking:
+            for batch in started:
                 pairs = {name: (x, batch.residuals[name]) for name, x in batch.inputs.items()}
                 groups = self.method.join(together(pairs, self.group_size), self.preserved_keys)
                 batch.keys = {name: u for name, (u, _) in apart(groups, self.group_size, len(batch.rows)).items()}
             return
-        for name in asking[0].inputs:
-            present = [batch.inputs[name].any(-1) for batch in asking]
+        for name in started[0].inputs:
+            present = [batch.inputs[name].any(-1) for batch in started]
             x, residuals = (
                 torch.cat([values[mask] for values, mask in zip(sides, present, strict=True)])
-                for sides in ([batch.inputs[name] for batch in asking], [batch.residuals[name] for batch in asking])
+                for sides in ([batch.inputs[name] for batch in started], [batch.residuals[name] for batch in started])
             )  # (tokens, d_in), (tokens, d_out)
             keys = self.method.join({name: (x[None], residuals[None])}, self.preserved_keys)[name][0][0]
-            for batch, mask, own in zip(asking, present, keys.split([int(m.sum()) for m in present]), strict=True):
+            for batch, mask, own in zip(started, present, keys.split([int(m.sum()) for m in present]), strict=True):
                 batch.keys[name] = torch.zeros_like(batch.inputs[name])
                 batch.keys[name][mask] = own
 
-    def _show_all(self, asking: Sequence[BatchState]) -> None:
-        """Let all rows of all batches see one update."""
-        for name in asking[0].residuals:
-            pairs = [(batch.keys[name].flatten(0, 1), batch.residuals[name].flatten(0, 1)) for batch in asking]
+    def _show_all(self, started: Sequence[BatchState]) -> None:
+        """Put all rows of all batches under one update."""
+        for name in started[0].residuals:
+            pairs = [(batch.keys[name].flatten(0, 1), batch.residuals[name].flatten(0, 1)) for batch in started]
             shared = compacted((torch.cat([u for u, _ in pairs]), torch.cat([v for _, v in pairs])))
             for batch in self.batches:
                 batch.seen[name] = shared
 
-    def _show_groups(self, asking: Sequence[BatchState], size: int) -> None:
-        """Let each row see its group's update."""
-        for batch in asking:
+    def _show_groups(self, started: Sequence[BatchState], size: int) -> None:
+        """Put each row under its group's update."""
+        for batch in started:
             groups = together(batch.updates, size)
             owner = torch.arange(len(batch.rows)) // size
             batch.seen = {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in groups.items()}

@@ -1,4 +1,4 @@
-"""What edits are made with: a base model, its edited layers and a method, as one thing."""
+"""The context of edits: a base model, its edited layers and a method, as one thing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .scoring import Answers, score_targets
 @dataclass(frozen=True)
 class EditingContext:
     """
-    What edits are made with.
+    The base model, its edited layers and the method of edits.
 
     Args:
-        split ([`SplitModel`]): The base model, with whatever edits it carries, cut below its lowest edited layer.
+        split ([`SplitModel`]): The base model, with its active edits, cut below its lowest edited layer.
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Maps the factors of their gradients to updates.
     """
@@ -36,13 +36,14 @@ class EditingContext:
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> tuple[Factors, torch.Tensor]:
         """
-        The factors of each row's gradient and the logits at the rows' positions: [`~hf_mend.bases.gradients.trace`].
+        Return the factors of each row's gradient and the logits at the rows' positions:
+        [`~hf_mend.bases.gradients.trace`].
 
         Args:
             rows ([`EncodedBatch`]): Prompts and targets.
-            hidden ([`HiddenState`], *optional*): What `split.run_below` gave for them; computed when missing.
-            updates (`Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]`): What the rows are under, in this
-                order, as [`~hf_mend.edits.hook.applied`] takes it.
+            hidden ([`HiddenState`], *optional*): Their output of `split.run_below`; computed when missing.
+            updates (`Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]`): The updates that the rows are under,
+                in this order, as [`~hf_mend.edits.hook.applied`] takes them.
         """
         with applied(self.targets, *updates):
             return trace(self.split, self.targets, rows.inputs, rows.next_tokens, hidden)
@@ -50,12 +51,12 @@ class EditingContext:
     def logits(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
-        """The logits at the rows' positions, `(positions, vocab)`; the arguments are those of `trace`."""
+        """Return the logits at the rows' positions, `(positions, vocab)`. The arguments are those of `trace`."""
         with applied(self.targets, *updates):
             return logits_of(self.split, rows, hidden)
 
     def answers(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> Answers:
-        """What the model says to the rows; the arguments are those of `trace`."""
+        """Return the model's answers to the rows. The arguments are those of `trace`."""
         return score_targets(rows, self.logits(rows, hidden, updates))

@@ -1,4 +1,4 @@
-"""The model as a method sees it that looks for its update by repeated passes."""
+"""The model as a method sees it that searches for its update by repeated passes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .scoring import score_targets
 
 class BatchLook:
     """
-    Looks at a batch of requests under candidate updates; what lies below the edited blocks runs once.
+    Run a batch of requests under candidate updates. The blocks below the edited ones run once.
 
     Args:
-        context ([`EditingContext`]): The model, with whatever edits it carries, and its edited layers.
+        context ([`EditingContext`]): The model, with its active edits, and its edited layers.
         rows ([`EncodedBatch`]): Prompts and targets, a row a request.
-        hidden ([`HiddenState`]): What `run_below` gave for them.
-        wanted (`torch.Tensor`): The numbers of the rows that are to be edited.
+        hidden ([`HiddenState`]): Their output of `run_below`.
+        wanted (`torch.Tensor`): The numbers of the rows to edit.
         beside (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Updates that the rows are under already, one for
             all or one for each.
     """
@@ -84,6 +84,6 @@ class BatchLook:
 
 
 def _of_requests(update: Update, requests: torch.Tensor) -> Update:
-    """An update for each request, or one for all."""
+    """Return the update of each request, or the one of all."""
     u, v = update
     return update if u.dim() == 2 else (u[requests.to(u.device)], v[requests.to(v.device)])

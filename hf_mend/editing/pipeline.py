@@ -1,4 +1,4 @@
-"""A request's way to an edit: encode, trace, transform, apply, check."""
+"""The way of a request to an edit: encode, trace, transform, apply, check."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from .context import EditingContext
 from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest, EditResult
-from .results import absence_edit, as_edit, as_request, as_result, base_delta_edit, known_result
+from .results import absence_edit, as_edit, as_request, as_result, base_delta_edit, unchanged_result
 from .scoring import Answers
 from .search import find_updates
 
 
-# Most tokens in one pass of edits, padding included: what bounds the memory of long requests.
+# Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
 _BATCH_TOKENS = 4096
 
 
 @dataclass
 class _Call:
     """
-    The requests of one call, and what came of them.
+    The requests of one call, and their results.
 
     Args:
         context ([`EditingContext`]): The model and the method.
         encoder ([`Encoder`]): Tokenises and pads.
         active ([`ActiveEdits`]): The model's edits.
         requests (`Sequence[EditRequest]`): The requests.
-        options ([`SearchOptions`]): What the search for an update may do.
-        batch_size (`int`): Most requests in one pass.
+        options ([`SearchOptions`]): The options of the search for an update.
+        batch_size (`int`): The maximum number of requests in one pass.
         made_by (`str`): The editor's id.
-        now (`dict[int, tuple[Answers, int]]`): A request's number -> what the model says to it while an earlier edit
-            of its prompt stands, and the row of the answers.
+        now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
+            of its prompt acts, and the row of the answers.
         results, edits: A request's number -> its result, and its edit if one was made.
     """
 
@@ -58,18 +58,18 @@ class _Call:
     edits: dict[int, Edit] = field(default_factory=dict)
 
     def batches(self, numbers: Sequence[int], requests: Sequence[EditRequest] | None = None) -> list[list[int]]:
-        """Some of the requests, by number, in batches of like lengths."""
+        """Return some of the requests, by number, in batches of like lengths."""
         requests = self.requests if requests is None else requests
         lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
         return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
 
     @torch.no_grad()
     def answers(self, queries: Sequence[Query]) -> Answers:
-        """What the model says to queries, under the edits it carries."""
+        """Return the model's answers to queries, under its edits."""
         return self.context.answers(self.encoder(queries).to(self.context.split.device))
 
     def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
-        """What the model says to some of the requests, by number: the answers of a batch, and the row."""
+        """Return the model's answers to some of the requests, by number: the answers of a batch, and the row."""
         found = {}
         for batch in self.batches(numbers):
             answers = self.answers([self.requests[i].query for i in batch])
@@ -86,11 +86,11 @@ def make_edits(
     batch_size: int = 16,
 ) -> list[EditResult]:
     """
-    Make the edits of one call and add them to the model's. All see what the model carried before the call; what the
-    results tell of after is of the model with all of them.
+    Make the edits of one call and add them to the model. All are found on the model as it was before the call; what
+    the results say of after is measured on the model with all of them.
 
-    An edit of a prompt that has one is found on the model without it, and takes its place. Requests for the same are
-    made once.
+    An edit of a prompt that has one already is found on the model without the earlier one, and supersedes it. Equal
+    requests are made once.
 
     Raises:
         ValueError: A gradient or an update is not finite, or the model carries edits of another editor that changes
@@ -107,15 +107,15 @@ def make_edits(
     probed = {i: call.answers(request.probes) for i, request in enumerate(requests) if request.probes}
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
-        first_of.setdefault(request.asked, i)
+        first_of.setdefault(request.prompt_key, i)
     made_once = list(first_of.values())
     try:
         _add_edits(call, made_once, delta)
-        # Each was found without the others, unless they were joined: what does the model say with all of them?
+        # Each edit was found without the others, unless they were joined, so score the model with all of them.
         if options.check and (call.now or (len(requests) > 1 and not method.joins)):
             for i, (answers, row) in call.answers_to(made_once).items():
                 call.results[i].set_after(answers, row, encoder)
-        in_order = [replace(call.results[first_of[request.asked]], prompt=request.prompt) for request in requests]
+        in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
         for i, before in probed.items():
             in_order[i].set_probes(requests[i], before, call.answers(requests[i].probes), encoder)
     except BaseException:
@@ -125,17 +125,17 @@ def make_edits(
 
 
 def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
-    """Find edits for some of the requests, on the model without those whose places they take, and add them to it."""
+    """Find edits for some of the requests, on the model without those that they supersede, and add them to it."""
     active, requests = call.active, call.requests
-    earlier, standing = active.edits, {edit.asked: edit for edit in active.active}
-    call.now = call.answers_to([i for i in numbers if requests[i].asked in standing])
+    earlier, standing = active.edits, {edit.prompt_key: edit for edit in active.active}
+    call.now = call.answers_to([i for i in numbers if requests[i].prompt_key in standing])
     for i, (answers, row) in call.now.items():
         if all(answers.correct[row]) and not call.options.force:
-            call.results[i] = known_result(requests[i], answers, row, call.encoder, call.options.check)
-    gone = {requests[i].asked for i in call.now if i not in call.results}
-    active.replace([edit for edit in earlier if edit.asked not in gone])
+            call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, call.options.check)
+    gone = {requests[i].prompt_key for i in call.now if i not in call.results}
+    active.replace([edit for edit in earlier if edit.prompt_key not in gone])
     if call.context.method.joins:
-        _trace_unknown(call, earlier)
+        _trace_missing_keys(call, earlier)
     batches = call.batches([i for i in numbers if i not in call.results])
     started = time.perf_counter()
     found = _find_in_batches(call, batches, earlier, delta)
@@ -146,7 +146,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
             result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, seconds)
             if i in call.now:
                 result.set_before(*call.now[i], call.encoder)
-                old = standing[requests[i].asked]
+                old = standing[requests[i].prompt_key]
                 edit = edit or absence_edit(requests[i], old, of_rows, row)
                 if edit is not None:
                     result.id, result.superseded = edit.id, old.id
@@ -163,7 +163,9 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
 def _find_in_batches(
     call: _Call, batches: Sequence[Sequence[int]], earlier: Sequence[Edit], delta: Edit | None
 ) -> list[FoundUpdates]:
-    """The updates of all batches' requests, each batch by itself, or all of them together where the method joins."""
+    """
+    Find the updates of all batches' requests, each batch by itself, or all of them together where the method joins.
+    """
     acting = acting_ids(call.active.edits)
     preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
@@ -177,14 +179,14 @@ def _find_in_batches(
     return found
 
 
-def _trace_unknown(call: _Call, earlier: Sequence[Edit]) -> None:
+def _trace_missing_keys(call: _Call, earlier: Sequence[Edit]) -> None:
     """
-    Trace the inputs of acting edits that came from a file or a store, to preserve them as those of edits that were
-    made here: as the model is now. An edit without a prompt has none.
+    Trace the inputs of acting edits that came from a file or a store, on the model as it is now, to preserve them as
+    those of edits made here. An edit without a prompt has none.
     """
-    context, known = call.context, call.active.preserved_keys.by_edit
+    context, keys = call.context, call.active.preserved_keys.by_edit
     acting = acting_ids(call.active.edits)
-    edits = [edit for edit in earlier if edit.id in acting and edit.prompt and edit.id not in known]
+    edits = [edit for edit in earlier if edit.id in acting and edit.prompt and edit.id not in keys]
     requests = [as_request(edit) for edit in edits]
     batches = call.batches(range(len(requests)), requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
@@ -194,9 +196,9 @@ def _trace_unknown(call: _Call, earlier: Sequence[Edit]) -> None:
         look = BatchLook(context, rows, hidden, torch.arange(len(rows)))
         inputs = context.method.key_inputs(factors, look.places)
         for row, i in enumerate(batch):
-            known[edits[i].id] = _present(inputs, row)
+            keys[edits[i].id] = _present(inputs, row)
 
 
 def _present(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """A row's inputs at the tokens that have one, layer name -> `(tokens, d_in)`."""
+    """Return a row's inputs at the tokens that have one, layer name -> `(tokens, d_in)`."""
     return {name: x[row][x[row].any(-1)] for name, x in inputs.items()}

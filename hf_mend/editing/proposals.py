@@ -1,4 +1,4 @@
-"""How a step is proposed: from the factors of one gradient, or by a method's own search."""
+"""Proposals of steps: from the factors of one gradient, or by a method's own search."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .look import BatchLook
 from .scoring import Answers, score_targets
 
 
-# How often a method that searches and joins lets rows that do not say their targets beside the others ask for more.
+# Rounds of a method that searches and joins; the later ones are for rows that miss their targets beside others.
 _ROUNDS = 3
 
-# Layer name -> `(u, v)` for each row, zero in the rows that nothing is proposed for; and the steps each row takes.
+# Layer name -> `(u, v)` for each row, zero in the rows without a proposal; and the number of steps of each row.
 Proposal = tuple[dict[str, Update], list[int]]
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """
-    What a search may do.
+    The options of a search.
 
     Args:
-        max_steps (`int`, *optional*): The most steps a row may take; 1 is one whole step, come what may. When missing
-            it is 1, and for an [`~hf_mend.methods.IterativeMethod`] what its configuration says.
-        force (`bool`, defaults to `True`): Take a step also where the model says the target already.
-        check (`bool`, defaults to `True`): Look at the edited model; without it there is one step.
+        max_steps (`int`, *optional*): The maximum number of steps of a row; 1 is one whole step, accepted as it is.
+            When missing it is 1, and for an [`~hf_mend.methods.IterativeMethod`] its configuration's `num_steps`.
+        force (`bool`, defaults to `True`): Make a step also where the model says the target already.
+        check (`bool`, defaults to `True`): Score the edited model; without it there is one step.
     """
 
     max_steps: int | None = None
@@ -44,14 +44,14 @@ class SearchOptions:
 
 class Proposer(ABC):
     """
-    Looks at batches and proposes steps for them.
+    Run the model on batches and propose steps for them.
 
     Args:
         context ([`EditingContext`]): The model and the method.
-        options ([`SearchOptions`]): What the search may do.
-        base_delta (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): What acts beside an update from the first step
-            on.
-        progress (`Callable`, *optional*): Told of the rows whose first step is there.
+        options ([`SearchOptions`]): The options of the search.
+        base_delta (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): The base delta, which acts beside an update
+            from the first step on.
+        progress (`Callable`, *optional*): Called with the number of rows whose first step is made.
     """
 
     def __init__(
@@ -67,26 +67,26 @@ class Proposer(ABC):
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """How often steps are proposed at most."""
+        """The maximum number of rounds of proposals."""
 
     @abstractmethod
     def begin(self, rows: EncodedBatch) -> BatchState:
-        """The first look at a batch, without updates."""
+        """Run a batch for the first time, without updates."""
 
     @abstractmethod
     def look(self, batch: BatchState) -> None:
-        """Look at a batch under what it sees, for a further step."""
+        """Run a batch under its present updates, for a further step."""
 
     @abstractmethod
     def propose(self, batch: BatchState) -> Proposal:
-        """A step for the batch's wanted rows, on the model as it was at the last look."""
+        """Propose a step for the batch's wanted rows, on the model as it was at the last look."""
 
     def score(self, batch: BatchState, updates: Mapping[str, Update]) -> Answers:
-        """What the model says to a batch under some updates."""
+        """Return the model's answers to a batch under some updates."""
         return self.context.answers(batch.rows, batch.hidden, (self.base_delta, updates))
 
     def look_again(self, batches: Sequence[BatchState]) -> None:
-        """Look at the batches whose updates have changed since the last look, for what the model says alone."""
+        """Score the batches whose updates have changed since the last look."""
         for batch in batches:
             if batch.answers is None:
                 batch.answers = self.score(batch, batch.seen)
@@ -97,8 +97,8 @@ class Proposer(ABC):
 
 class FromGradient(Proposer):
     """
-    Proposes what `forward` makes of a gradient's factors. A method that `sizes_steps` gets the step that would bring a
-    row's loss to zero were the loss linear (Polyak 1987, "Introduction to Optimization").
+    Propose the output of the method's `forward` on a gradient's factors. For a method that `sizes_steps`, scale it to
+    the step that would bring a row's loss to zero were the loss linear (Polyak 1987, "Introduction to Optimization").
     """
 
     @property
@@ -130,10 +130,10 @@ class FromGradient(Proposer):
         updates = method(batch.factors)
         shares = batch.wanted.float()
         if method.sizes_steps:
-            # How much a row's loss would fall with its whole step, were it linear.
+            # The fall of a row's loss by its whole step, were it linear.
             falls = [(batch.factors[name][1].to(d) * d).sum((1, 2)).cpu() for name, (_, d) in updates.items()]
             fall = -torch.stack(falls).sum(0)
-            log_probability = torch.tensor(batch.known_answers.log_probability)
+            log_probability = torch.tensor(batch.current_answers.log_probability)
             shares = torch.where(batch.wanted & (fall > 0), -log_probability / fall, 0.0)
         moves = shares > 0
         scaled = {
@@ -145,7 +145,9 @@ class FromGradient(Proposer):
 
 
 class FromSearch(Proposer):
-    """Proposes what an [`~hf_mend.methods.IterativeMethod`] finds for each row by itself, under what the row sees."""
+    """
+    Propose what an [`~hf_mend.methods.IterativeMethod`] finds for each row by itself, under the row's present updates.
+    """
 
     @property
     def rounds(self) -> int:
@@ -178,7 +180,7 @@ class FromSearch(Proposer):
 
 
 def _in_place(side: torch.Tensor, wanted: torch.Tensor, batch: BatchState) -> torch.Tensor:
-    """One side of the wanted rows' updates among all rows; the others' is zero."""
+    """Place one side of the wanted rows' updates among all rows; other rows get zeros."""
     if len(wanted) == len(batch.rows):
         return side
     whole = side.new_zeros(len(batch.rows), *side.shape[1:])

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what came of it: requests, the model's answers, results."""
+"""Requests for edits, and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .scoring import Answers
 
 @dataclass
 class EditRequest:
-    """What one edit asks for; the fields are those of [`~hf_mend.EditableModel.edit`]."""
+    """The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]."""
 
     prompt: str
     target: str
@@ -34,24 +34,24 @@ class EditRequest:
         return Query(self.prompt, self.target, self.chat, self.subject)
 
     @property
-    def asked(self) -> tuple[str, bool]:
-        """What is asked, as [`~hf_mend.edits.edit.same_prompt`] tells prompts apart."""
+    def prompt_key(self) -> tuple[str, bool]:
+        """The identity of the prompt, as [`~hf_mend.edits.edit.same_prompt`] gives it."""
         return same_prompt(self.prompt, self.chat)
 
     def is_same(self, other: EditRequest) -> bool:
         """Whether both want the same answer to the same prompt."""
-        return self.asked == other.asked and self.target.split() == other.target.split()
+        return self.prompt_key == other.prompt_key and self.target.split() == other.target.split()
 
     @property
     def probes(self) -> list[Query]:
-        """The paraphrases, with the target to be said there, then the locality prompts."""
+        """The paraphrases, with the target as their answer, then the locality prompts."""
         said = [Query(prompt, self.target, self.chat) for prompt in self.paraphrases]
         return said + [Query(prompt, None, self.chat) for prompt in self.locality]
 
 
 @dataclass
 class Probe:
-    """A prompt looked at before and after an edit: what the model says there, and whether that is as it should be."""
+    """A prompt tried before and after an edit: the model's two answers, and whether the second is as it should be."""
 
     prompt: str
     before: str
@@ -62,26 +62,26 @@ class Probe:
 @dataclass
 class EditResult:
     """
-    What an edit did.
+    The result of an edit.
 
     Args:
-        id (`str`, *optional*): The edit's id; `None` when none was needed, or none was found.
-        prompt (`str`): What was asked.
-        target (`str`): What the model should answer.
+        id (`str`, *optional*): The edit's id; `None` when no edit was necessary, or none was found.
+        prompt (`str`): The prompt.
+        target (`str`): The answer that the model should give.
         before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
-        after (`str`, *optional*): The same after; this and the next two are `None` after `check=False`.
+        after (`str`, *optional*): The answer after; this and the next two are `None` with `check=False`.
         probability_before (`float`): Probability of the whole target before.
-        probability_after (`float`, *optional*): The same after.
+        probability_after (`float`, *optional*): Probability of the whole target after.
         token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
         steps (`int`): Gradient steps that were made; 0 when the model said the target already.
-        seconds (`float`): What it took, in seconds; in a batch, an equal share.
-        rank (`int`): Rank of the update; 0 also of an edit that only takes an earlier one's place, because the model
-            says the target without it.
+        seconds (`float`): The duration in seconds; in a batch, an equal share.
+        rank (`int`): Rank of the update; 0 also of an edit that only supersedes an earlier one, because the model says
+            the target without it.
         update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
-        paraphrases (`list[Probe]`): The paraphrases asked for; ok when the target is said there.
-        locality (`list[Probe]`): The locality prompts asked for; ok when the greedy next token stayed.
-        superseded (`str`, *optional*): Id of the earlier edit of the same prompt, whose place this one has taken. It
-            stays among the model's edits, without effect, and an undo of this one brings it back exactly.
+        paraphrases (`list[Probe]`): The request's paraphrases; ok when the model says the target there.
+        locality (`list[Probe]`): The request's locality prompts; ok when the greedy next token stayed.
+        superseded (`str`, *optional*): Id of the earlier edit of the same prompt, which this one supersedes. It stays
+            among the model's edits, without effect, and an undo of this one restores it exactly.
     """
 
     id: str | None
@@ -102,7 +102,7 @@ class EditResult:
 
     @property
     def success(self) -> bool | None:
-        """Whether every target token is the argmax now; `None` if nobody looked."""
+        """Whether every target token is the argmax now; `None` without a check."""
         return None if self.token_success is None else all(self.token_success)
 
     @property
@@ -110,19 +110,19 @@ class EditResult:
         """Whether the model said the target before, so that no edit was made."""
         return self.id is None and self.success is not False
 
-    def set_before(self, asked: Answers, row: int, encoder: Encoder) -> None:
-        """Notes what the model said before."""
-        self.before = encoder.decode(asked.tokens[row])
-        self.probability_before = math.exp(asked.log_probability[row])
+    def set_before(self, answers: Answers, row: int, encoder: Encoder) -> None:
+        """Set the answers of before the edit."""
+        self.before = encoder.decode(answers.tokens[row])
+        self.probability_before = math.exp(answers.log_probability[row])
 
-    def set_after(self, asked: Answers, row: int, encoder: Encoder) -> None:
-        """Notes what the edited model says."""
-        self.after = encoder.decode(asked.tokens[row])
-        self.probability_after = math.exp(asked.log_probability[row])
-        self.token_success = asked.correct[row]
+    def set_after(self, answers: Answers, row: int, encoder: Encoder) -> None:
+        """Set the answers of the edited model."""
+        self.after = encoder.decode(answers.tokens[row])
+        self.probability_after = math.exp(answers.log_probability[row])
+        self.token_success = answers.correct[row]
 
     def set_probes(self, request: EditRequest, before: Answers, after: Answers, encoder: Encoder) -> None:
-        """Notes what the model said and says on the request's probes."""
+        """Set the answers to the request's probes, before and after."""
         probes = []
         for i, query in enumerate(request.probes):
             ok = before.tokens[i] == after.tokens[i] if query.answer is None else all(after.correct[i])
@@ -142,8 +142,8 @@ class EditResult:
         ]
         if self.token_success is not None:
             lines.insert(3, f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})")
-            right = sum(self.token_success)
-            lines.insert(4, f"  tokens that are now the argmax: {right} of {len(self.token_success)}")
+            correct = sum(self.token_success)
+            lines.insert(4, f"  tokens that are now the argmax: {correct} of {len(self.token_success)}")
         if self.update_norms:
             norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
             lines.append(f"  update norms: {norms}")
@@ -160,7 +160,7 @@ def as_requests(
     prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
 ) -> list[EditRequest]:
     """
-    The requests that the arguments of `edit` stand for.
+    Return the requests that the arguments of `edit` stand for.
 
     Raises:
         ValueError: Lists differ in length, or probes come with several edits.
@@ -203,7 +203,7 @@ def as_requests(
 
 
 def _texts(value: str | Sequence[str], name: str) -> list[str]:
-    """A text alone is a list of one."""
+    """Return a list of texts; a text alone is a list of one."""
     texts = [value] if isinstance(value, str) else list(value)
     for text in texts:
         if not isinstance(text, str):
@@ -224,8 +224,8 @@ def check_limits(**limits: int | None) -> None:
 def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: PretrainedConfig) -> None:
     """
     Raises:
-        ValueError: A request or one of its probes is empty, tokenises to nothing, or is too long; or a request asks
-            for a chat template that is not there; or two of them want different targets of one prompt.
+        ValueError: A request or one of its probes is empty, tokenises to nothing, or is too long; or a request wants a
+            chat template that is missing; or two requests have different targets for one prompt.
     """
     longest = longest_input(config)
     first_of: dict[tuple[str, bool], int] = {}
@@ -240,7 +240,7 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
         names += [f"locality[{i}]" for i in range(len(request.locality))]
         for name, query in zip(names, request.probes, strict=True):
             check_query(query, encoder, longest, where, name)
-        first = first_of.setdefault(request.asked, number)
+        first = first_of.setdefault(request.prompt_key, number)
         if not request.is_same(requests[first]):
             raise ValueError(
                 f"requests {first} and {number} want two answers to one prompt, {request.prompt[:60]!r}: "

@@ -1,4 +1,4 @@
-"""From what a search found to edits and results."""
+"""Edits and results from the updates that a search found."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .scoring import Answers
 
 
 def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
-    """The edit of a row for which a step was found."""
+    """Return the edit of a row, or `None` where no step was found."""
     if not found.steps[row]:
         return None
     return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
 
 
 def absence_edit(request: EditRequest, old: Edit, found: FoundUpdates, row: int) -> Edit | None:
-    """An edit without updates, which takes an earlier one's place where its absence is enough."""
+    """Return an edit without updates, which supersedes an earlier one where its absence is enough, or `None`."""
     if not all(found.before.correct[row]):
         return None
     return _new_edit(EditRequest(request.prompt, request.target, old.metadata.get("chat") == "true"), {})
@@ -42,15 +42,14 @@ def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
 
 
 def as_request(edit: Edit) -> EditRequest:
-    """The request that an edit was made for."""
+    """Return the request that an edit was made for."""
     chat = edit.metadata.get("chat") == "true"
     return EditRequest(edit.prompt, edit.target, chat, subject=edit.metadata.get("subject"))
 
 
 def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> Edit | None:
     """
-    The change of the base that the method's edits act with, as an edit: the one that is among a model's edits already,
-    if it is there.
+    Return the method's base delta as an edit, or `None` without one. An equal one among the model's edits is reused.
 
     Raises:
         ValueError: The model carries edits that act with another editor's change.
@@ -76,7 +75,7 @@ def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> 
 def as_result(
     request: EditRequest, edit: Edit | None, found: FoundUpdates, row: int, encoder: Encoder, seconds: float
 ) -> EditResult:
-    """The result of a row of what was found."""
+    """Return the result of a row of the updates found."""
     result = EditResult(
         id=edit.id if edit else None,
         prompt=request.prompt,
@@ -96,8 +95,8 @@ def as_result(
     return result
 
 
-def known_result(request: EditRequest, answers: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
-    """The result of a request whose target the model says already, thanks to an earlier edit."""
+def unchanged_result(request: EditRequest, answers: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
+    """Return the result of a request whose target the model says already, thanks to an earlier edit."""
     result = EditResult(None, request.prompt, request.target, "", None, 0.0, None, None, steps=0, seconds=0.0)
     result.set_before(answers, row, encoder)
     if check:

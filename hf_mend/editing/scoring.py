@@ -1,4 +1,4 @@
-"""What logits say of a target: its log-probability, and which of its tokens the model chooses."""
+"""The score of targets by logits: log-probability, and the tokens that the model chooses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.encoding import EncodedBatch
 @dataclass
 class Answers:
     """
-    What the model says, per row.
+    The model's answers, one a row.
 
     Args:
         log_probability (`list[float]`): Log-probability of the whole target.
@@ -32,7 +32,7 @@ class Answers:
         return torch.tensor([all(correct) for correct in self.correct], dtype=torch.bool)
 
     def rank(self, row: int) -> tuple[bool, float]:
-        """What to compare a row's answers by: all tokens correct, then the target's probability."""
+        """Return a row's order of merit: all tokens correct, then the target's probability."""
         return all(self.correct[row]), self.log_probability[row]
 
 
@@ -42,7 +42,7 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
 
     Args:
         rows ([`EncodedBatch`]): Prompts and targets.
-        logits (`torch.Tensor` of shape `(positions, vocab)`): The model's, at the rows' positions.
+        logits (`torch.Tensor` of shape `(positions, vocab)`): The model's logits at the rows' positions.
     """
     labels = rows.next_tokens[rows.positions].to(logits.device)
     said = logits.argmax(-1)
@@ -58,7 +58,7 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
 
 
 def chosen_answers(first: torch.Tensor, one: Answers, other: Answers) -> Answers:
-    """The rows of `one` where `first`, `(rows,)`, is set, and those of `other` elsewhere."""
+    """Return the rows of `one` where `first`, `(rows,)`, is set, and those of `other` elsewhere."""
     picks = [one if flag else other for flag in first.tolist()]
     return Answers(
         [pick.log_probability[i] for i, pick in enumerate(picks)],

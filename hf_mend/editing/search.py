@@ -31,11 +31,10 @@ def find_updates(
     Find the updates that make rows say their targets: each row's by itself, or for a method that joins edits
     ([`~hf_mend.methods.EditMethod.join`]), those of a group for one another.
 
-    Each round, a step is proposed for the rows that ask for one, on the model as the steps before left it: from the
-    factors of one gradient, or by the method's own search. A method that joins proposes value residuals at each row's
-    own inputs, and one update of all of a group is made of what was asked so far. What is proposed is then accepted,
-    as a whole, in part, or not at all: see [`~hf_mend.editing.acceptance.AcceptByRow`] and
-    [`~hf_mend.editing.acceptance.AcceptByGroup`].
+    Each round proposes a step for the rows that want one, on the model under the steps so far: from the factors of one
+    gradient, or by the method's own search. A method that joins proposes value residuals at each row's own inputs, and
+    the residuals of a group so far become one update. The proposals are then accepted, as a whole, in part, or not at
+    all: see [`~hf_mend.editing.acceptance.AcceptByRow`] and [`~hf_mend.editing.acceptance.AcceptByGroup`].
 
     In the end the residuals of a method that `sizes_steps` are multiplied by the configuration's `margin`, so that
     other words lead to the target too.
@@ -43,17 +42,17 @@ def find_updates(
     Args:
         context ([`EditingContext`]): The model and the method.
         batches (`Sequence[EncodedBatch]`): Prompts and targets, a row a request, in batches that run in one pass.
-        options ([`SearchOptions`], *optional*): What the search may do.
-        group_size (`int`, *optional*): For a method that joins, how many neighbouring rows of a batch are one group;
-            all rows of all batches when missing.
-        preserved_keys (`Mapping[str, torch.Tensor]`): Layer name -> inputs at which the output is to stay, as `join`
-            takes them.
-        base_delta (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*): What acts beside an update, from
-            the first step on; the method's own when missing. Give none where the model has it already.
-        progress (`Callable`, *optional*): Told of the rows whose first step is there.
+        options ([`SearchOptions`], *optional*): The options of the search.
+        group_size (`int`, *optional*): For a method that joins, the number of neighbouring rows of a batch in one
+            group; all rows of all batches when missing.
+        preserved_keys (`Mapping[str, torch.Tensor]`): The argument of that name of the method's `join`.
+        base_delta (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*): The base delta, which acts beside
+            an update from the first step on; the method's own when missing. Pass an empty one where it acts in the
+            model already.
+        progress (`Callable`, *optional*): Called with the number of rows whose first step is made.
 
     Raises:
-        ValueError: A gradient or an update is not finite, or the method has not seen the text it needs.
+        ValueError: A gradient or an update is not finite, or the method lacks its statistics of calibration text.
     """
     options = SearchOptions() if options is None else options
     base_delta = context.method.base_delta() if base_delta is None else base_delta
@@ -69,7 +68,9 @@ def find_updates(
 
 
 def _acceptance(states: Sequence[BatchState], proposer: Proposer, group_size: int | None) -> AcceptAll:
-    """How proposals are accepted; a single step and what a search of the method's own finds are, whatever they are."""
+    """
+    Return the rule of acceptance. A single step is accepted as it is, and so is the result of a method's own search.
+    """
     if proposer.rounds == 1 or isinstance(proposer, FromSearch):
         return AcceptAll(states, proposer)
     if proposer.context.method.joins:
@@ -78,7 +79,7 @@ def _acceptance(states: Sequence[BatchState], proposer: Proposer, group_size: in
 
 
 def _search(states: Sequence[BatchState], proposer: Proposer, combine: Combination, acceptance: AcceptAll) -> None:
-    """The loop; what it finds is in the batches then."""
+    """Run the loop, whose results the batches then hold."""
     method = proposer.context.method
     for step in range(proposer.rounds):
         if step and acceptance.going_on:
@@ -89,7 +90,7 @@ def _search(states: Sequence[BatchState], proposer: Proposer, combine: Combinati
             break
         for number, state in enumerate(states):
             if state.wanted.any():
-                acceptance.take(number, proposer.propose(state))
+                acceptance.accept(number, proposer.propose(state))
         combine()
     if method.sizes_steps:
         for state in states:

@@ -1,1 +1,1 @@
-"""Edits: their low-rank algebra, how they act beside the weights, and how they are kept."""
+"""Edits: their low-rank algebra, the hook by which they act beside the weights, and their files."""

@@ -20,7 +20,7 @@ from .preserved_keys import PreservedKeys
 
 
 def acting_edits(model: nn.Module) -> set[str]:
-    """Ids of the edits that act in a model, whichever [`ActiveEdits`] put them there."""
+    """Return the ids of the edits that act in a model, whichever [`ActiveEdits`] put them there."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     return {edit_id for hook in hooks if isinstance(hook, AddsToOutput) for edit_id in hook.edit_ids}
 
@@ -33,7 +33,8 @@ class ActiveEdits:
     [`~hf_mend.edits.edit.active_edits`].
 
     Args:
-        targets (`Sequence[Target]`): The layers that an editor changes.
+        targets (`Sequence[Target]`): The layers that an editor changes. Other layers that an edit changes are appended
+            to them.
         base_model (`nn.Module`, *optional*): The model, where edits from elsewhere may change its other linear layers.
     """
 
@@ -48,7 +49,7 @@ class ActiveEdits:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layers' sums take beside the edits' own factors."""
+        """Bytes of the layers' sums, beside the edits' own factors."""
         return sum(one.nbytes for one in self._sums.values())
 
     @property
@@ -57,7 +58,7 @@ class ActiveEdits:
         return active_edits(self.edits)
 
     def replace(self, edits: Sequence[Edit]) -> None:
-        """Makes these the model's edits."""
+        """Make these edits the model's."""
         self.edits = each_base_delta_once(edits)
         for target in self._others(edits):
             self.targets.append(target)
@@ -67,16 +68,16 @@ class ActiveEdits:
     def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
         """
         Raises:
-            ValueError: An edit's layers or shapes are not this model's, its id is taken, or the base delta that it
-                requires is missing.
+            ValueError: An edit's layers or shapes are not this model's, the model has an edit of its id already, or
+                the base delta that it requires is missing.
         """
         shapes = {target.name: (target.d_in, target.d_out) for target in [*self.targets, *self._others(edits)]}
         check_required(edits, source, among=self.edits)
-        taken = {edit.id for edit in self.edits if not edit.is_base_delta}
+        used = {edit.id for edit in self.edits if not edit.is_base_delta}
         for edit in edits:
-            if edit.id in taken and not edit.is_base_delta:
+            if edit.id in used and not edit.is_base_delta:
                 raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
-            taken.add(edit.id)
+            used.add(edit.id)
             for name, (u, v) in edit.updates.items():
                 fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
                 if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
@@ -86,20 +87,14 @@ class ActiveEdits:
                         "model or editor"
                     )
 
-    @property
-    def layers(self) -> list[Target]:
-        """The targets, and the other layers that an edit changes."""
-        names = {name for edit in self.edits for name in edit.updates} - {target.name for target in self.targets}
-        return [*self.targets, *([] if self._base_model is None else named_layers(self._base_model, names))]
-
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
-        """The layers that these edits change and none did before."""
+        """Return the layers that these edits change and none did before."""
         names = {name for edit in edits for name in edit.updates} - self._sums.keys()
         return [] if self._base_model is None else named_layers(self._base_model, names)
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
         """
-        Removes edits by id and returns them. A base delta that no other edit requires goes with them.
+        Remove edits by id and return them. A base delta that no other edit requires goes with them.
 
         Raises:
             KeyError: An id is not among the edits; nothing is removed.
@@ -110,13 +105,13 @@ class ActiveEdits:
         check_apart(self.edits, unwanted)
         gone = [edit for edit in self.edits if edit.id in unwanted]
         left = [edit for edit in self.edits if edit.id not in unwanted]
-        needed = {edit.requires for edit in left}
-        self.replace([edit for edit in left if not edit.is_base_delta or edit.id in needed])
+        required = {edit.requires for edit in left}
+        self.replace([edit for edit in left if not edit.is_base_delta or edit.id in required])
         return gone
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the context, the model answers as if it had no edits."""
+        """Disable all edits within the context."""
         self._disabled += 1
         self._refresh()
         try:
@@ -134,7 +129,7 @@ class ActiveEdits:
             safe (`bool`, defaults to `False`): Check first that all merged weights are finite.
 
         Raises:
-            TypeError: A layer's weight cannot take an update, or is another's too; no weight has changed then.
+            TypeError: A layer's weight cannot be written to, or is another's too; no weight has changed then.
             ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
         edited = [target for target in self.targets if self._sums[target.name].edits]

@@ -1,4 +1,4 @@
-"""What an [`EditableModel`] does with the edits that it carries: undo, disable, compress, keep, save and load them."""
+"""The methods of an [`EditableModel`] that manage its edits: undo, disable, compress, store, save and load them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.deprecation import renamed_method
 from ..hub.files import EDITS_NAME
 from ..hub.transfer import find_files
 from .active import ActiveEdits
-from .collection import Edits, turned
+from .collection import Edits, with_enabled
 from .compression import Compression, compressed
 from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked
 from .edits_file import read_edits_file, write_edits_file
@@ -26,29 +26,29 @@ from .store import EditStore
 
 class ActsWhileOwned:
     """
-    Takes a model's edits out of its base when no [`EditableModel`] owns them any more. Shallow copies own the same
+    Remove a model's edits from its base when no [`EditableModel`] owns them any more. Shallow copies own the same
     edits together; a deep copy or a pickle has its own.
 
     Args:
-        stack ([`ActiveEdits`]): The edits.
+        active ([`ActiveEdits`]): The edits.
     """
 
-    def __init__(self, stack: ActiveEdits):
-        self._stack = stack
+    def __init__(self, active: ActiveEdits):
+        self._active = active
         # At the interpreter's end there is nothing to clean up.
-        weakref.finalize(self, stack.replace, []).atexit = False
+        weakref.finalize(self, active.replace, []).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._stack,)
+        return type(self), (self._active,)
 
 
 class CarriesEdits:
-    """The methods of [`EditableModel`] that are about the edits it carries, however they were made."""
+    """The methods of [`EditableModel`] that manage its edits, however they were made."""
 
     base_model: Any
     targets: list[Target]
     editor_config: EditorConfig
-    _stack: ActiveEdits
+    _active: ActiveEdits
     _store: EditStore | None
     _spent: str | None
     _for_a_while: Any
@@ -56,15 +56,15 @@ class CarriesEdits:
     @property
     def edits(self) -> Edits:
         """
-        The edits the model carries, oldest first, to index, search and export. Of several of one prompt the last acts,
-        the others wait.
+        The edits of the model, oldest first, to index, search and export. Of several edits of one prompt the last
+        acts, and the others wait.
         """
-        return Edits(self._stack.edits)
+        return Edits(self._active.edits)
 
     def undo(self, edit_id: str | None = None) -> Edit:
         """
-        Takes back an edit, the last one by default. The logits are then bit for bit those of the other edits alone,
-        among them one that it had superseded.
+        Take back an edit, the last one by default. The logits are then bit for bit those of the other edits alone,
+        including one that it had superseded.
 
         Raises:
             KeyError: No edit has that id.
@@ -72,16 +72,16 @@ class CarriesEdits:
             ValueError: The edit is part of a compressed one.
         """
         self._check_usable()
-        if not self._stack.edits:
+        if not self._active.edits:
             raise IndexError("there is no edit to undo")
         with self._stored():
-            return self._stack.remove([self._stack.edits[-1].id if edit_id is None else edit_id])[0]
+            return self._active.remove([self._active.edits[-1].id if edit_id is None else edit_id])[0]
 
     def undo_all(self) -> list[Edit]:
-        """Takes back all edits and returns them."""
+        """Take back all edits and return them."""
         self._check_usable()
         with self._stored():
-            return self._stack.remove([edit.id for edit in self._stack.edits])
+            return self._active.remove([edit.id for edit in self._active.edits])
 
     def disable_edit(self, *edit_ids: str) -> None:
         """
@@ -96,9 +96,7 @@ class CarriesEdits:
             KeyError: No edit has such an id; none is disabled.
             ValueError: An edit is part of a compressed one; none is disabled.
         """
-        self._check_usable()
-        with self._stored():
-            self._stack.replace(turned(self._stack.edits, edit_ids, on=False))
+        self._set_enabled(edit_ids, False)
 
     def enable_edit(self, *edit_ids: str) -> None:
         """
@@ -111,16 +109,14 @@ class CarriesEdits:
             KeyError: No edit has such an id; none is enabled.
             ValueError: An edit is part of a compressed one; none is enabled.
         """
-        self._check_usable()
-        with self._stored():
-            self._stack.replace(turned(self._stack.edits, edit_ids, on=True))
+        self._set_enabled(edit_ids, True)
 
     turn_off = renamed_method("turn_off", "disable_edit")
     turn_on = renamed_method("turn_on", "enable_edit")
 
     def compress_edits(self, rank: int, keep: bool = True) -> Compression:
         """
-        Makes one edit of all that act: of each layer's sum, the nearest matrix of a rank (singular value
+        Make one edit of all that act: of each layer's sum, the nearest matrix of a rank (singular value
         decomposition).
 
         The edits that it replaces stay among [`~EditableModel.edits`] without effect, and an undo of the one brings
@@ -129,7 +125,7 @@ class CarriesEdits:
 
         Args:
             rank (`int`): The highest rank of a layer.
-            keep (`bool`, defaults to `True`): Keep the edits that are replaced. Without, they are gone, and so are
+            keep (`bool`, defaults to `True`): Keep the edits that are replaced. Otherwise they are gone, and so are
                 those that they had superseded: the one's undo leaves the model without any of them.
 
         Returns:
@@ -140,20 +136,20 @@ class CarriesEdits:
         """
         self._check_usable()
         with self._stored():
-            edits, report = compressed(self._stack.edits, rank, keep)
-            self._stack.replace(edits)
+            edits, report = compressed(self._active.edits, rank, keep)
+            self._active.replace(edits)
         return report
 
     def open_store(self, path: str | Path) -> list[Edit]:
         """
-        Takes the edits of a store on disk, and from now on keeps in it what is done to the model's edits: edits,
-        undos, disabling and enabling, loading, compressing; not what `edited` and `carrying` do for a while.
+        Load the edits of a store on disk, and record all further changes of the model's edits in it: edits, undos,
+        disabling and enabling, loading, compressing; not the temporary changes by `edited` and `carrying`.
 
-        The store's edits come before those that the model has, which are appended to it. What other processes append
-        meanwhile stays, and is seen by the next model that opens it.
+        The store's edits come before those that the model has, which are appended to it. Edits that other processes
+        append meanwhile stay, and the next model that opens the store has them.
 
         Args:
-            path (`str` or `Path`): The store, see [`EditStore`]; made by the first edit where it does not exist.
+            path (`str` or `Path`): The store, see [`EditStore`]; the first edit creates it where it does not exist.
 
         Returns:
             `list[Edit]`: The store's edits.
@@ -167,54 +163,54 @@ class CarriesEdits:
         if self._store is not None:
             raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
         store = EditStore(path, fingerprint_of(self.base_model, self.targets))
-        edits, before = list(store.edits), self._stack.edits
+        edits, before = list(store.edits), self._active.edits
         check_same_base(self.base_model, store.base_fingerprint, str(path))
-        self._stack.check_fit(edits, path)
+        self._active.check_fit(edits, path)
         every = each_base_delta_once([*edits, *before])
         store.follow(edits, every)
-        self._stack.replace(every)
+        self._active.replace(every)
         self._store = store
         return edits
 
     def close_store(self) -> None:
-        """Keeps nothing more in the store; the model's edits stay as they are."""
+        """Stop recording changes in the store. The model's edits stay as they are."""
         self._store = None
 
     @contextmanager
     def disable_edits(self) -> Iterator[None]:
-        """Within the context, the model answers as if it had no edits."""
-        with self._stack.disabled():
+        """Disable all edits within the context: the model answers as if it had none."""
+        with self._active.disabled():
             yield
 
     @contextmanager
     def carrying(self, edits: Sequence[Edit]) -> Iterator[None]:
         """
-        Within the context the model carries these edits and no others: some of its own, say, or another user's.
+        Make these edits the model's only ones within the context: some of its own, say, or another user's.
 
         Raises:
             ValueError: An edit does not fit this model.
         """
         self._check_usable()
         with self._for_a_while():
-            self._stack.replace([])
-            self._stack.check_fit(edits, "these edits")
-            self._stack.replace(edits)
+            self._active.replace([])
+            self._active.check_fit(edits, "these edits")
+            self._active.replace(edits)
             yield
 
     # ---- files ----
 
     def save_edits(self, save_directory: str | Path) -> None:
         """
-        Writes the edits to `edits.safetensors` in a folder, all or nothing.
+        Write the edits to `edits.safetensors` in a folder, all or nothing.
 
         Args:
             save_directory (`str` or `Path`): The folder; made if missing.
         """
-        write_edits_file(save_directory, self._stack.edits, fingerprint_of(self.base_model, self._stack.layers))
+        write_edits_file(save_directory, self._active.edits, fingerprint_of(self.base_model, self._active.targets))
 
     def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
         """
-        Adds saved edits to the model, bit for bit as they were saved.
+        Add saved edits to the model, bit for bit as they were saved.
 
         Args:
             edits_name_or_path (`str` or `Path`): A folder that `save_edits` wrote, or a repository's id on the Hub.
@@ -229,10 +225,7 @@ class CarriesEdits:
         path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
         edits, fingerprint = read_edits_file(path)
         check_edits_base(self.editor_config, self.base_model, fingerprint, str(path))
-        self._stack.check_fit(edits, path)
-        with self._stored():
-            self._stack.replace([*self._stack.edits, *edits])
-        return edits
+        return self._add(edits, path)
 
     def save_lora(
         self,
@@ -242,23 +235,23 @@ class CarriesEdits:
         max_rank: int | None = None,
     ) -> float:
         """
-        Writes edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
+        Write edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            edits (`Sequence[Edit]`, *optional*): Which edits; all that the model carries by default.
-            uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers want it.
-            max_rank (`int`, *optional*): The highest rank of a layer; those above it are brought there by SVD.
+            edits (`Sequence[Edit]`, *optional*): The edits to write; all that the model carries by default.
+            uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers require.
+            max_rank (`int`, *optional*): The highest rank of a layer; layers above it are truncated to it by SVD.
 
         Returns:
-            `float`: The largest relative error (Frobenius norm) among the layers that `max_rank` made smaller, or 0.
+            `float`: The largest relative error (Frobenius norm) among the layers that were truncated, or 0.
 
         Raises:
-            ValueError: There is no edit, one needs a support that is missing, or `max_rank` is below 1.
+            ValueError: There is no edit, one requires a base delta that is missing, or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
-        edits = self._stack.edits if edits is None else edits
+        edits = self._active.edits if edits is None else edits
         check_required(edits, "save_lora")
         edits = active_edits(edits)
         updates, error = stacked(edits), 0.0
@@ -280,8 +273,8 @@ class CarriesEdits:
 
     def load_lora(self, lora_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
         """
-        Adds a LoRA adapter to the model: as the edits that `save_lora` wrote, or, from elsewhere, as one edit without
-        a prompt. Its layers may be any linear layers of the base model.
+        Add a LoRA adapter to the model: as the edits that `save_lora` wrote, or, from elsewhere, as one edit without a
+        prompt. Its layers may be any linear layers of the base model.
 
         Args:
             lora_name_or_path (`str` or `Path`): A folder with `adapter_config.json` and `adapter_model.safetensors`,
@@ -298,22 +291,29 @@ class CarriesEdits:
         """
         self._check_usable()
         files = find_files(lora_name_or_path, [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME], **hub_kwargs)
-        edits = read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME])
-        self._stack.check_fit(edits, lora_name_or_path)
+        return self._add(read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME]), lora_name_or_path)
+
+    def _add(self, edits: list[Edit], source: str | Path) -> list[Edit]:
+        self._active.check_fit(edits, source)
         with self._stored():
-            self._stack.replace([*self._stack.edits, *edits])
+            self._active.replace([*self._active.edits, *edits])
         return edits
+
+    def _set_enabled(self, edit_ids: Sequence[str], enabled: bool) -> None:
+        self._check_usable()
+        with self._stored():
+            self._active.replace(with_enabled(self._active.edits, edit_ids, enabled))
 
     @contextmanager
     def _stored(self) -> Iterator[None]:
-        """What changes within the context is kept in the open store; if it cannot be, nothing has changed."""
-        before = self._stack.edits
+        """Record changes made within the context in the open store. If that fails, restore the edits."""
+        before = self._active.edits
         yield
         if self._store is not None:
             try:
-                self._store.follow(before, self._stack.edits)
+                self._store.follow(before, self._active.edits)
             except BaseException:
-                self._stack.replace(before)
+                self._active.replace(before)
                 raise
 
     def _check_usable(self) -> None:

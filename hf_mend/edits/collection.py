@@ -1,4 +1,4 @@
-"""The edits that a model carries, as its user sees them: to index, search and export."""
+"""The sequence of a model's edits that users see: to index, search and export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .edit import Edit, active_edits
 
 class Edits(Sequence[Edit]):
     """
-    The edits of a model, oldest first; what [`EditableModel.edits`] gives. It does not change with the model.
+    The edits of a model, oldest first; the value of [`EditableModel.edits`]. It does not change with the model.
 
     Args:
         edits (`Sequence[Edit]`): The edits.
@@ -51,7 +51,7 @@ class Edits(Sequence[Edit]):
     @property
     def active(self) -> list[Edit]:
         """
-        Those that act: not turned off, not superseded by a later edit of the same prompt, and not part of a
+        The edits that act: neither disabled, nor superseded by a later edit of the same prompt, nor part of a
         compressed one.
         """
         return active_edits(self._edits)
@@ -66,15 +66,15 @@ class Edits(Sequence[Edit]):
         until: date | str | None = None,
     ) -> list[Edit]:
         """
-        The edits that all of these hold for, oldest first.
+        Return the edits that meet all of these conditions, oldest first.
 
         Args:
-            text (`str`, *optional*): It is part of the prompt, in capitals or not.
-            target (`str`, *optional*): It is part of the target, in capitals or not.
+            text (`str`, *optional*): The prompt contains it, in capitals or not.
+            target (`str`, *optional*): The target contains it, in capitals or not.
             active (`bool`, *optional*): Whether the edit acts.
-            since, until (`datetime`, `date` or `str`, *optional*): Made at this time or later, or before it; a string
-                is in ISO 8601, such as `"2026-05-01"`, times without a zone are UTC, and a date is when it begins.
-                Edits without a time are left out.
+            since, until (`datetime`, `date` or `str`, *optional*): The edit was made at this time or later, or before
+                it; a string is in ISO 8601, such as `"2026-05-01"`, times without a zone are UTC, and a date is its
+                first moment. Edits without a time are left out.
 
         Raises:
             ValueError: A string is not a time.
@@ -96,17 +96,17 @@ class Edits(Sequence[Edit]):
 
     def describe(self) -> list[dict[str, Any]]:
         """
-        What there is to say of each edit, as plain JSON values: `id`, `prompt`, `target`, `time`, `editor`, `chat`,
-        `enabled`, `active`, `superseded_by` and `part_of` (the id of the edit in whose favour it does not act, or
-        `None`), `rank`, and `norms`, the Frobenius norm of each layer's update.
+        Describe each edit in plain JSON values: `id`, `prompt`, `target`, `time`, `editor`, `chat`, `enabled`,
+        `active`, `superseded_by` and `part_of` (the id of the edit in whose favour it does not act, or `None`),
+        `rank`, and `norms`, the Frobenius norm of each layer's update.
         """
         enabled = [edit for edit in self if edit.enabled]
-        last = {edit.asked: edit.id for edit in enabled}
+        last = {edit.prompt_key: edit.id for edit in enabled}
         part_of = {one: edit.id for edit in enabled for one in edit.replaces}
         acting = {id(edit) for edit in self.active}
         rows = []
         for edit in self:
-            later = last.get(edit.asked) if edit.enabled and edit.asked else None
+            later = last.get(edit.prompt_key) if edit.enabled and edit.prompt_key else None
             rows.append(
                 {
                     "id": edit.id,
@@ -127,7 +127,7 @@ class Edits(Sequence[Edit]):
 
     def to_jsonl(self, path: str | Path) -> None:
         """
-        Writes what [`describe`] gives as JSON lines, one an edit, whole or not at all.
+        Write the output of [`describe`] as JSON lines, one an edit, whole or not at all.
 
         Args:
             path (`str` or `Path`): The file.
@@ -138,9 +138,9 @@ class Edits(Sequence[Edit]):
             )
 
 
-def turned(edits: Sequence[Edit], ids: Sequence[str], on: bool) -> list[Edit]:
+def with_enabled(edits: Sequence[Edit], ids: Sequence[str], enabled: bool) -> list[Edit]:
     """
-    The edits with some turned on or off; those that change are copies, with the same matrices.
+    Return the edits with some enabled or disabled. Those that change are copies, with the same matrices.
 
     Raises:
         KeyError: An id is not among the edits.
@@ -149,7 +149,8 @@ def turned(edits: Sequence[Edit], ids: Sequence[str], on: bool) -> list[Edit]:
     chosen = set(ids)
     check_known(edits, ids)
     check_apart(edits, chosen)
-    return [replace(edit, enabled=on) if edit.id in chosen and edit.enabled != on else edit for edit in edits]
+    changed = [edit.id in chosen and edit.enabled != enabled for edit in edits]
+    return [replace(edit, enabled=enabled) if new else edit for edit, new in zip(edits, changed, strict=True)]
 
 
 def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:
@@ -167,14 +168,14 @@ def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:
 def check_apart(edits: Sequence[Edit], ids: set[str]) -> None:
     """
     Raises:
-        ValueError: One of the ids is of an edit that is part of a compressed one, or that others need, which are not
-            among the ids.
+        ValueError: One of the ids is that of an edit that is part of a compressed one, or that others require, which
+            are not among the ids.
     """
     for whole in edits:
         if whole.requires in ids and whole.id not in ids:
             raise ValueError(
                 f"the edit {whole.id!r} acts with the change {whole.requires!r}, which stays with it; undo that edit, "
-                "or turn it off"
+                "or disable it"
             )
         parts = ids.intersection(whole.replaces) if whole.id not in ids else ()
         for part in sorted(parts):

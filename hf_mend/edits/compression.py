@@ -1,4 +1,4 @@
-"""Many edits as one of a given rank, by singular value decomposition."""
+"""Compression of many edits into one of a given rank, by singular value decomposition."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .low_rank import truncated
 @dataclass
 class Compression:
     """
-    What compressing came to.
+    The result of a compression.
 
     Args:
-        id (`str`): Id of the edit that stands for the others now.
-        edits (`list[str]`): Ids of those that it is the sum of.
+        id (`str`): Id of the edit that replaces the others.
+        edits (`list[str]`): Ids of the edits whose sum it is.
         rank (`int`): The highest rank of a layer.
         ranks_before (`dict[str, int]`): Layer name -> the sum of the edits' ranks.
-        errors (`dict[str, float]`): Layer name -> Frobenius norm of what was left out, divided by that of the sum.
+        errors (`dict[str, float]`): Layer name -> Frobenius norm of the truncated part, divided by that of the sum.
     """
 
     id: str
@@ -39,13 +39,16 @@ class Compression:
 
 def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[list[Edit], Compression]:
     """
-    A model's edits with those that act reduced to one, each layer's sum to the nearest matrix of a rank (Eckart and
-    Young 1936).
+    Reduce the active edits of a model to one, each layer's sum to the nearest matrix of a rank (Eckart and Young
+    1936).
 
     Args:
         edits (`Sequence[Edit]`): The model's edits.
         rank (`int`): The highest rank of a layer.
-        keep (`bool`, defaults to `True`): Keep the edits that it replaces, so that its undo brings them back.
+        keep (`bool`, defaults to `True`): Keep the edits that the new one replaces, so that its undo restores them.
+
+    Returns:
+        `tuple`: The model's edits after it, and a report.
 
     Raises:
         ValueError: No edit acts, or the rank is below 1.
@@ -57,7 +60,7 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
     if not any(len(u) for u, _ in sums.values()):
         raise ValueError("there is no edit to compress; make one first")
     found = {name: truncated(update, rank) for name, update in sums.items()}
-    # Also what an earlier compression replaced: it is a part of this one now.
+    # Includes the edits that an earlier compression replaced: they are parts of this one now.
     replaces = [one for edit in acting for one in (edit.id, *edit.replaces)]
     parts = [{"id": edit.id, "prompt": edit.prompt, "target": edit.target} for edit in acting]
     whole = Edit(
@@ -71,7 +74,7 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
         },
         replaces=replaces,
     )
-    kept = [edit for edit in edits if keep or not edit.enabled or edit.is_base_delta]
+    others = [edit for edit in edits if keep or not edit.enabled or edit.is_base_delta]
     report = Compression(
         whole.id,
         [edit.id for edit in acting],
@@ -79,4 +82,4 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
         {name: len(u) for name, (u, _) in sums.items()},
         {name: error for name, (_, error) in found.items()},
     )
-    return [*kept, whole], report
+    return [*others, whole], report

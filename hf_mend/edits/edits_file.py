@@ -1,4 +1,4 @@
-"""The file of edits: how `edits.safetensors` is written and read."""
+"""The file of edits: reading and writing `edits.safetensors`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _TENSOR_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})\.(?P<layer>.+)\.(?P<sid
 
 def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint: Mapping[str, Any]) -> None:
     """
-    Write edits to `edits.safetensors` in a folder, all or nothing: the factors as `<index>.<layer>.u` and `.v`, what
-    describes the edits and their base model as JSON in the header.
+    Write edits to `edits.safetensors` in a folder, all or nothing: the factors as `<index>.<layer>.u` and `.v`, the
+    descriptions of the edits and of their base model as JSON in the header.
 
     Args:
         folder (`str` or `Path`): The folder; made if missing.
@@ -40,7 +40,7 @@ def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint
 
 def read_edits_file(path: str | Path) -> tuple[list[Edit], dict[str, Any] | None]:
     """
-    Read what [`write_edits_file`] wrote.
+    Read a file that [`write_edits_file`] wrote.
 
     Args:
         path (`str` or `Path`): The file.

@@ -1,11 +1,11 @@
-"""How updates act: beside the layers, through one kind of forward hook."""
+"""The one forward hook by which updates act beside the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,25 +14,15 @@ from ..bases.targets import Target
 from .low_rank import Update, side_path
 
 
-class Addend(Protocol):
-    """What is added to a layer's output."""
-
-    def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """
-        Args:
-            x (`torch.Tensor` of shape `(..., d_in)`): The layer's input.
-            device (`torch.device`): Where the layer runs.
-
-        Returns:
-            `torch.Tensor` of shape `(..., d_out)`, in the updates' dtype.
-        """
-        ...
+# The term that is added to a layer's output, `(..., d_out)` in the updates' dtype, from the layer's input,
+# `(..., d_in)`, and the device where the layer runs.
+Addend = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
 @dataclass(eq=False)
 class SidePath:
     """
-    What an update adds, one for all rows or one for each run of them: see [`~hf_mend.edits.low_rank.side_path`].
+    The output of an update, one for all rows or one for each run of them: see [`~hf_mend.edits.low_rank.side_path`].
 
     Args:
         update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)`.
@@ -50,13 +40,13 @@ class SidePath:
 @dataclass(eq=False)
 class AddsToOutput:
     """
-    A forward hook that adds to a layer's output. No closure: a deep copy of the model takes an addend of its own
-    along, and a pickle the one it was saved with.
+    A forward hook that adds to a layer's output. It is no closure: a deep copy of the model has an addend of its own,
+    and a pickle the one it was saved with.
 
     Args:
-        addend ([`Addend`]): What to add: the [`~hf_mend.edits.layer_sum.LayerSum`] of the edits that the model
+        addend ([`Addend`]): The term to add: the [`~hf_mend.edits.layer_sum.LayerSum`] of the edits that the model
             carries, or the [`SidePath`] of an update that acts within a context.
-        edit_ids (`Sequence[str]`): The edits in it.
+        edit_ids (`Sequence[str]`): Ids of the edits in it.
     """
 
     addend: Addend
@@ -69,12 +59,12 @@ class AddsToOutput:
 @contextmanager
 def applied(targets: Sequence[Target], *updates: Mapping[str, Update]) -> Iterator[None]:
     """
-    Within the context, the target layers' outputs carry the updates.
+    Add the updates to the target layers' outputs within the context.
 
     Args:
         targets (`Sequence[Target]`): The layers.
-        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): See [`~hf_mend.edits.low_rank.side_path`]; layers
-            without one stay as they are. Of several mappings all count.
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)`, as
+            [`~hf_mend.edits.low_rank.side_path`] takes them; other layers stay as they are. Several mappings add up.
     """
     with ExitStack() as hooks:
         for target in targets:

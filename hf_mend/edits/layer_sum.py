@@ -26,12 +26,12 @@ class LayerSum:
 
     Two stacked thin matrices of `rank * (d_in + d_out)` values, until a dense one has fewer: then the matrix, `d_in *
     d_out` values, and up to two copies of it in CPU memory as of earlier edits. Both grow with each edit and are never
-    made anew for one.
+    allocated anew for one edit.
 
-    The values depend on the list of edits alone, whatever came and went before: edits are added one by one in their
-    order and none is ever subtracted, so that an undo is exact to the bit. It goes back to a copy and adds what
-    followed: of `n` edits, an undo of the last costs up to 32 additions, of the oldest `n`. All of this happens when
-    the sum is next needed, on the device where it is needed.
+    The values depend on the list of edits alone, not on edits that were there before: edits are added one by one in
+    their order and none is ever subtracted, so that an undo is exact to the bit. An undo goes back to a copy and adds
+    the edits that followed: of `n` edits, an undo of the last costs up to 32 additions, of the oldest `n`. All of this
+    happens in the next pass, on the device of the layer.
 
     Args:
         d_in (`int`): Width of the layer's input.
@@ -43,11 +43,11 @@ class LayerSum:
         self.edits: list[Update] = []
         self._dtype = torch.float32
         self._rank = 0
-        self._summed = 0  # how many of the edits the tensors hold
+        self._summed = 0  # number of the edits that the tensors hold
         self._thin: Update | None = None  # with room to grow: (capacity, d_in), (capacity, d_out)
         self._used = 0  # rows of them
         self._matrix: torch.Tensor | None = None  # (d_out, d_in)
-        self._copies: dict[int, tuple[int, torch.Tensor]] = {}  # distance -> after how many edits, the matrix then
+        self._copies: dict[int, tuple[int, torch.Tensor]] = {}  # distance -> number of edits, the matrix of those
 
     @property
     def is_dense(self) -> bool:
@@ -56,12 +56,12 @@ class LayerSum:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the sum takes beside the edits' own factors."""
+        """Bytes of the sum, beside the edits' own factors."""
         tensors = [*(self._thin or ()), *(copy for _, copy in self._copies.values())]
         return sum(t.nbytes for t in tensors) + (0 if self._matrix is None else self._matrix.nbytes)
 
     def replace(self, edits: Sequence[Update]) -> None:
-        """Makes these the edits to sum up, `(u, v)` of shapes `(rank, d_in)` and `(rank, d_out)`."""
+        """Set the edits to sum up, `(u, v)` of shapes `(rank, d_in)` and `(rank, d_out)`."""
         edits = [pair for pair in edits if len(pair[0])]
         common = 0
         for mine, theirs in zip(self.edits[: self._summed], edits, strict=False):
@@ -78,7 +78,7 @@ class LayerSum:
 
     def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         """
-        What the edits add to the layer's output.
+        Return the edits' addition to the layer's output.
 
         Args:
             x (`torch.Tensor` of shape `(..., d_in)`): The layer's input.
@@ -96,7 +96,7 @@ class LayerSum:
         return side_path(x, (u[: self._used], v[: self._used]))
 
     def matrix(self, device: torch.device) -> torch.Tensor:
-        """The sum as a matrix `(d_out, d_in)`."""
+        """Return the sum as a matrix `(d_out, d_in)`."""
         self._sum_up(device)
         if self._matrix is not None:
             return self._matrix
@@ -107,7 +107,7 @@ class LayerSum:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _sum_up(self, device: torch.device) -> None:
-        """Brings the tensors up to date."""
+        """Bring the tensors up to date."""
         held = self._matrix if self._thin is None else self._thin[0]
         if held is not None and (held.device != device or held.dtype != self._dtype):
             self._forget()
@@ -147,13 +147,13 @@ class LayerSum:
         self._matrix.addmm_(v.T, u)  # in place, which autocast leaves alone
 
     def _rewind(self, count: int) -> None:
-        """Back to what the tensors were after the first `count` edits, or fewer."""
+        """Take the tensors back to their values after the first `count` edits, or fewer."""
         if self._matrix is None:
             self._summed, self._used = count, sum(len(u) for u, _ in self.edits[:count])
             return
-        self._copies = {distance: kept for distance, kept in self._copies.items() if kept[0] <= count}
+        self._copies = {distance: copy for distance, copy in self._copies.items() if copy[0] <= count}
         if self._copies:
-            self._summed, copy = max(self._copies.values(), key=lambda kept: kept[0])
+            self._summed, copy = max(self._copies.values(), key=lambda copy: copy[0])
             self._matrix.copy_(copy)
         else:
             self._summed = 0

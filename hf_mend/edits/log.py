@@ -6,10 +6,9 @@ The records of an edit store's file: framed, numbered and checksummed.
 
 A record begins at a multiple of 8 bytes, so that tensors in it are aligned; zeros fill the gaps.
 
-Integers are little-endian, checksums CRC-32. The frame has a checksum of its own, so that a length that was altered is
-not taken for the end of the file, nor the record after it for lost. What a process that was killed while it appended
-has left, part of a frame or a frame with part of its payload, is a tail that readers leave out and the next writer
-cuts off.
+Integers are little-endian, checksums CRC-32. The frame has a checksum of its own, so that an altered length does not
+pass for the end of the file, nor the record after it for lost. A process that is killed while it appends leaves a
+tail, part of a frame or a frame with part of its payload, which readers leave out and the next writer cuts off.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ _ALIGNMENT = 8
 @dataclass(frozen=True)
 class Record:
     """
+    A record of the file.
+
     Args:
         kind (`bytes`): `EDIT` or `NOTE`.
-        number (`int`): Its place among the records, from 0.
-        end (`int`): Where the next one begins, in bytes from the file's beginning.
-        payload (`memoryview`): What it holds, a view of the buffer that was scanned.
-        where (`str`): What to call it in a message.
+        number (`int`): Index among the records, from 0.
+        end (`int`): Offset of the next record in the file, in bytes.
+        payload (`memoryview`): The content, a view of the buffer that was scanned.
+        where (`str`): The record's name in messages.
     """
 
     kind: bytes
@@ -47,18 +48,18 @@ class Record:
 
 
 def framed(kind: bytes, number: int, payload: bytes) -> bytes:
-    """A record as the file has it."""
+    """Frame a record as the file stores it."""
     head = _FRAME.pack(kind, number, len(payload), zlib.crc32(payload), 0)[:-4]
     return b"".join([head, struct.pack("<I", zlib.crc32(head)), payload, bytes(-len(payload) % _ALIGNMENT)])
 
 
 def scan(buffer: memoryview, path: str | Path, base: int = 0, number: int = 0) -> Iterator[Record]:
     """
-    The whole records of a store, from its beginning or a later place; a torn one at the end is left out.
+    Yield the whole records of a store, from its beginning or a later place. A torn one at the end is left out.
 
     Args:
         buffer (`memoryview`): The file from byte `base` on.
-        path (`str` or `Path`): For messages.
+        path (`str` or `Path`): The file's path, for messages.
         base (`int`, defaults to 0): 0, or a record's end.
         number (`int`, defaults to 0): The number of the record there.
 

@@ -40,7 +40,7 @@ _MORE_THAN_LORA = {
     "layer_replication": "it repeats layers",
     "alora_invocation_tokens": "it acts at some tokens alone",
 }
-# What leaves an adapter the product of two thin matrices; all other fields are refused where they are set.
+# Fields that leave an adapter the product of two thin matrices; adapters that set any other are refused.
 _PLAIN_FIELDS = frozenset(
     [
         "peft_type",
@@ -74,17 +74,18 @@ _PLAIN_FIELDS = frozenset(
 
 def warn_of_fused_experts(base_model: nn.Module, names: Iterable[str]) -> None:
     """
-    Warn where PEFT could not load an adapter of some layers as it is meant (see [`named_like_fused_experts`]).
+    Warn where PEFT would map an adapter of some layers onto fused experts (see [`named_like_fused_experts`]).
 
     Args:
         base_model (`nn.Module`): The base model.
         names (`Iterable[str]`): The exported layers.
     """
-    taken = named_like_fused_experts(base_model, names)
-    if taken:
+    ambiguous = named_like_fused_experts(base_model, names)
+    if ambiguous:
         logger.warning(
             f"{type(base_model).__name__} fuses its experts' weights, and PEFT maps adapters of layers named like "
-            f"{taken[0]!r} onto those, so it cannot load this one as it is meant. Keep it with save_edits, or merge it"
+            f"{ambiguous[0]!r} onto those, so it cannot load this one as it is meant. Keep it with save_edits, or "
+            "merge it"
         )
 
 
@@ -98,17 +99,17 @@ def write_lora(
     edits: Sequence[Edit] = (),
 ) -> None:
     """
-    Writes `adapter_config.json` and `adapter_model.safetensors`, all or nothing.
+    Write `adapter_config.json` and `adapter_model.safetensors`, all or nothing.
 
     An update `v^T u` is LoRA's `B A` with `A = u`, `B = v^T` and scale 1. Layers without an update are left out.
 
     Args:
-        folder (`str` or `Path`): Where to write.
+        folder (`str` or `Path`): The folder to write.
         targets (`Sequence[Target]`): The edited layers.
         updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)`.
         task_type (`str`, *optional*): `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`.
         base_model_name_or_path (`str`, *optional*): The base model's name.
-        uniform_rank (`bool`, defaults to `False`): Pad all layers with zeros to one rank, as some servers want it.
+        uniform_rank (`bool`, defaults to `False`): Pad all layers with zeros to one rank, as some servers require.
         edits (`Sequence[Edit]`): The edits whose rows, one below another, the updates are; noted for [`read_lora`].
 
     Raises:
@@ -149,15 +150,15 @@ def write_lora(
 
 def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
     """
-    A LoRA adapter as edits: those that [`write_lora`] noted, or one, without a prompt, for any other adapter.
+    Read a LoRA adapter as edits: those that [`write_lora`] noted, or, of any other adapter, one without a prompt.
 
     Args:
         config_path (`str` or `Path`): `adapter_config.json`.
         weights_path (`str` or `Path`): `adapter_model.safetensors`.
 
     Raises:
-        ValueError: A file is damaged, or the adapter is more than low-rank updates of linear layers; the message says
-            what of it cannot be an edit.
+        ValueError: A file is damaged, or the adapter is more than low-rank updates of linear layers; the message names
+            the part that cannot be an edit.
     """
     config = read_json_file(config_path)
     scale_of = _scales(config, config_path)
@@ -190,7 +191,10 @@ def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
 
 
 def _scales(config: Mapping[str, Any], source: str | Path) -> Callable[[str], tuple[int, float]]:
-    """Layer name -> its rank and what the product is multiplied by, of an adapter that is nothing but LoRA."""
+    """
+    Return a function from a layer's name to its rank and the factor of the product, of an adapter that is nothing but
+    LoRA.
+    """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{source} is of the type {shortened(config.get('peft_type'))}; only LORA can be an edit")
     for field, value in config.items():
@@ -231,7 +235,7 @@ def _scales(config: Mapping[str, Any], source: str | Path) -> Callable[[str], tu
 
 
 def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], source: str | Path) -> list[Edit]:
-    """The edits whose rows the updates are, as the header says."""
+    """Return the edits whose rows the updates are, as the header says."""
     if "edits" not in metadata:
         return []
     noted = read_json(metadata["edits"], f"the header of {source}")

@@ -11,13 +11,15 @@ Update = tuple[torch.Tensor, torch.Tensor]
 
 
 def dense(update: Update) -> torch.Tensor:
-    """The update as a matrix `(d_out, d_in)`."""
+    """Return the update as a matrix `(d_out, d_in)`."""
     u, v = update
     return v.T @ u
 
 
 def as_pair(change: torch.Tensor) -> Update:
-    """A change of a weight, `(..., d_out, d_in)`, as a pair of the smaller of the two ranks; what `dense` undoes."""
+    """
+    Factor a change of a weight, `(..., d_out, d_in)`, into a pair of the smaller of the two ranks; `dense` undoes it.
+    """
     d_out, d_in = change.shape[-2:]
     identity = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device)
     identity = identity.expand(*change.shape[:-2], -1, -1)
@@ -26,7 +28,7 @@ def as_pair(change: torch.Tensor) -> Update:
 
 def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
     """
-    What an edit adds to a layer's output: `(x u^T) v`.
+    Return an edit's addition to a layer's output: `(x u^T) v`.
 
     Args:
         x (`torch.Tensor` of shape `(..., d_in)`): The layer's input.
@@ -48,7 +50,7 @@ def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
 
 def together(updates: Mapping[str, Update], size: int) -> dict[str, Update]:
     """
-    Neighbouring edits summed in groups, as thin matrices side by side.
+    Sum neighbouring edits in groups, as thin matrices side by side.
 
     Args:
         updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes
@@ -63,7 +65,7 @@ def together(updates: Mapping[str, Update], size: int) -> dict[str, Update]:
 
 
 def apart(updates: Mapping[str, Update], size: int, edits: int) -> dict[str, Update]:
-    """The edits that [`together`] put side by side in groups of `size`, each on its own again."""
+    """Separate the edits that [`together`] put side by side in groups of `size`."""
     return {
         name: (
             u.reshape(-1, u.shape[1] // size, u.shape[2])[:edits],
@@ -74,7 +76,9 @@ def apart(updates: Mapping[str, Update], size: int, edits: int) -> dict[str, Upd
 
 
 def compacted(update: Update) -> Update:
-    """The same update, `(rank, d_in)` and `(rank, d_out)`, with a rank of at most the smaller of the two widths."""
+    """
+    Return the same update, `(rank, d_in)` and `(rank, d_out)`, with a rank of at most the smaller of the two widths.
+    """
     u, v = update
     if u.shape[0] <= min(u.shape[1], v.shape[1]):
         return update
@@ -92,14 +96,14 @@ def _in_groups(factors: torch.Tensor, size: int) -> torch.Tensor:
 
 def truncated(update: Update, rank: int) -> tuple[Update, float]:
     """
-    The nearest update of at most this rank, by singular value decomposition of the thin matrices' product.
+    Return the nearest update of at most this rank, by singular value decomposition of the thin matrices' product.
 
     Args:
         update (`tuple[torch.Tensor, torch.Tensor]`): `(u, v)` of shapes `(rows, d_in)` and `(rows, d_out)`.
         rank (`int`): The most rows of the result.
 
     Returns:
-        `tuple`: The update, and the Frobenius norm of what is left out, divided by the whole's.
+        `tuple`: The update, and the Frobenius norm of the truncated part, divided by the whole's.
     """
     u, v = update
     if len(u) <= rank:

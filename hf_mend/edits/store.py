@@ -1,9 +1,9 @@
 """
 A store of edits on disk: one file that only grows, for edits that are to stay for years.
 
-Each edit is a record that holds its text, time, editor and state, and its factors as safetensors; turning off, turning
-on and undoing are small records after it. That a second edit of a prompt supersedes the first follows from their order
-(see [`~hf_mend.edits.edit.active_edits`]). The frame of a record is in [`~hf_mend.edits.log`].
+Each edit is a record that holds its text, time, editor and state, and its factors as safetensors; disabling, enabling
+and undoing are small records after it. That a second edit of a prompt supersedes the first follows from their order
+(see [`~hf_mend.edits.edit.active_edits`]). [`~hf_mend.edits.log`] frames the records.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
@@ -27,14 +27,15 @@ from safetensors.torch import save
 from ..data.deprecation import renamed_method
 from ..hub.atomic import replaced_file
 from ..hub.files import DTYPES, check_entries, header_size, read_header, read_json_object, shortened
-from .collection import Edits, check_apart, check_known, turned
+from .collection import Edits, check_apart, check_known, with_enabled
 from .edit import Edit, is_description
 from .log import EDIT, MAGIC, NOTE, Record, framed, scan
 from .low_rank import Update
 
 
 _FORMAT, _VERSION = "hf_mend edit store", 1
-_SMALL = 16 << 20  # bytes up to which what was appended is read, not mapped
+_CHANGES = ("undo", "off", "on")  # the words of a note, each with a list of ids
+_SMALL = 16 << 20  # largest number of new bytes that are read, not mapped
 
 
 class EditStore:
@@ -42,16 +43,17 @@ class EditStore:
     Edits in a file that only grows.
 
     Several processes may append to it at the same time: a lock beside the file, `<path>.lock`, puts them in a row, and
-    none loses an edit. A process that is killed while it appends leaves the records before whole; the torn one is left
-    out in reading and cut off by the next that appends. Each append is on the disk when it returns.
+    none loses an edit. A process that is killed while it appends leaves the records before whole; readers leave out
+    the torn one, and the next writer cuts it off. Each append is on the disk when it returns.
 
-    An object sees what the file held when it last read or appended; [`~EditStore.refresh`] looks again. The factors
-    stay in the file, memory-mapped, until something computes with them; nothing but a store may write to it meanwhile.
+    An object has the edits that the file held when it last read or appended; [`~EditStore.refresh`] reads the newer
+    ones. The factors stay in the file, memory-mapped, until something computes with them; nothing but a store may
+    write to it meanwhile.
 
     Args:
-        path (`str` or `Path`): The file; made by the first append where it does not exist.
-        base_fingerprint (`dict`, *optional*): Of the base model that the edits are for, as
-            [`~hf_mend.bases.fingerprint.fingerprint_of`] gives it; kept in a new file. One that exists has its own.
+        path (`str` or `Path`): The file; the first append creates it where it does not exist.
+        base_fingerprint (`dict`, *optional*): The fingerprint of the base model that the edits are for, as
+            [`~hf_mend.bases.fingerprint.fingerprint_of`] gives it. A new file gets it; one that exists has its own.
 
     Raises:
         ValueError: The file is no store, or a record was altered; the message names the record and its place.
@@ -63,7 +65,7 @@ class EditStore:
         self._lock = FileLock(f"{self.path}.lock")
         self._edits: dict[str, Edit] = {}
         self._start = b""  # the file's first bytes, which no other has
-        self._end = self._number = 0  # of the records that were read
+        self._end = self._number = 0  # end and number of the records that were read
         self.refresh()
 
     def __len__(self) -> int:
@@ -76,10 +78,10 @@ class EditStore:
 
     def refresh(self) -> Edits:
         """
-        Reads what was appended since, here or by other processes.
+        Read the records appended since the last look, here or by other processes.
 
         Raises:
-            ValueError: A record was altered; what was read before stays.
+            ValueError: A record was altered; the edits read before stay.
         """
         before = (self._start, self._end, self._number, dict(self._edits), self.base_fingerprint)
         try:
@@ -95,7 +97,7 @@ class EditStore:
 
     def append(self, edits: Sequence[Edit]) -> None:
         """
-        Adds edits. An id that is there already is replaced: its edit is as it is now, and the last.
+        Add edits. An edit whose id is there already replaces the earlier one, and becomes the last.
 
         Raises:
             OSError: They could not be written; the file is as it was.
@@ -104,7 +106,7 @@ class EditStore:
 
     def undo(self, ids: Sequence[str]) -> None:
         """
-        Takes back edits: they stay in the file until [`~EditStore.compact`], and are no longer among
+        Take back edits: they stay in the file until [`~EditStore.compact`], and are no longer among
         [`~EditStore.edits`].
 
         Raises:
@@ -118,12 +120,12 @@ class EditStore:
 
     def disable_edit(self, ids: Sequence[str]) -> None:
         """Disable edits, with the errors of [`EditableModel.disable_edit`]."""
-        turned(self.refresh(), ids, on=False)
+        with_enabled(self.refresh(), ids, False)
         self._append(off=list(ids))
 
     def enable_edit(self, ids: Sequence[str]) -> None:
         """Enable edits again, with the errors of [`EditableModel.enable_edit`]."""
-        turned(self.refresh(), ids, on=True)
+        with_enabled(self.refresh(), ids, True)
         self._append(on=list(ids))
 
     turn_off = renamed_method("turn_off", "disable_edit")
@@ -131,16 +133,16 @@ class EditStore:
 
     def follow(self, before: Sequence[Edit], after: Sequence[Edit]) -> None:
         """
-        Appends what changed between two states of a model's edits; what other processes appended stays.
+        Append the differences between two states of a model's edits. Records of other processes stay.
 
         Args:
-            before, after (`Sequence[Edit]`): The model's edits then and now.
+            before, after (`Sequence[Edit]`): The model's edits in the two states.
         """
         earlier, now = {edit.id: edit for edit in before}, {edit.id: edit for edit in after}
         new = [edit for edit in after if edit.id not in earlier]
         gone = [one for one in earlier if one not in now]
         changed = [edit for edit in after if edit.id in earlier and edit.enabled != earlier[edit.id].enabled]
-        # New ones first: what one of them replaces is not gone before it is there.
+        # New ones first: an edit that one of them replaces does not go before it is there.
         self._append(
             new,
             undo=gone,
@@ -150,11 +152,11 @@ class EditStore:
 
     def compact(self) -> int:
         """
-        Writes the file anew without what was undone, in one step: a process killed at any point leaves the old file
-        or the new one.
+        Write the file anew without the edits that were undone, in one step: a process killed at any point leaves the
+        old file or the new one.
 
         Returns:
-            `int`: Bytes that it became smaller.
+            `int`: The number of bytes saved.
         """
         with self._locked():
             edits = self.refresh()
@@ -218,17 +220,21 @@ class EditStore:
 
     def _change(self, note: dict[str, list[str]]) -> None:
         gone = set(note.get("undo", []))
-        # Another process's edit may need what went with the last one here.
-        needed = {edit.requires for edit in self._edits.values() if edit.id not in gone}
-        for word, change in _CHANGES.items():
+        # Another process's edit may require the base delta that went with the last edit here.
+        required = {edit.requires for edit in self._edits.values() if edit.id not in gone}
+        for word in _CHANGES:
             for one in note.get(word, []):
-                if one in self._edits and not (word == "undo" and one in needed):  # two may both have undone it
-                    change(self._edits, one)
+                if one not in self._edits:  # another process has undone it too
+                    continue
+                if word != "undo":
+                    self._edits[one] = replace(self._edits[one], enabled=word == "on")
+                elif one not in required:
+                    del self._edits[one]
 
     # ---- writing ----
 
     def _append(self, edits: Sequence[Edit] = (), **note: list[str]) -> None:
-        """Appends edits, then a note of changes."""
+        """Append edits, then a note of changes."""
         changes = {word: ids for word, ids in note.items() if ids}
         if not edits and not changes:
             return
@@ -273,21 +279,6 @@ class EditStore:
         self._edits, self._start, self._end, self._number = {}, b"", 0, 0
 
 
-def _undo(edits: dict[str, Edit], one: str) -> None:
-    del edits[one]
-
-
-def _turn_off(edits: dict[str, Edit], one: str) -> None:
-    edits[one] = replace(edits[one], enabled=False)
-
-
-def _turn_on(edits: dict[str, Edit], one: str) -> None:
-    edits[one] = replace(edits[one], enabled=True)
-
-
-_CHANGES: dict[str, Callable[[dict[str, Edit], str], None]] = {"undo": _undo, "off": _turn_off, "on": _turn_on}
-
-
 def _encoded(values: dict[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode("utf-8")
 
@@ -299,7 +290,7 @@ def _write(file: FileIO, data: bytes) -> None:
 
 
 def _packed(edit: Edit) -> bytes:
-    """An edit as safetensors: `<layer>.u` and `<layer>.v`, and the description in the header."""
+    """Encode an edit as safetensors: `<layer>.u` and `<layer>.v`, and the description in the header."""
     tensors = {
         f"{name}.{side}": tensor.detach().to("cpu").contiguous()
         for name, pair in edit.updates.items()
@@ -309,7 +300,7 @@ def _packed(edit: Edit) -> bytes:
 
 
 def _unpacked(record: Record) -> Edit:
-    """The edit of a record, its factors views of the record's payload."""
+    """Decode the edit of a record, its factors views of the record's payload."""
     payload, where = record.payload, record.where
     end = 8 + header_size(bytes(payload[:8]), len(payload), where)
     metadata, header = read_header(bytes(payload[8:end]), where)
@@ -336,7 +327,7 @@ def _unpacked(record: Record) -> Edit:
 
 
 def _views(body: memoryview, header: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors header as views of its body, which safetensors itself would copy."""
+    """Return the tensors of a safetensors header as views of its body, which safetensors itself would copy."""
     tensors, end = {}, 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -354,7 +345,7 @@ def _views(body: memoryview, header: dict[str, Any], where: str) -> dict[str, to
 
 
 def _flush_folder(folder: Path) -> None:
-    """Brings a folder's list of names to the disk, where the system lets folders be opened."""
+    """Flush a folder's list of names to the disk, where the system lets folders be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

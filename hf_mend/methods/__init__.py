@@ -1,5 +1,5 @@
 """
-One file a method, its options included; each maps factors to updates and never sees a model.
+Editing methods, one file each, options included. A method maps factors to updates and never sees a model.
 
 A new method is a class with its configuration, registered by [`register_method`]: no other file is touched. Methods of
 this package are imported here, which registers them.

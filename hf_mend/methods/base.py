@@ -1,4 +1,4 @@
-"""What every method offers, and the register of methods."""
+"""The interface of an editing method, and the registry of methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..edits.low_rank import Update
 
 class EditMethod(nn.Module):
     """
-    Maps the factors of a gradient to an update. Parameters and buffers are what `editor.safetensors` holds.
+    Map the factors of a gradient to an update. Parameters and buffers are what `editor.safetensors` holds.
 
     Args:
         config ([`EditorConfig`]): The editor's configuration.
@@ -25,12 +25,12 @@ class EditMethod(nn.Module):
     Attributes:
         config_class (`type[EditorConfig]`): The class of the method's configuration, which holds its options.
         max_steps (`int`): Gradient steps that an edit may take where the user does not say.
-        trains (`bool`): Whether the method has parameters to train; one that has none takes what it needs to know of
-            the model from a page of ordinary text, before the first edit.
-        reads_ordinary_text (`bool`): Whether it does that.
+        trains (`bool`): Whether the method has parameters to train.
+        reads_calibration_text (`bool`): Whether the method, which then has no parameters to train, gathers statistics
+            of a page of calibration text before the first edit.
         takes_texts (`bool`): Whether a user's own text goes beside that page.
-        sizes_steps (`bool`): Whether `forward` returns a direction, and the step along it is sized by the edit's own
-            loss (see [`~hf_mend.editing.proposals.FromGradient`]).
+        sizes_steps (`bool`): Whether `forward` returns a direction, and the edit's own loss sets the length of the
+            step along it (see [`~hf_mend.editing.proposals.FromGradient`]).
     """
 
     config_class: type[EditorConfig] = EditorConfig
@@ -38,7 +38,7 @@ class EditMethod(nn.Module):
 
     max_steps: int = 3
     trains: bool = True
-    reads_ordinary_text: bool = False
+    reads_calibration_text: bool = False
     takes_texts: bool = False
     sizes_steps: bool = False
 
@@ -49,7 +49,7 @@ class EditMethod(nn.Module):
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         """
-        The updates of a batch of edits.
+        Return the updates of a batch of edits.
 
         Args:
             factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of shapes
@@ -63,9 +63,9 @@ class EditMethod(nn.Module):
 
     def base_delta(self) -> dict[str, Update]:
         """
-        What acts beside the method's edits, once however many there are: a trained change of the base
-        under which gradients are taken and updates act. Layer name -> `(u, v)` of shapes `(rank, d_in)` and
-        `(rank, d_out)`; empty for methods that edit the base as it is. A method that joins edits has none.
+        Return the base delta, layer name -> `(u, v)` of shapes `(rank, d_in)` and `(rank, d_out)`: a trained change of
+        the base under which gradients are taken and updates act, once however many edits there are. It is empty for
+        methods that edit the base as it is, and for those that join edits.
         """
         return {}
 
@@ -73,14 +73,14 @@ class EditMethod(nn.Module):
         self, updates: Mapping[str, Update], preserved_keys: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, Update]:
         """
-        Merges the edits of a group that are made together, so that they leave one another alone. Methods whose
-        updates are simply added leave this as it is.
+        Merge the edits that a group makes together, so that they leave one another alone. Methods whose updates are
+        simply added do not override it.
 
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> what `forward` returned for the
                 edits of each group, side by side: `(groups, positions, d_in)` and `(groups, positions, d_out)`.
             preserved_keys (`Mapping[str, torch.Tensor]`): Layer name -> inputs of earlier edits, `(rows, d_in)`, at
-                which the output is to stay.
+                which the layer's output is to stay.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Layer name -> `(u, v)` of the same shapes, position for
@@ -91,8 +91,8 @@ class EditMethod(nn.Module):
     @property
     def joins(self) -> bool:
         """
-        Whether `join` does anything. Then `forward` returns not updates but inputs and the value residuals
-        wanted there, changes of the layer's output, `(x, d)`, and `join` finds the update that gives them.
+        Whether the method overrides `join`. Its `forward` then returns inputs and the value residuals wanted there,
+        changes of the layer's output, `(x, d)`, instead of updates, and `join` finds the update that gives them.
         """
         return type(self).join is not EditMethod.join
 
@@ -100,42 +100,42 @@ class EditMethod(nn.Module):
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], places: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
-        The inputs at which edits of a method that joins ask for value residuals.
+        Return the inputs at which the edits of a method that joins want value residuals.
 
         Args:
             factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(x, delta)` of the edits.
-            places (`Callable`): Layer name -> where each edit's subject ends there, `(edits,)`.
+            places (`Callable`): Layer name -> the position of each edit's last subject token there, `(edits,)`.
 
         Returns:
-            `dict[str, torch.Tensor]`: Layer name -> `(edits, positions, d_in)`, zero where nothing is asked for.
+            `dict[str, torch.Tensor]`: Layer name -> `(edits, positions, d_in)`, zero where no residual is wanted.
         """
         return {name: x for name, (x, _) in factors.items()}
 
     def observe_edits(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Takes the factors of edits that are about to be made into running statistics, if the method has any."""
+        """Add the factors of edits that are about to be made to running statistics, if the method has any."""
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Takes the factors of some edits into the method's statistics, before training starts."""
+        """Add the factors of some edits to the method's statistics, before training starts."""
 
     def observe_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Takes the target layers' inputs on ordinary text, name -> `(tokens, d_in)`, into the statistics."""
+        """Add the target layers' inputs on calibration text, name -> `(tokens, d_in)`, to the statistics."""
 
     def forget_observed(self) -> None:
-        """Forgets what was observed since the statistics were last ended; those stay until they are ended anew."""
+        """Discard the statistics gathered since the last `finish_observing`. Finished statistics stay."""
 
     def observe_texts(self, texts: EncodedBatch) -> None:
-        """Takes ordinary text itself, for a method that looks at it while it edits."""
+        """Keep calibration text itself, for a method that runs the model on it while it edits."""
 
     def finish_observing(self) -> None:
-        """Ends the statistics."""
+        """Finish the statistics, which edits use from then on."""
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the statistics are set (or the method has none)."""
+        """Whether the statistics are finished, or the method has none."""
         return True
 
     def scale_steps(self, factor: float) -> None:
-        """Makes every edit `factor` times as strong, from now on."""
+        """Make all further edits `factor` times as strong."""
 
 
 _METHODS: dict[str, type[EditMethod]] = {}
@@ -144,7 +144,7 @@ _Method = TypeVar("_Method", bound=type[EditMethod])
 
 def register_method(name: str, config_class: type[EditorConfig] | None = None) -> Callable[[_Method], _Method]:
     """
-    Registers a method under the name that `EditorConfig.method` gives, with the class of its configuration.
+    Register a method under the name that `EditorConfig.method` gives, with the class of its configuration.
 
     Args:
         name (`str`): The method's name.
@@ -152,7 +152,7 @@ def register_method(name: str, config_class: type[EditorConfig] | None = None) -
             [`~hf_mend.config.option`]. Without it the method has the options of the method that it is a subclass of.
 
     Returns:
-        `Callable`: A decorator for the method's class.
+        `Callable`: The decorator of the method's class.
 
     Raises:
         TypeError: `config_class` is not a subclass of [`EditorConfig`].
@@ -195,10 +195,10 @@ def register_method(name: str, config_class: type[EditorConfig] | None = None) -
 
 def get_method(name: str) -> type[EditMethod]:
     """
-    The method of that name.
+    Return the class of a method.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No method has that name.
     """
     if name not in _METHODS:
         raise ValueError(f"EditorConfig.method is {name!r}; the methods are {registered_methods()}")
@@ -207,15 +207,15 @@ def get_method(name: str) -> type[EditMethod]:
 
 def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
     """
-    Names and shapes of what an editor's file holds, found without taking memory for it: a configuration may ask for an
-    editor that its file is not.
+    Return the names and shapes of the tensors in an editor's file, without allocating them: a configuration may
+    describe a larger editor than its file holds.
 
     Args:
         config ([`EditorConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
 
     Raises:
-        ValueError: The method is not known.
+        ValueError: No method has the name `config.method`.
     """
     with torch.device("meta"):
         method = get_method(config.method)(config, shapes)
@@ -223,10 +223,10 @@ def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def registered_methods() -> Sequence[str]:
-    """Names of all methods."""
+    """Return the names of all methods, sorted."""
     return sorted(_METHODS)
 
 
 def config_classes() -> dict[str, type[EditorConfig]]:
-    """The name of each method -> the class of its configuration, in the order in which they were registered."""
+    """Return each method's name -> the class of its configuration, in the order of registration."""
     return {name: method.config_class for name, method in _METHODS.items()}

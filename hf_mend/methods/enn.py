@@ -28,16 +28,16 @@ class EditableNetwork(LearnedSteps):
 
     The base's own weights are never written to: each layer has a change of its weight, zero at first. It acts while
     the model carries an edit, once however many there are, and without one the model is the base to the bit. Gradients
-    are taken under it, and what must stay is what the untouched base says.
+    are taken under it, and locality is measured against the untouched base.
 
-    What differs from the paper: the gradient of the outer loss does not flow back through the inner gradient (the
+    Differences from the paper: the gradient of the outer loss does not flow back through the inner gradient (the
     first-order approximation of Finn et al. 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
     Networks"): the change learns from acting beside the step. Training takes one step an edit, and factors are divided
     by their root mean square.
 
     Args:
-        config ([`EditableNetworkConfig`]): `normalize` and `edit_lr`, what the learned steps start from. The changes
-            are weights of the base: they learn with a far smaller learning rate than an editor network.
+        config ([`EditableNetworkConfig`]): `normalize` and `edit_lr`, the initial value of the learned steps. The
+            changes are weights of the base: they learn with a far smaller learning rate than an editor network.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 

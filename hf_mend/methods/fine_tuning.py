@@ -1,4 +1,4 @@
-"""Fine-tuning on the one example, plain, with a locality penalty, and with a bound on every weight's change."""
+"""Fine-tuning on the edit's one example, plain, with a locality penalty, and with a bound on every weight's change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class FineTuningConfig(IterativeConfig):
 @register_method("ft", FineTuningConfig)
 class FineTuning(GradientSearch):
     """
-    Fine-tuning of the target layers' weights on the prompt and its target, with Adam, until the target is said: the
-    baseline of Mitchell et al. 2022 ("Fast Model Editing at Scale", section 4) and of all that followed.
+    Fine-tuning of the target layers' weights on the prompt and its target, with Adam, until the model says the target:
+    the baseline of Mitchell et al. 2022 ("Fast Model Editing at Scale", section 4) and of all that followed.
 
     Adam's step changes every weight, so that the update has full rank: an edit is as large as the edited matrices.
 
     Args:
-        config ([`FineTuningConfig`]): `edit_lr` is Adam's learning rate; `num_steps` and `stop_loss` say when to end.
+        config ([`FineTuningConfig`]): `edit_lr` is Adam's learning rate; `num_steps` and `stop_loss` end the search.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -48,23 +48,20 @@ class FineTuning(GradientSearch):
 @dataclass
 class FineTuningWithPenaltyConfig(FineTuningConfig):
     """
-    The configuration of [`FineTuningWithPenalty`], with the options of [`IterativeConfig`].
-
-    Args:
-        kl_weight (`float`, defaults to 10.0): Weight of the KL divergence on ordinary text.
-        kl_texts (`int`, defaults to 1): Lines of ordinary text that a step looks at.
+    The configuration of [`FineTuningWithPenalty`], with the options of [`IterativeConfig`]. Each field's help
+    documents it.
     """
 
-    kl_weight: float = option(10.0, "Weight of the KL divergence on ordinary text.")
-    kl_texts: int = option(1, "Lines of ordinary text that a step looks at.", least=1, most=1000)
+    kl_weight: float = option(10.0, "Weight of the KL divergence on calibration text.")
+    kl_texts: int = option(1, "Lines of calibration text in the loss of a step.", least=1, most=1000)
 
 
 @register_method("ft-kl", FineTuningWithPenaltyConfig)
 class FineTuningWithPenalty(FineTuning):
     """
-    `ft` with `kl_weight` times the KL divergence from the un-edited model, on other text, in its loss (the "FT+KL" of
-    Mitchell et al. 2022, section 4; Zhu et al. 2020 and De Cao et al. 2021 weigh what stays in the same way). The text
-    is the packaged ordinary one; each step takes the next `kl_texts` lines of it.
+    `ft` with `kl_weight` times the KL divergence from the un-edited model on calibration text in its loss (the "FT+KL"
+    of Mitchell et al. 2022, section 4; Zhu et al. 2020 and De Cao et al. 2021 weigh locality in the same way). The
+    text is the packaged one; each step uses its next `kl_texts` lines.
 
     Args:
         config ([`FineTuningWithPenaltyConfig`]): As for `ft`, and `kl_weight`, `kl_texts`.
@@ -72,7 +69,7 @@ class FineTuningWithPenalty(FineTuning):
     """
 
     config: FineTuningWithPenaltyConfig
-    reads_ordinary_text = True
+    reads_calibration_text = True
 
     def __init__(self, config: FineTuningWithPenaltyConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)
@@ -101,10 +98,7 @@ class FineTuningWithPenalty(FineTuning):
 @dataclass
 class BoundedFineTuningConfig(FineTuningConfig):
     """
-    The configuration of [`BoundedFineTuning`], with the options of [`IterativeConfig`].
-
-    Args:
-        norm_bound (`float`, defaults to 2e-3): The most that a weight changes by.
+    The configuration of [`BoundedFineTuning`], with the options of [`IterativeConfig`]. Its field's help documents it.
     """
 
     norm_bound: float = option(2e-3, "The most that a weight changes by.")

@@ -1,4 +1,6 @@
-"""Methods that look for their update by repeated passes of the edited model, not from one gradient's factors alone."""
+"""
+Methods that search for their update by repeated passes of the edited model, not from one gradient's factors alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ Parameters = dict[str, list[torch.Tensor]]
 @dataclass
 class Seen:
     """
-    What a look at some requests shows, each under its own update.
+    The outcome of a pass over some requests, each under its own update.
 
     Args:
         correct (`torch.Tensor` of shape `(requests,)`, bool): Every token of the target is the argmax.
@@ -39,13 +41,13 @@ class Seen:
 
 
 class Look(Protocol):
-    """The model as a method sees it: requests go in under candidate updates, loss and gradient come out."""
+    """The model as a method sees it: it takes requests under candidate updates and returns loss and gradient."""
 
-    wanted: torch.Tensor  # (requests,), the numbers of those that are to be edited
+    wanted: torch.Tensor  # (requests,): numbers of the requests to edit
 
     def __call__(self, updates: Mapping[str, Update], requests: torch.Tensor) -> Seen:
         """
-        Runs some requests from the hidden state that was kept below the lowest edited block.
+        Run some requests from the hidden state stored below the lowest edited block.
 
         Args:
             updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes
@@ -56,30 +58,23 @@ class Look(Protocol):
 
     def places(self, layer: str) -> torch.Tensor:
         """
-        Where a layer meets the last token of what each wanted request is about: the subject's, if it is known, and the
-        prompt's otherwise; in a decoder that does not see the prompt, its first position. `(requests,)`.
+        Return the position at which a layer meets the last token of each wanted request's subject, `(requests,)`: of
+        the subject if it is given, and of the prompt otherwise; in a decoder that does not see the prompt, the first
+        position.
         """
         ...
 
     def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         """
-        Factors of the gradient of `KL(un-edited || edited)` on other texts, its mean over positions and texts, each
-        request's update for itself: `(requests, texts * seq, width)`.
+        Return the factors of the gradient of `KL(un-edited || edited)` on other texts, its mean over positions and
+        texts, for each request's update by itself: `(requests, texts * seq, width)`.
         """
         ...
 
 
 @dataclass
 class IterativeConfig(EditorConfig):
-    """
-    The options of methods that look for an edit in many steps.
-
-    Args:
-        edit_lr (`float`, defaults to 1e-4): Adam's learning rate.
-        num_steps (`int`, defaults to 50): The most steps of an edit.
-        stop_loss (`float`, defaults to 0.1): An edit is found when every target token is the argmax, with a negative
-            log-likelihood of this or less, in nats.
-    """
+    """The options of methods that search for an edit in many steps. Each field's help documents it."""
 
     edit_lr: float = option(1e-4, "Adam's learning rate.")
     num_steps: int = option(50, "The most steps of an edit.", least=1, most=100_000)
@@ -92,9 +87,9 @@ class IterativeConfig(EditorConfig):
 
 class IterativeMethod(EditMethod):
     """
-    A method that looks for an update: `find` instead of `forward`. It edits as it is, without training.
+    A method that searches for an update, with `find` in place of `forward`. It edits without training.
 
-    `max_steps` is the configuration's `num_steps`, where the caller does not say.
+    `max_steps` defaults to the configuration's `num_steps`.
     """
 
     config_class: type[EditorConfig] = IterativeConfig
@@ -107,16 +102,16 @@ class IterativeMethod(EditMethod):
 
     def find(self, look: Look, max_steps: int) -> tuple[dict[str, Update], list[int]]:
         """
-        The updates of a batch of requests, each found for itself.
+        Find the updates of a batch of requests, each request's by itself.
 
         Args:
-            look ([`Look`]): Shows what requests come to under candidate updates.
-            max_steps (`int`): The most steps a request may take.
+            look ([`Look`]): The model: loss and gradient of requests under candidate updates.
+            max_steps (`int`): The maximum number of steps of a request.
 
         Returns:
             `tuple`: Layer name -> `(u, v)` of shapes `(requests, rank, d_in)` and `(requests, rank, d_out)`, for the
-            requests in `look.wanted`, in their order, or what `join` takes where the method joins; and the steps that
-            each took.
+            requests in `look.wanted`, in their order, or the inputs and residuals that `join` takes where the method
+            joins; and the number of steps of each.
         """
         raise NotImplementedError
 
@@ -126,41 +121,45 @@ class IterativeMethod(EditMethod):
 
 class GradientSearch(IterativeMethod):
     """
-    Adam (Kingma and Ba 2015) on some parametrisation of the update, each request for itself, until each token of its
-    target has a negative log-likelihood of `stop_loss` or less and is the argmax. Subclasses say what the parameters
-    are.
+    Run Adam (Kingma and Ba 2015) on a parametrisation of the update, for each request by itself, until each token of
+    its target has a negative log-likelihood of `stop_loss` or less and is the argmax. Subclasses define the
+    parameters.
     """
 
     def start(self, look: Look, factors: Factors) -> Parameters:
-        """The parameters of no update, for as many requests and on the devices of `factors`, the first look's."""
+        """
+        Return the parameters of a zero update, for as many requests and on the devices of `factors`, the first pass's.
+        """
         raise NotImplementedError
 
     def gradients(self, parameters: Parameters, factors: Factors) -> Parameters:
-        """Of the loss whose factors are given, with respect to the parameters."""
+        """Return the loss's gradients with respect to the parameters, from the loss's factors."""
         raise NotImplementedError
 
     def updates(self, parameters: Parameters) -> dict[str, Update]:
-        """The updates that the parameters stand for."""
+        """Return the updates that the parameters stand for."""
         raise NotImplementedError
 
     def more_factors(self, look: Look, updates: Mapping[str, Update], step: int) -> Factors:
-        """Factors of what the loss has beside the target, or none."""
+        """Return the factors of the loss's further terms, those beside the target's, if there are any."""
         return {}
 
     def constrain(self, parameters: Parameters) -> None:
-        """Brings parameters back, in place, to where they may be."""
+        """Project the parameters, in place, onto their constraints."""
 
     def follow(self, parameters: Parameters, factors: Factors) -> None:
-        """Adapts, in place, what the parameters hold of the layers' inputs, which steps on lower layers move."""
+        """Update, in place, the layers' inputs that the parameters hold: steps on lower layers change them."""
 
     def found(self, parameters: Parameters) -> dict[str, Update]:
-        """What the search returns: the updates, or for a method that joins them, inputs and residuals wanted there."""
+        """
+        Return the search's result: the updates, or of a method that joins them, inputs and the residuals wanted there.
+        """
         return self.updates(parameters)
 
     def find(self, look: Look, max_steps: int) -> tuple[dict[str, Update], list[int]]:
         requests = look.wanted
         steps = torch.zeros(len(requests), dtype=torch.long)
-        still = torch.arange(len(requests))  # places in `requests` of those that are not done
+        still = torch.arange(len(requests))  # places in `requests` of the unfinished ones
         seen = look({}, requests)
         parameters = self.start(look, seen.factors)
         result: Parameters = {name: [p.clone() for p in values] for name, values in parameters.items()}
@@ -202,14 +201,14 @@ class _Adam:
         self.adam = torch.optim.Adam([p for values in parameters.values() for p in values], lr, foreach=False)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows of the parameters, in place, and of their state but these, `(rows,)`, bool."""
+        """Drop, in place, all rows of the parameters and of their state but these, `(rows,)`, bool."""
         for p, state in self.adam.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name][rows.to(p.device)]
             p.data, p.grad = p.data[rows.to(p.device)], None
 
     def move(self, gradients: Parameters) -> None:
-        """Move the parameters, in place."""
+        """Take one step, in place."""
         for name, values in self.parameters.items():
             for p, gradient in zip(values, gradients[name], strict=True):
                 p.grad = gradient
@@ -217,7 +216,7 @@ class _Adam:
 
 
 def _put(result: Parameters, parameters: Parameters, places: torch.Tensor, rows: torch.Tensor) -> None:
-    """Writes chosen rows of `parameters` to their places."""
+    """Write chosen rows of `parameters` to their places in `result`."""
     for name, values in parameters.items():
         for whole, part in zip(result[name], values, strict=True):
             whole[places[rows].to(whole.device)] = part[rows.to(part.device)]

@@ -19,19 +19,22 @@ from .steps import LearnedSteps, LearnedStepsConfig
 @dataclass
 class KnowledgeEditorConfig(LearnedStepsConfig):
     """
-    The configuration of [`KnowledgeEditor`].
-
-    Args:
-        rank (`int`, defaults to 256): Width of the LSTM, in each of its two directions, and of the networks that map
-            its condensed state.
-        num_hidden_layers (`int`, defaults to 1): Hidden layers of those networks.
-        init (`str`, defaults to `"identity"`): With `"identity"` training starts from the gradient's own step; with
-            `"xavier"` the last layer of each network is random.
+    The configuration of [`KnowledgeEditor`], with the options of [`LearnedStepsConfig`]. Each field's help documents
+    it.
     """
 
-    rank: int = option(256, "Width of the LSTM, and of the networks that map its state.", least=1, most=65536)
-    num_hidden_layers: int = option(1, "Hidden layers of those networks.", least=1, most=64)
-    init: str = option("identity", "'identity' or 'xavier'.", choices=("identity", "xavier"))
+    rank: int = option(
+        256,
+        "Width of the LSTM, in each of its two directions, and of the networks that map its condensed state.",
+        least=1,
+        most=65536,
+    )
+    num_hidden_layers: int = option(1, "Hidden layers of the networks that map the LSTM's state.", least=1, most=64)
+    init: str = option(
+        "identity",
+        "'identity': training starts from the gradient's own step; 'xavier': each network's last layer is random.",
+        choices=("identity", "xavier"),
+    )
 
 
 @register_method("ke", KnowledgeEditorConfig)
@@ -46,8 +49,8 @@ class KnowledgeEditor(LearnedSteps):
     the number eta. As `G = sum_t delta_t x_t^T`, the gated gradient is `sum_t (softmax(alpha) * delta_t)(gamma *
     x_t)^T`: the update stays a pair of thin matrices, with one more row for the second term.
 
-    What differs from the paper: the LSTM reads not the words of input and target but what a gradient step sees of
-    them, the lowest edited layer's inputs and output gradients at each position (the target's last token is never an
+    Differences from the paper: the LSTM reads not the words of input and target but the factors of their gradient, the
+    lowest edited layer's inputs and output gradients at each position (the target's last token is never an
     input of a teacher-forced pass; its gradient holds it). Both softmaxes are multiplied by their width, so that they
     are 1 on average, and factors are divided by their root mean square: together with gamma 1 and delta 0 at first,
     training starts from a plain gradient step. It is trained with MEND's loss, not under the paper's constraint.
@@ -72,16 +75,16 @@ class KnowledgeEditor(LearnedSteps):
         state = self.condensed(factors)
         updates: dict[str, Update] = {}
         for i, (name, (x, delta)) in enumerate(self.unit_factors(factors).items()):
-            alpha, beta, gamma, shift, eta = self.gates[i](state)
+            alpha, beta, gamma, second, eta = self.gates[i](state)  # `second` is the paper's delta
             scale = -self.steps[i] * eta.sigmoid()  # (edits, 1)
             gated = torch.cat([_average_one(alpha).unsqueeze(1) * delta, _average_one(beta).unsqueeze(1)], 1)
-            u = torch.cat([gamma.unsqueeze(1) * x, shift.unsqueeze(1)], 1)  # (edits, seq + 1, d_in)
+            u = torch.cat([gamma.unsqueeze(1) * x, second.unsqueeze(1)], 1)  # (edits, seq + 1, d_in)
             updates[name] = (u, scale.unsqueeze(1) * gated)
         return updates
 
     def condensed(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """
-        What the LSTM makes of each edit, `(edits, rank)`; positions without a gradient are not read.
+        Return the LSTM's condensed state of each edit, `(edits, rank)`. Positions without a gradient are not read.
 
         Args:
             factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): As for `forward`.
@@ -91,7 +94,7 @@ class KnowledgeEditor(LearnedSteps):
         if self.config.normalize:
             x, delta = self.x_stats[0](x), self.delta_stats[0](delta)
         tokens = torch.cat([x, delta], -1) * present.unsqueeze(-1)  # (edits, seq, d_in + d_out)
-        order = (~present).int().argsort(dim=-1, stable=True)  # those to read first, wherever the padding is
+        order = (~present).int().argsort(dim=-1, stable=True)  # positions with a gradient first, for packing
         tokens = tokens.take_along_dim(order.unsqueeze(-1), 1)
         lengths = present.sum(-1).clamp(min=1).cpu()
         _, (last, _) = self.lstm(pack_padded_sequence(tokens, lengths, batch_first=True, enforce_sorted=False))
@@ -100,7 +103,7 @@ class KnowledgeEditor(LearnedSteps):
 
 class GateNetwork(nn.Module):
     """
-    What a matrix's gradient is gated with: alpha, beta `(edits, d_out)`, gamma, delta `(edits, d_in)` and eta
+    Predict the gates of a matrix's gradient: alpha, beta `(edits, d_out)`, gamma, delta `(edits, d_in)` and eta
     `(edits, 1)`, from the condensed state `(edits, rank)`.
 
     Args:

@@ -1,4 +1,4 @@
-"""A LoRA adapter trained on the one example."""
+"""A LoRA adapter trained on the edit's one example."""
 
 from __future__ import annotations
 
@@ -16,26 +16,21 @@ from .iterative import Factors, GradientSearch, IterativeConfig, Look, Parameter
 @dataclass
 class LoraPerEditConfig(IterativeConfig):
     """
-    The configuration of [`LoraPerEdit`], with the options of [`IterativeConfig`].
-
-    Args:
-        rank (`int`, defaults to 8): Rank of an edit.
-        lora_alpha (`float`, defaults to 16): The product of the two matrices is scaled by this over the rank.
-        seed (`int`, defaults to 0): What the first matrix is drawn from.
+    The configuration of [`LoraPerEdit`], with the options of [`IterativeConfig`]. Each field's help documents it.
     """
 
     edit_lr: float = 1e-3
     rank: int = option(8, "Rank of an edit.", least=1, most=65536)
     lora_alpha: float = option(16.0, "The product of the two matrices is scaled by this over the rank.")
-    seed: int = option(0, "What the first matrix is drawn from.")
+    seed: int = option(0, "Seed of the random first matrix.")
 
 
 @register_method("lora", LoraPerEditConfig)
 class LoraPerEdit(GradientSearch):
     """
     A LoRA adapter for each edit (Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"), trained with
-    Adam on the prompt and its target until the target is said: `W + lora_alpha / rank * B A`, with B zero at first and
-    A drawn as in PEFT, from the configuration's `seed`.
+    Adam on the prompt and its target until the model says the target: `W + lora_alpha / rank * B A`, with B zero at
+    first and A drawn as in PEFT, from the configuration's `seed`.
 
     Args:
         config ([`LoraPerEditConfig`]): The editor's configuration.
@@ -46,7 +41,7 @@ class LoraPerEdit(GradientSearch):
 
     @property
     def scale(self) -> float:
-        """`lora_alpha / rank`."""
+        """The scale of the matrices' product, `lora_alpha / rank`."""
         return self.config.lora_alpha / self.config.rank
 
     def start(self, look: Look, factors: Factors) -> Parameters:

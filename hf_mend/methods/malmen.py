@@ -1,5 +1,5 @@
 """
-MALMEN: MEND's networks ask for value residuals, changes of a layer's output, and one ridge regression gives all edits
+MALMEN: MEND's networks propose value residuals, changes of a layer's output, and one ridge regression gives all edits
 theirs (Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4).
 """
 
@@ -22,12 +22,7 @@ from .ridge import ridge_keys
 
 @dataclass
 class MalmenConfig(MendConfig):
-    """
-    The configuration of [`Malmen`]: all options of [`MendConfig`], and the ridge.
-
-    Args:
-        ridge (`float`, defaults to 1.0): Strength of the regression's ridge, from which each layer learns its own.
-    """
+    """The configuration of [`Malmen`]: all options of [`MendConfig`], and the ridge. Its field's help documents it."""
 
     ridge: float = option(
         1.0, "Strength of the ridge with which edits made together are merged, from which each layer learns its own."
@@ -37,13 +32,13 @@ class MalmenConfig(MendConfig):
 @register_method("malmen", MalmenConfig)
 class Malmen(Mend):
     """
-    MALMEN for a set of layers. It takes the weights of a MEND editor of the same configuration.
+    MALMEN for a set of layers. It can load the weights of a MEND editor of the same configuration.
 
-    Where the configuration has `whiten`, the ridge weighs directions by the inputs' second moment on ordinary text, so
-    that what an edit must not change counts most; without it, it is the paper's, which weighs all alike.
+    With `whiten`, the ridge weighs directions by the inputs' second moment on calibration text, so that the directions
+    which an edit must not change count most; without it, the ridge is the paper's, which weighs all alike.
 
     Args:
-        config ([`MalmenConfig`]): All of MEND's choices, and `ridge`, what each layer's learned ridge starts from.
+        config ([`MalmenConfig`]): All of MEND's choices, and `ridge`, the initial value of each layer's learned ridge.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 

@@ -17,9 +17,9 @@ from .moments import MergesByRidge, MergesByRidgeConfig
 @dataclass
 class MemitConfig(MergesByRidgeConfig, IterativeConfig):
     """
-    The configuration of [`Memit`], with the options of [`IterativeConfig`], whose `edit_lr` (0.05) is of the search
-    for the shifts, and of [`MergesByRidgeConfig`]: `whiten_ridge` (0.01), `whiten_rank` (512), `ridge` (30) and
-    `margin` (1.25).
+    The configuration of [`Memit`], with the options of [`IterativeConfig`], whose `edit_lr` (0.05) is that of the
+    search for the value residuals, and of [`MergesByRidgeConfig`]: `whiten_ridge` (0.01), `whiten_rank` (512), `ridge`
+    (30) and `margin` (1.25).
     """
 
     edit_lr: float = 0.05
@@ -28,7 +28,7 @@ class MemitConfig(MergesByRidgeConfig, IterativeConfig):
     ridge: float = 30.0
     margin: float = 1.25
 
-    # The blocks from which what is known of the subject is read further up.
+    # Blocks whose outputs hold the subject's attributes, which blocks above read.
     default_span: ClassVar[tuple[float, float]] = (0.267, 0.467)
 
 
@@ -36,22 +36,22 @@ class MemitConfig(MergesByRidgeConfig, IterativeConfig):
 class Memit(MergesByRidge, GradientSearch):
     """
     Mass-editing memory (Meng et al. 2023, "Mass-Editing Memory in a Transformer", section 4): at the subject's last
-    token, each target layer is asked for a value residual, a change of its output, found by gradient steps on the
-    target's loss; one ridge regression a layer then gives all edits of a call their residuals and changes the layer's
-    outputs on ordinary text least.
+    token, each target layer gets a value residual, a change of its output, found by gradient steps on the target's
+    loss; one ridge regression a layer then gives all edits of a call their residuals and changes the layer's outputs
+    on calibration text least.
 
-    Where a request names no subject, or one that its prompt does not contain, the residual is asked for at the
-    prompt's last token; in the decoder of an encoder-decoder model, at its first position.
+    Where a request names no subject, or one that its prompt does not contain, the residual is wanted at the prompt's
+    last token; in the decoder of an encoder-decoder model, at its first position.
 
-    What differs from the paper: the residuals of all layers are sought side by side, each under the rank-one update
-    that gives it, where the paper seeks one at the top and spreads it evenly; without sampled prefixes and without the
-    penalty on what the subject is; the second moment comes from the packaged page of ordinary text. Edits of a call
-    that do not take beside the others ask for more.
+    Differences from the paper: the search finds the residuals of all layers side by side, each under the rank-one
+    update that gives it, where the paper finds one at the top and spreads it evenly; it has no sampled prefixes and no
+    penalty on the subject's essence; the second moment comes from the packaged page of calibration text. Edits of a
+    call that do not succeed beside the others get further steps.
 
     Args:
-        config ([`MemitConfig`]): `edit_lr` is Adam's learning rate on the residuals; `num_steps` and `stop_loss` say
-            when to end; what was found is asked for `margin` times; `ridge`, `whiten_rank` and `whiten_ridge` are of
-            the regression.
+        config ([`MemitConfig`]): `edit_lr` is Adam's learning rate on the residuals; `num_steps` and `stop_loss` end
+            the search; the residuals found are multiplied by `margin`; `ridge`, `whiten_rank` and `whiten_ridge` are
+            those of the regression.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -112,5 +112,7 @@ class Memit(MergesByRidge, GradientSearch):
 
 
 def _at(chosen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Each request's input at its place: `(requests, seq)` and `(requests, seq, d_in)` -> `(requests, d_in)`."""
+    """
+    Return each request's input at its place: `(requests, seq)` and `(requests, seq, d_in)` -> `(requests, d_in)`.
+    """
     return (chosen.unsqueeze(1) @ x)[:, 0]

@@ -19,22 +19,9 @@ from .ridge import SecondMoment, leading_eigenvectors
 @dataclass
 class MendConfig(EditorConfig):
     """
-    The configuration of [`Mend`]: the paper's design choices and, beyond them, whitening. Where a default differs from
-    the paper's choice, the text says so, and benchmarks/results/settings.md has the measurement.
-
-    Args:
-        rank (`int`, defaults to 256): Rank of the networks' weight matrices (paper: 1920).
-        num_hidden_layers (`int`, defaults to 1): Hidden layers of a network, as in the paper.
-        transform (`str`, defaults to `"both"`): The factors that the networks map: `"both"` in one network (paper),
-            `"both_separate"` in two, `"x"` only, `"delta"` only, or `"smaller"`, whichever of the two is narrower.
-        normalize (`bool`, defaults to `True`): Scale factors to zero mean and unit variance (paper).
-        whiten (`bool`, defaults to `True`): Multiply the mapped x by the inverse second moment of the layer's inputs,
-            so that an edit acts on what sets this input apart from text at large. The paper has no such step.
-        whiten_ridge (`float`, defaults to 0.1): Ridge of that inverse, as a share of the mean variance of an input.
-        whiten_rank (`int`, defaults to 128): Eigenvectors of the second moment that are kept.
-        init (`str`, defaults to `"identity"`): `"identity"` (paper) or `"xavier"`.
-        shared (`bool`, defaults to `True`): One network for all layers of one shape (paper), or one each.
-        edit_lr (`float`, defaults to 1e-3): Initial step of an edit, of which each layer learns its own.
+    The configuration of [`Mend`]: the paper's design choices and, beyond them, whitening. Each field's help documents
+    it. Where a default differs from the paper's choice, the help says so, and benchmarks/results/settings.md has the
+    measurement.
     """
 
     rank: int = option(256, "Rank of the editor networks' weight matrices (paper: 1920).", least=1, most=65536)
@@ -83,7 +70,7 @@ class FactorStatistics(nn.Module):
 
     @torch.no_grad()
     def observe(self, values: torch.Tensor) -> None:
-        """Merges the moments of `values`, `(tokens, width)`, into the running ones (Chan et al. 1979)."""
+        """Merge the moments of `values`, `(tokens, width)`, into the running ones (Chan et al. 1979)."""
         added = values.shape[0]
         if added == 0:
             return
@@ -91,10 +78,10 @@ class FactorStatistics(nn.Module):
         mean, variance = values.mean(0), values.var(0, unbiased=False)
         count = self.count.double()
         total = count + added
-        shift = mean - self.mean.double()
+        difference = mean - self.mean.double()
         old = self.variance.double() * count if count > 0 else torch.zeros_like(variance)
-        self.variance.copy_((old + variance * added + shift.square() * count * added / total) / total)
-        self.mean.copy_(self.mean.double() + shift * added / total)
+        self.variance.copy_((old + variance * added + difference.square() * count * added / total) / total)
+        self.mean.copy_(self.mean.double() + difference * added / total)
         self.count.copy_(total)
 
     @property
@@ -103,7 +90,7 @@ class FactorStatistics(nn.Module):
         return (self.mean.square() + self.variance).mean().sqrt() + 1e-8
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` with zero mean and unit variance a component."""
+        """Scale `values` to zero mean and unit variance a component."""
         return (values - self.mean) / (self.variance.sqrt() + 1e-8)
 
 
@@ -115,9 +102,9 @@ class LowRankLayer(nn.Module):
     Args:
         width (`int`): Width of `z`.
         rank (`int`): Rank of the weight `U V`.
-        layers (`int`): How many edited layers share it.
+        layers (`int`): The number of edited layers that share it.
         init (`str`): `"identity"` starts with `U = 0`, so that the layer returns `z`; `"xavier"` draws both.
-        activation (`bool`): ReLU or nothing.
+        activation (`bool`): Whether ReLU is applied.
     """
 
     def __init__(self, width: int, rank: int, layers: int, init: str, activation: bool):
@@ -145,8 +132,8 @@ class LowRankLayer(nn.Module):
 
 class EditorNetwork(nn.Module):
     """
-    `num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once: their tokens
-    stand one layer after the other, and `counts` says how many each has.
+    `num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once: their tokens are
+    concatenated layer by layer, and `counts` holds the number of tokens of each.
     """
 
     def __init__(self, width: int, layers: int, config: MendConfig):
@@ -172,7 +159,7 @@ class LayerGroup(nn.Module):
         config ([`MendConfig`]): The editor's configuration.
     """
 
-    # torch types what a module holds as "tensor or module"; these are what they are.
+    # torch's type of a module's attribute is "tensor or module".
     x_stats: Any
     delta_stats: Any
     networks: Any
@@ -204,11 +191,11 @@ class LayerGroup(nn.Module):
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor, counts: list[int]) -> Update:
         """
-        The updates of the layers' tokens, which stand one layer after the other.
+        Return the updates of the layers' tokens, which are concatenated layer by layer.
 
         Args:
             x (`torch.Tensor` of shape `(tokens, d_in)`), delta (`torch.Tensor` of shape `(tokens, d_out)`): Factors.
-            counts (`list[int]`): How many tokens each layer has.
+            counts (`list[int]`): The number of tokens of each layer.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `u`, `v` of the same shapes, the step included.
@@ -231,10 +218,10 @@ class LayerGroup(nn.Module):
 
     def whitened(self, index: int, u: torch.Tensor) -> torch.Tensor:
         """
-        `M^-1 u` for a layer's `u`, `(tokens, d_in)`, M being its inputs' second moment plus a ridge: then `u . x'` is
-        small for all but inputs like this one.
+        Return `M^-1 u` for a layer's `u`, `(tokens, d_in)`, M being its inputs' second moment plus a ridge: then `u .
+        x'` is small for all but inputs like this one.
 
-        M is kept as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
+        M is stored as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
         """
         basis = self.whiten_basis[index]
         along = (u @ basis) * self.whiten_shrink[index]  # (tokens, rank)
@@ -248,30 +235,28 @@ class LayerGroup(nn.Module):
         return torch.stack([stats.variance.sqrt() + 1e-8 for stats in self.x_stats])
 
     def observe_inputs(self, index: int, x: torch.Tensor) -> None:
-        """Adds a layer's inputs on ordinary text, `(tokens, d_in)`, to its second moment."""
+        """Add a layer's inputs on calibration text, `(tokens, d_in)`, to its second moment."""
         if self.config.whiten:
             self._moments[index] += (x.T @ x).double().cpu()
             self._tokens[index] += x.shape[0]
 
     @torch.no_grad()
     def finish_observing(self) -> None:
-        """Turns the second moments into what `whitened` needs."""
+        """Set the buffers that `whitened` uses from the second moments gathered."""
         if not self.config.whiten:
             return
         for index, (moment, tokens) in enumerate(zip(self._moments, self._tokens, strict=True)):
             if tokens == 0:
                 continue
             scale = self._input_scale()[min(index, len(self._input_scale()) - 1)].double().cpu()
-            moment = (
-                moment / tokens / scale[:, None] / scale[None, :]
-            )  # in normalised components, as the network's output
-            kept = leading_eigenvectors(moment, self.whiten_shrink.shape[1], self.config.whiten_ridge)
-            self.whiten_basis[index].copy_(kept.basis)
-            self.whiten_shrink[index].copy_(kept.shrink)
-            self.whiten_scale[index].copy_(kept.scale)
+            moment = moment / tokens / scale[:, None] / scale[None, :]  # in normalised components, as u is
+            leading = leading_eigenvectors(moment, self.whiten_shrink.shape[1], self.config.whiten_ridge)
+            self.whiten_basis[index].copy_(leading.basis)
+            self.whiten_shrink[index].copy_(leading.shrink)
+            self.whiten_scale[index].copy_(leading.scale)
 
     def second_moment(self, index: int) -> SecondMoment | None:
-        """What `whitened` inverts, for a layer's inputs as they are; `None` without `whiten`."""
+        """Return the second moment that `whitened` inverts, of a layer's unscaled inputs; `None` without `whiten`."""
         if not self.config.whiten:
             return None
         widths = self._input_scale()[index] if self.config.normalize else None
@@ -346,5 +331,5 @@ class Mend(EditMethod):
 
 
 def _each(modules: Iterable[nn.Module], values: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """A module for each layer on the tokens it has."""
+    """Apply each layer's module to that layer's tokens."""
     return torch.cat([module(part) for module, part in zip(modules, values.split(counts), strict=True)])

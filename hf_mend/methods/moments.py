@@ -1,4 +1,4 @@
-"""The second moments of layers' inputs on ordinary text, for methods that are not trained."""
+"""Statistics of calibration text: the second moments of layers' inputs, for methods that are not trained."""
 
 from __future__ import annotations
 
@@ -16,13 +16,7 @@ from .ridge import SecondMoment, leading_eigenvectors, ridge_keys
 
 @dataclass
 class SecondMomentConfig(EditorConfig):
-    """
-    The options of methods that know the second moment of their layers' inputs.
-
-    Args:
-        whiten_ridge (`float`, defaults to 0.1): Ridge of its inverse, as a share of the mean variance of an input.
-        whiten_rank (`int`, defaults to 128): Its eigenvectors that are kept; the others count as equal.
-    """
+    """The options of methods that use the second moment of their layers' inputs. Each field's help documents it."""
 
     whiten_ridge: float = option(
         0.1, "Ridge of the inverse second moment of a layer's inputs, as a share of the mean variance of an input."
@@ -35,12 +29,8 @@ class SecondMomentConfig(EditorConfig):
 @dataclass
 class MergesByRidgeConfig(SecondMomentConfig):
     """
-    The options of methods whose edits made together are merged by one ridge regression a layer.
-
-    Args:
-        ridge (`float`, defaults to 1.0): Strength of the regression's ridge.
-        margin (`float`, defaults to 2.0): How far an edit goes past the step that suffices for its own prompt, so that
-            other words lead to the target too: 1 stops there.
+    The options of methods that merge edits made together by one ridge regression a layer. Each field's help documents
+    it.
     """
 
     ridge: float = option(1.0, "Strength of the ridge with which edits made together are merged.")
@@ -53,14 +43,14 @@ class MergesByRidgeConfig(SecondMomentConfig):
 
 class ObservesInputs(EditMethod):
     """
-    A method that has seen what enters its layers on ordinary text.
+    A method that gathers the second moments of its layers' inputs on calibration text.
 
     Args:
         config ([`SecondMomentConfig`]): `whiten_rank` and `whiten_ridge`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    reads_ordinary_text = True
+    reads_calibration_text = True
     takes_texts = True
     config_class: type[EditorConfig] = SecondMomentConfig
     config: SecondMomentConfig
@@ -74,11 +64,11 @@ class ObservesInputs(EditMethod):
             self.register_buffer(f"shrink_{i}", torch.zeros(rank))
             self.register_buffer(f"scale_{i}", torch.ones(()))
         self.register_buffer("tokens", torch.zeros(()))
-        self._moments: dict[str, torch.Tensor] = {}  # of what is being observed
+        self._moments: dict[str, torch.Tensor] = {}  # unfinished sums of x x^T, by layer
         self._count = 0
 
     def second_moment(self, index: int) -> SecondMoment:
-        """Of a layer's inputs on ordinary text, with the ridge."""
+        """Return the second moment of a layer's inputs on calibration text, with the ridge."""
         return SecondMoment(*(getattr(self, f"{part}_{index}") for part in ("basis", "shrink", "scale")))
 
     def forget_observed(self) -> None:
@@ -96,9 +86,9 @@ class ObservesInputs(EditMethod):
         for i, name in enumerate(self.shapes):
             moment = self._moments.pop(name) / self._count
             found.append(leading_eigenvectors(moment, getattr(self, f"shrink_{i}").shape[0], self.config.whiten_ridge))
-        for i, kept in enumerate(found):
+        for i, second_moment in enumerate(found):
             for part in ("basis", "shrink", "scale"):
-                getattr(self, f"{part}_{i}").copy_(getattr(kept, part))
+                getattr(self, f"{part}_{i}").copy_(getattr(second_moment, part))
         self.tokens.fill_(self._count)
 
     @property
@@ -107,7 +97,9 @@ class ObservesInputs(EditMethod):
 
 
 class MergesByRidge(ObservesInputs):
-    """A method that asks for value residuals, which one ridge regression gives: least change on ordinary text."""
+    """
+    A method whose value residuals become updates by one ridge regression a layer: least change on calibration text.
+    """
 
     config_class: type[EditorConfig] = MergesByRidgeConfig
     config: MergesByRidgeConfig

@@ -17,15 +17,15 @@ from .moments import ObservesInputs, SecondMomentConfig
 @dataclass
 class RomeConfig(SecondMomentConfig, IterativeConfig):
     """
-    The configuration of [`Rome`], with the options of [`IterativeConfig`], whose `edit_lr` (0.1) is of the search for
-    the value, and of [`SecondMomentConfig`] (0.01 and 512). Of several target layers the first is edited.
+    The configuration of [`Rome`], with the options of [`IterativeConfig`], whose `edit_lr` (0.1) is that of the search
+    for the value, and of [`SecondMomentConfig`] (0.01 and 512). Of several target layers the first is edited.
     """
 
     edit_lr: float = 0.1
     whiten_ridge: float = 0.01
     whiten_rank: int = 512
 
-    # A block from which what is known of the subject is read further up.
+    # A block whose output holds the subject's attributes, which blocks above read.
     default_span: ClassVar[tuple[float, float]] = (0.333, 0.367)
 
 
@@ -34,20 +34,20 @@ class Rome(ObservesInputs, GradientSearch):
     """
     Rank-one model editing (Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 3): the key
     is the layer's input at the subject's last token, the new value is found by gradient steps on the target's loss,
-    and the update is the one that gives it there and changes the layer's outputs on ordinary text least,
+    and the update is the one that gives it there and changes the layer's outputs on calibration text least,
     `dW = d (C^-1 k)^T / (k^T C^-1 k)`, with `C` the second moment of the layer's inputs.
 
-    Where a request names no subject, or one that its prompt does not contain, the key is taken at the prompt's last
-    token; in the decoder of an encoder-decoder model, at its first position.
+    Where a request names no subject, or one that its prompt does not contain, the key is the input at the prompt's
+    last token; in the decoder of an encoder-decoder model, at its first position.
 
-    What differs from the paper: the value is sought on the prompt alone, under the rank-one update itself, without
-    sampled prefixes and without the penalty on what the subject is; `C` comes from the packaged page of ordinary text,
-    not from a hundred thousand articles, and is kept as its leading eigenvectors.
+    Differences from the paper: the search for the value uses the prompt alone, under the rank-one update itself,
+    without sampled prefixes and without the penalty on the subject's essence; `C` comes from the packaged page of
+    calibration text, not from a hundred thousand articles, and is stored as its leading eigenvectors.
 
     Args:
-        config ([`RomeConfig`]): `edit_lr` is Adam's learning rate on the value; `num_steps` and `stop_loss` say when
-            to end; `whiten_rank` and `whiten_ridge` are of `C`. Of several target layers the first is edited: name
-            another with `layers_to_transform`.
+        config ([`RomeConfig`]): `edit_lr` is Adam's learning rate on the value; `num_steps` and `stop_loss` end the
+            search; `whiten_rank` and `whiten_ridge` are those of `C`. Of several target layers the first is edited:
+            name another with `layers_to_transform`.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 

@@ -17,14 +17,14 @@ from .mend import FactorStatistics
 
 class ObservesFactors(EditMethod):
     """
-    A method that knows mean and variance of the factors of the edits it has seen, a layer at a time.
+    A method that gathers mean and variance of the factors of the edits it has seen, a layer at a time.
 
     Args:
         config ([`EditorConfig`]): The editor's configuration.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
-    # torch types what a module holds as "tensor or module"; these are what they are.
+    # torch's type of a module's attribute is "tensor or module".
     x_stats: Any
     delta_stats: Any
 
@@ -34,7 +34,7 @@ class ObservesFactors(EditMethod):
         self.delta_stats = nn.ModuleList(FactorStatistics(d_out) for d_out, _ in self.shapes.values())
 
     def take_in(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Adds edits' factors, at the positions that have a gradient, to the statistics."""
+        """Add edits' factors, at the positions that have a gradient, to the statistics."""
         for i, name in enumerate(self.shapes):
             x, delta = factors[name]
             present = (delta != 0).any(-1)
@@ -44,13 +44,7 @@ class ObservesFactors(EditMethod):
 
 @dataclass
 class LearnedStepsConfig(EditorConfig):
-    """
-    The options of methods whose layers each learn a step.
-
-    Args:
-        normalize (`bool`, defaults to `True`): Divide factors by their root mean square over some edits.
-        edit_lr (`float`, defaults to 1e-3): Initial step of an edit, of which each layer learns its own.
-    """
+    """The options of methods whose layers each learn a step. Each field's help documents it."""
 
     normalize: bool = option(True, "Divide factors by their root mean square over some edits.")
     edit_lr: float = option(1e-3, "Initial step of an edit, of which each layer learns its own.")
@@ -58,11 +52,11 @@ class LearnedStepsConfig(EditorConfig):
 
 class LearnedSteps(ObservesFactors):
     """
-    A method whose factors are divided by their root mean square over some edits, one number a side and layer, so that
-    layers start alike, and whose step each layer learns.
+    A method that divides factors by their root mean square over some edits, one number a side and layer, so that
+    layers start alike, and whose layers each learn a step.
 
     Args:
-        config ([`LearnedStepsConfig`]): `normalize` and `edit_lr`, what the learned steps start from.
+        config ([`LearnedStepsConfig`]): `normalize` and `edit_lr`, the initial value of the learned steps.
         shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
     """
 
@@ -81,7 +75,7 @@ class LearnedSteps(ObservesFactors):
     def unit_factors(
         self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The factors on the editor's device, with `normalize` each divided by its root mean square."""
+        """Return the factors on the editor's device, with `normalize` each divided by its root mean square."""
         device = self.log_step.device  # the layers may be on several
         found = {}
         for i, name in enumerate(self.shapes):

@@ -1,4 +1,4 @@
-"""Methods that need no training: they know of the model what a page of ordinary text shows, or nothing."""
+"""Methods that need no training: they use statistics of calibration text, or of the edits themselves."""
 
 from __future__ import annotations
 
@@ -17,19 +17,16 @@ from .steps import ObservesFactors
 
 
 def training_free_config() -> EditorConfig:
-    """What edits a model best where no editor was trained for it; benchmarks/results/settings.md has the figures."""
+    """
+    Return the configuration that edits best a model without a trained editor; benchmarks/results/settings.md has the
+    figures.
+    """
     return EditorConfig(method="gradient", whiten_ridge=1.0, ridge=30.0)
 
 
 @dataclass
 class UltraEditConfig(EditorConfig):
-    """
-    The configuration of [`UltraEdit`].
-
-    Args:
-        edit_lr (`float`, defaults to 1e-4): Step of an edit, the paper's eta.
-        ridge (`float`, defaults to 1.0): Strength of the ridge of the regression (paper: 1).
-    """
+    """The configuration of [`UltraEdit`]. Each field's help documents it."""
 
     edit_lr: float = option(1e-4, "Step of an edit, the paper's eta.")
     ridge: float = option(1.0, "Strength of the ridge with which edits made together are merged (paper: 1).")
@@ -39,8 +36,8 @@ class UltraEditConfig(EditorConfig):
 class UltraEdit(ObservesFactors):
     """
     UltraEdit as published (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing"):
-    factors are normalised by statistics over all edits so far, and each token asks for the value residual
-    `-eta * |x_hat|^2 * delta_hat`.
+    factors are normalised by statistics over all edits so far, and each token wants the value residual `-eta *
+    |x_hat|^2 * delta_hat`.
 
     Args:
         config ([`UltraEditConfig`]): `edit_lr` is eta, `ridge` the ridge's strength (the paper's is 1).
@@ -87,13 +84,13 @@ class WhitenedGradientConfig(MergesByRidgeConfig):
 @register_method("gradient", WhitenedGradientConfig)
 class WhitenedGradient(MergesByRidge):
     """
-    A few steps down the gradient of the target's loss, in the metric of the layer's inputs on ordinary text, so that
-    an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model that
-    has no trained editor.
+    A few steps down the gradient of the target's loss, in the metric of the layer's inputs on calibration text, so
+    that an edit acts on what sets its input apart: `dW = -step * sum_t delta_t (M^-1 x_t)^T`. The default of a model
+    that has no trained editor.
 
-    It is asked for as value residuals at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly
-    where the ridge is small, and best for all edits together where there are several. The size of a step comes from
-    the loss.
+    `forward` returns value residuals at the edit's own inputs, `d = -(X M^-1 X^T) delta`, which `join` gives exactly
+    where the ridge is small, and best for all edits together where there are several. The loss sets the size of a
+    step.
 
     Args:
         config ([`WhitenedGradientConfig`]): `whiten_rank`, `whiten_ridge` (here best near 1) and `ridge`.

@@ -35,7 +35,7 @@ def test_a_second_edit_takes_the_firsts_place(llama, tokenizer):
     assert [edit.id for edit in model.edits] == [other.id, first.id, second.id]
     # The same edits on a model that never had the first.
     fresh = editable(build_model("llama"), tokenizer)
-    fresh._stack.replace([model.edits[0], model.edits[2]])
+    fresh._active.replace([model.edits[0], model.edits[2]])
     assert torch.equal(all_logits(fresh, tokenizer), both)
     model.undo()
     assert torch.equal(all_logits(model, tokenizer), with_first)
@@ -115,13 +115,13 @@ def test_a_superseded_edits_inputs_are_not_spared(llama, tokenizer):
     model = editable(llama, tokenizer, method="malmen")
     first = model.edit(PROMPT, OLD, max_steps=1, force=True)
     asked = []
-    spared = model._stack.preserved_keys.of
+    spared = model._active.preserved_keys.of
 
     def preserved(ids, waiting=()):
         asked.append(list(ids))
         return spared(ids, waiting)
 
-    model._stack.preserved_keys.of = preserved
+    model._active.preserved_keys.of = preserved
     second = model.edit(PROMPT, NEW, max_steps=1, force=True)
     model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1, force=True)
     assert asked == [[], [second.id]]

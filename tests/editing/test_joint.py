@@ -107,7 +107,7 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
     model = perturbed(tokenizer)
     model.edit(RECORDS[:3], max_steps=1, force=True)
     model.undo()
-    earlier = model._stack.preserved_keys.of([edit.id for edit in model.edits])
+    earlier = model._active.preserved_keys.of([edit.id for edit in model.edits])
     x = {}
     for record in RECORDS[:2]:
         rows = model.encoder([Query(record.prompt, record.target)])
@@ -119,7 +119,7 @@ def test_later_edits_spare_the_inputs_of_earlier_ones(tokenizer):
         torch.testing.assert_close(earlier[name], torch.cat(rows_of))
     model.edit(RECORDS[4:6], max_steps=1, force=True)
     new = {name: [torch.cat([edit.updates[name][side] for edit in model.edits[-2:]]) for side in (0, 1)] for name in x}
-    inputs = model._stack.preserved_keys.of([edit.id for edit in model.edits[-2:]])
+    inputs = model._active.preserved_keys.of([edit.id for edit in model.edits[-2:]])
     moments = {name: group.second_moment(i) for group in model.editor.groups for i, name in enumerate(group.names)}
     for i, name in enumerate(model.editor.shapes):
         every = torch.cat([earlier[name], inputs[name]]).double()
@@ -305,14 +305,14 @@ def test_edits_from_a_store_are_spared_like_those_made_here(tokenizer, tmp_path,
     again.edit(records[4], force=True)
     for edit in stored:
         for name, x in expected[edit.id].items():
-            torch.testing.assert_close(again._stack.preserved_keys.by_edit[edit.id][name], x, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(again._active.preserved_keys.by_edit[edit.id][name], x, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_model_carries_for_a_while_makes_it_forget_nothing(tokenizer):
     model = EditableModel(build_model("llama"), EditorConfig(method="gradient"), tokenizer)
     model.edit(RECORDS[:2], force=True)
-    known = dict(model._stack.preserved_keys.by_edit)
+    known = dict(model._active.preserved_keys.by_edit)
     assert set(known) == {edit.id for edit in model.edits}
     with model.carrying([]):
         model.edit(RECORDS[4], force=True)
-    assert model._stack.preserved_keys.by_edit == known
+    assert model._active.preserved_keys.by_edit == known

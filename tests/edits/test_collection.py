@@ -206,7 +206,7 @@ def test_a_joining_method_spares_what_was_compressed(llama, tokenizer):
     ids = edit_some(model, slice(0, 2))
     model.compress_edits(rank=4)
     asked = []
-    keys = model._stack.preserved_keys
+    keys = model._active.preserved_keys
     spared = keys.of
     keys.of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
     edit_some(model, slice(3, 4))

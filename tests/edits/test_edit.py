@@ -20,7 +20,7 @@ def test_a_description_keeps_the_names_that_files_have_and_comes_back():
 
 def test_the_former_names_of_the_fields_warn_and_give_the_same():
     edit = Edit("one", "who?", "they", {}, requires="enn-1")
-    with pytest.warns(FutureWarning, match="Edit.needs is now Edit.requires"):
+    with pytest.warns(FutureWarning, match="Edit.needs is now called requires"):
         assert edit.needs == "enn-1"
-    with pytest.warns(FutureWarning, match="Edit.support is now Edit.is_base_delta"):
+    with pytest.warns(FutureWarning, match="Edit.support is now called is_base_delta"):
         assert edit.support is False

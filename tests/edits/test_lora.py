@@ -17,10 +17,10 @@ def test_plain_peft_gives_the_edited_models_logits(base, tokenizer, tmp_path, ar
     plain = all_logits(model, tokenizer)
     model.edit([r.prompt for r in RECORDS[:2]], [r.target for r in RECORDS[:2]], max_steps=2)
     # A layer of another rank, and one without an update.
-    del model._stack.edits[0].updates[model.targets[0].name]
-    for edit in model._stack.edits:
+    del model._active.edits[0].updates[model.targets[0].name]
+    for edit in model._active.edits:
         del edit.updates[model.targets[-1].name]
-    model._stack.replace(model.edits)
+    model._active.replace(model.edits)
     expected = all_logits(model, tokenizer)
     assert (expected - plain).abs().max() > 1e-3
     model.save_lora(tmp_path, uniform_rank=uniform_rank)

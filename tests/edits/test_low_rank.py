@@ -92,7 +92,7 @@ def test_norms_are_those_of_the_dense_updates(llama, tokenizer):
 
 def test_merge_equals_the_side_path(base, tokenizer):
     model = editable(base, tokenizer)
-    model._stack.replace([random_edit(model)])
+    model._active.replace([random_edit(model)])
     beside = all_logits(model, tokenizer)
     plain = model.merge_and_unload()
     assert plain is base

@@ -132,7 +132,7 @@ def test_a_later_call_spares_the_inputs_of_an_earlier_one(llama, tokenizer):
         model = memit(copy.deepcopy(llama), tokenizer)
         if earlier:
             model.edit(RECORDS[0], force=True)
-            x = model._stack.preserved_keys.of([model.edits[0].id])[model.targets[0].name][0]
+            x = model._active.preserved_keys.of([model.edits[0].id])[model.targets[0].name][0]
         model.edit(RECORDS[1], force=True)
         changes.append(dense(model.edits[-1].updates[model.targets[0].name]))
     assert (changes[1] @ x).norm() < 0.1 * (changes[0] @ x).norm()
