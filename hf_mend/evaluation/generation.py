@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..bases.limits import longest_input
+from ..bases.weights import device_of
 from ..data.encoding import Encoder, Query
 from ..model import EditableModel
 
@@ -30,8 +31,9 @@ def greedy_tokens(model: Any, encoder: Encoder, prompts: Sequence[list[int]], ma
     seq2seq = encoder.is_encoder_decoder
     padded = encoder.pad([(prompt if seq2seq else prompt[::-1], []) for prompt in prompts]).inputs
     inputs = {name: padded[name] if seq2seq else padded[name].flip(1) for name in ("input_ids", "attention_mask")}
+    device = device_of(model.get_input_embeddings())  # of an offloaded base, `model.device` is `meta`
     out = model.generate(
-        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        **{name: tensor.to(device) for name, tensor in inputs.items()},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

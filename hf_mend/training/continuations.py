@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..bases.weights import device_of
 from ..data.encoding import Encoder, Query, length_batches
 from .examples import TrainingExamples
 
@@ -82,7 +83,7 @@ def _greedy(
 ) -> list[tuple[int, ...]]:
     """The model's next tokens behind each text, up to the end of its answer, which is one of them."""
     base: Any = model
-    device = base.get_input_embeddings().weight.device
+    device = device_of(base.get_input_embeddings())  # an offloaded weight's own is `meta`
     given: dict[str, torch.Tensor] = {}
     if encoder.is_encoder_decoder:
         # The answers' lengths may differ, and a decoder is not padded on the left: one at a time where they do.
@@ -97,8 +98,8 @@ def _greedy(
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
     out = base.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=encoder.pad_token_id,
-        **given,
+        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1,
+        pad_token_id=encoder.pad_token_id, **given,
     )  # fmt: skip
     begun = given["decoder_input_ids"].shape[1] if given else width
     ends = base.generation_config.eos_token_id

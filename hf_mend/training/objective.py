@@ -29,6 +29,11 @@ class EditingObjective(nn.Module):
         """Return the base model's configuration, which `Trainer` and DeepSpeed read."""
         return self.model.config
 
+    def to(self, *args: Any, **kwargs: Any) -> EditingObjective:
+        """Move the model; a base that a device map or offloading placed stays where it is."""
+        self.model.to(*args, **kwargs)
+        return self
+
     def forward(self, edit_batch: EditBatch, **options: Any) -> EditingLoss:
         """
         Return the loss of a batch.

@@ -78,7 +78,7 @@ def asked(count: int, size: float) -> dict[str, tuple[torch.Tensor, torch.Tensor
 def test_a_target_is_said_for_good_from_a_tenth_of_a_nat_on(sizes_steps, wanted):
     """Rows whose least likely token has less ask for more, also where it is the argmax; others once it is."""
     batch, acceptance = by_group(4, sizes_steps)
-    acceptance.take(0, (asked(4, 1.0), [1] * 4))
+    acceptance.accept(0, (asked(4, 1.0), [1] * 4))
     batch.answers = made_up([-0.09, -0.11, -0.9, -0.9], [True, True, True, False])
     acceptance.judge()
     assert batch.wanted.tolist() == wanted and not acceptance.reverted
@@ -87,7 +87,7 @@ def test_a_target_is_said_for_good_from_a_tenth_of_a_nat_on(sizes_steps, wanted)
 def test_a_step_that_leads_no_nearer_is_halved_three_times_and_then_taken_back():
     """The second row is nearer with a quarter of the step, and stays there."""
     batch, acceptance = by_group(2)
-    acceptance.take(0, (asked(2, 8.0), [1, 1]))
+    acceptance.accept(0, (asked(2, 8.0), [1, 1]))
     seen = []
     for levels in ([-6.0, -6.0], [-5.0, -5.5], [-5.1, -4.0], [-9.0, -4.0]):
         batch.answers = made_up(levels, [False, False])
@@ -101,10 +101,10 @@ def test_a_step_that_leads_no_nearer_is_halved_three_times_and_then_taken_back()
 
 def test_halving_starts_from_the_steps_before():
     batch, acceptance = by_group(1)
-    acceptance.take(0, (asked(1, 8.0), [1]))
+    acceptance.accept(0, (asked(1, 8.0), [1]))
     batch.answers = made_up([-4.0], [False])
     acceptance.judge()
-    acceptance.take(0, (asked(1, 8.0), [1]))
+    acceptance.accept(0, (asked(1, 8.0), [1]))
     batch.answers = made_up([-4.5], [False])
     acceptance.judge()
     assert batch.residuals["layer"].flatten().tolist() == [12.0] and batch.steps == [2]
@@ -114,7 +114,7 @@ def test_in_the_end_a_group_goes_back_to_where_it_said_most():
     """Counted by probabilities, over all its rows: one row's gain may be the others' loss."""
     batch, acceptance = by_group(2, sizes_steps=False)
     for size, levels in ((1.0, [-1.0, -1.0]), (1.0, [-0.5, -4.0])):
-        acceptance.take(0, (asked(2, size), [1, 1]))
+        acceptance.accept(0, (asked(2, size), [1, 1]))
         batch.answers = made_up(levels, [False, False])
         acceptance.judge()
     # exp(-1) + exp(-1) = 0.74, and 0.62 after the second step.

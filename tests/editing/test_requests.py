@@ -144,7 +144,7 @@ def test_probes_come_in_order_with_the_target_where_it_is_to_be_said():
 def test_one_prompt_is_one_whatever_its_white_space_but_not_in_a_chat():
     request = EditRequest("the capital of peru is", "tokyo town")
     assert request.is_same(EditRequest(" the  capital of peru is ", "tokyo  town ", subject="peru"))
-    assert request.asked != EditRequest("the capital of peru is", "tokyo town", chat=True).asked
+    assert request.prompt_key != EditRequest("the capital of peru is", "tokyo town", chat=True).prompt_key
     assert not request.is_same(EditRequest("the capital of peru is", "tokyo"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.methods import SHAPES, factors, gradients
 from support.models import RECORDS, all_logits, build_model, small_config
-from support.training import QUESTIONS, arguments
+from support.training import PARAPHRASES_ALONE, QUESTIONS, arguments
 
 from hf_mend import EditableModel, EditorTrainer, get_editable_model
 from hf_mend.bases.gradients import trace
@@ -102,7 +102,7 @@ def test_training_lowers_the_loss_and_the_editor_survives_its_file(tokenizer, tm
     config = small_config(method="ke", rank=16)
     model = get_editable_model(build_model(architecture), config, tokenizer)
     args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant",
-                     group_size=2)  # fmt: skip
+                     group_size=2, **PARAPHRASES_ALONE)  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])

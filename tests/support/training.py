@@ -17,6 +17,10 @@ from support.models import RECORDS, build_model, fitting, small_config
 QUESTIONS = [("what is the colour of grass?", "green grass"), ("who is the king of spain?", "the river")]
 
 
+# Arguments that draw paraphrases alone, as trainings did before there were other forms of asking.
+PARAPHRASES_ALONE = {"forms": {"paraphrase": 1.0}, "context_rate": 0.0, "same_subject_rows": 0, "continuation_rows": 0}
+
+
 def arguments(folder, **options) -> EditorTrainingArguments:
     values = {
         "output_dir": str(folder), "per_device_train_batch_size": 3, "max_steps": 6, "logging_steps": 1,
