@@ -75,7 +75,7 @@ editor: $(STAMP)
 # Its training goes on with up to 16 edits at once, on facts of all relations, so that ten edits stay beside one another.
 editor-several: $(STAMP)
 	$(QUALITY) --steps 350 --batch-size 64 --learning-rate 7e-4 --unrelated-weight 25 \
-		--neighborhood-rows 1 --seed 3 --edits-together 16 --together 3,10 \
+		--neighborhood-rows 1 --seed 3 --group-size 16 --together 3,10 \
 		--start-from model_cards/$(EDITOR) --output model_cards/$(EDITOR)-several \
 		--results benchmarks/results/$(EDITOR)-several
 
@@ -84,13 +84,13 @@ editor-several: $(STAMP)
 SHORT := $(TRAIN) --facts facts_validation.json --limit 60 --neighborhood-rows 1
 MALMEN := $(SHORT) --option 'method="malmen"' --option ridge=10
 editor-malmen: $(STAMP)
-	$(SHORT) --steps 380 --learning-rate 7e-4 --neighborhood-weight 1.5 --unrelated-weight 25 --seed 3 --edits-together 8 \
+	$(SHORT) --steps 380 --learning-rate 7e-4 --neighborhood-weight 1.5 --unrelated-weight 25 --seed 3 --group-size 8 \
 		--start-from model_cards/$(EDITOR) --output build/malmen-0 --results build/malmen-0
-	$(MALMEN) --steps 200 --learning-rate 5e-4 --edits-together 16 --batch-size 16 \
+	$(MALMEN) --steps 200 --learning-rate 5e-4 --group-size 16 --batch-size 16 \
 		--start-from build/malmen-0 --output build/malmen-1 --results build/malmen-1
-	$(MALMEN) --steps 800 --learning-rate 7e-4 --edits-together 16 --batch-size 16 --neighborhood-weight 0.75 --bf16 \
+	$(MALMEN) --steps 800 --learning-rate 7e-4 --group-size 16 --batch-size 16 --neighborhood-weight 0.75 --bf16 \
 		--start-from build/malmen-1 --output build/malmen-2 --results build/malmen-2
-	$(MALMEN) --steps 220 --learning-rate 4e-4 --edits-together 64 --batch-size 64 --edits-at-once 16 --seed 1 --bf16 \
+	$(MALMEN) --steps 220 --learning-rate 4e-4 --group-size 64 --batch-size 64 --micro-batch-size 16 --seed 1 --bf16 \
 		--neighborhood-weight 0.75 --checkpoints build/malmen-checkpoints \
 		--start-from build/malmen-2 --output build/malmen --results build/malmen
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, DEVICE, config_options, load_base, parse_with_data, write_results
+from common import DATA, DEVICE, PARAPHRASES_ALONE, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditorConfig,
@@ -96,6 +96,7 @@ def train_and_measure(
             model,
             EditorTrainingArguments(
                 folder,
+                **PARAPHRASES_ALONE,
                 max_steps=arguments.steps,
                 per_device_train_batch_size=arguments.batch_size,
                 learning_rate=arguments.learning_rate,

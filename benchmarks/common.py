@@ -25,6 +25,15 @@ DATA: dict[str, Any] = {
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
+# Arguments of a training that draws paraphrases alone: the editors in model_cards/ were trained before there were
+# other forms of asking.
+PARAPHRASES_ALONE: dict[str, Any] = {
+    "forms": {"paraphrase": 1.0},
+    "context_rate": 0.0,
+    "same_subject_rows": 0,
+    "continuation_rows": 0,
+}
+
 
 def parse_with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line of a script that has `--data`."""

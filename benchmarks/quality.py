@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import DATA, DEVICE, config_options, load_base, parse_with_data, write_results
+from common import DATA, DEVICE, PARAPHRASES_ALONE, config_options, load_base, parse_with_data, write_results
 
 from hf_mend import (
     EditableModel,
@@ -95,6 +95,7 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
             model,
             EditorTrainingArguments(
                 output_dir=str(arguments.checkpoints or temporary),
+                **PARAPHRASES_ALONE,
                 max_steps=arguments.steps,
                 per_device_train_batch_size=arguments.batch_size,
                 learning_rate=arguments.learning_rate,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, config_options, parse_with_data, write_results
+from common import DATA, PARAPHRASES_ALONE, config_options, parse_with_data, write_results
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -267,6 +267,7 @@ def train_editor(
         model,
         EditorTrainingArguments(
             output_dir=str(arguments.folder / "editor-checkpoints"),
+            **PARAPHRASES_ALONE,
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
