@@ -1,13 +1,16 @@
-"""The arguments of an editor's training."""
+"""The arguments of an editor's training, and what a card says of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..data.deprecation import renamed_arguments
 from ..data.forms import check_forms
+from ..hub.cards import machine
+from .examples import TrainingExamples
 
 
 # The smallest values of the arguments that are counts.
@@ -138,3 +141,36 @@ class EditorTrainingArguments(TrainingArguments):
         if not (isinstance(self.context_rate, (int, float)) and 0 <= self.context_rate <= 1):
             raise ValueError(f"context_rate is {self.context_rate!r}, expected a number from 0 to 1")
         super().__post_init__()
+
+
+def training_facts(
+    args: EditorTrainingArguments, step: int, first_step: int, seconds: float, examples: TrainingExamples | None
+) -> dict[str, str]:
+    """
+    Return the facts about a training for the model card.
+
+    Args:
+        args ([`EditorTrainingArguments`]): The training arguments.
+        step (`int`): The step of the editor's weights.
+        first_step (`int`): The step at which this process began.
+        seconds (`float`): The duration of the training.
+        examples ([`TrainingExamples`], *optional*): The training examples.
+    """
+    began = f", from step {first_step} on" if first_step else ""
+    return {
+        "facts": f"{len(examples):,}" if examples is not None else "unknown",
+        "unrelated questions": f"{len(examples.questions):,}" if examples is not None else "unknown",
+        "steps": str(step),
+        "facts a step": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "learning rate": f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
+        "optimizer": _plain(args.optim),
+        "neighborhood and unrelated weight": f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}",
+        "edits applied at once": f"up to {args.group_size}",
+        "seed": str(args.seed),
+        "time": f"{seconds / 60:.1f} minutes{began}",
+        "hardware": machine(args.device) + (f", {args.world_size} processes" if args.world_size > 1 else ""),
+    }
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))

@@ -27,11 +27,11 @@ from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..evaluation.checks import check_asked
 from ..evaluation.metrics import evaluate_records, summarize
-from ..hub.cards import CardNotes, machine
+from ..hub.cards import CardNotes
 from ..hub.files import WEIGHTS_NAME
 from ..hub.transfer import find_files
 from ..model import EditableModel
-from .arguments import EditorTrainingArguments
+from .arguments import EditorTrainingArguments, training_facts
 from .cache import HiddenStateCache
 from .calibration import calibrate
 from .continuations import with_continuations
@@ -361,39 +361,6 @@ class _EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.examples.set_epoch(int(state.epoch or 0))
-
-
-def training_facts(
-    args: EditorTrainingArguments, step: int, first_step: int, seconds: float, examples: TrainingExamples | None
-) -> dict[str, str]:
-    """
-    Return the facts about a training for the model card.
-
-    Args:
-        args ([`EditorTrainingArguments`]): The training arguments.
-        step (`int`): The step of the editor's weights.
-        first_step (`int`): The step at which this process began.
-        seconds (`float`): The duration of the training.
-        examples ([`TrainingExamples`], *optional*): The training examples.
-    """
-    began = f", from step {first_step} on" if first_step else ""
-    return {
-        "facts": f"{len(examples):,}" if examples is not None else "unknown",
-        "unrelated questions": f"{len(examples.questions):,}" if examples is not None else "unknown",
-        "steps": str(step),
-        "facts a step": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
-        "learning rate": f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
-        "optimizer": _plain(args.optim),
-        "neighborhood and unrelated weight": f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}",
-        "edits applied at once": f"up to {args.group_size}",
-        "seed": str(args.seed),
-        "time": f"{seconds / 60:.1f} minutes{began}",
-        "hardware": machine(args.device) + (f", {args.world_size} processes" if args.world_size > 1 else ""),
-    }
-
-
-def _plain(value: Any) -> str:
-    return str(getattr(value, "value", value))
 
 
 def _asking(args: EditorTrainingArguments, model: EditableModel) -> Asking:
