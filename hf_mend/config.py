@@ -101,6 +101,8 @@ class EditorConfig(metaclass=_ConfigType):
         layers_pattern (`str`, *optional*): Last part of the name of the block list, if the model has several.
         base_fingerprint (`dict[str, Any]`, *optional*): Architecture, shapes and hash of the base's edited weights;
             `save_pretrained` of a model sets it.
+        scope (`bool`, defaults to `False`): Whether edits act only at the tokens where a text asks for them, as a
+            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere.
         options: The options of the method.
 
     Raises:
@@ -139,6 +141,11 @@ class EditorConfig(metaclass=_ConfigType):
     )
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
+    )
+    scope: bool = option(
+        False,
+        "Whether edits act only at the tokens where a text asks for them, as a learned scope decides; otherwise they "
+        "act everywhere.",
     )
 
     # The blocks that target_modules="default" means for the method, as fractions of the model's depth: first and end.

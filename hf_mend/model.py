@@ -17,7 +17,7 @@ from .bases.placement import PlacedWithBase
 from .bases.sharded import load_whole_state, whole_state
 from .bases.split import SplitModel
 from .bases.targets import find_targets
-from .bases.unwrap import BaseState, keep_gradients, plain_base
+from .bases.unwrap import BaseState, hidden_width, keep_gradients, plain_base
 from .config import CONFIG_NAME, EditorConfig
 from .data.encoding import Encoder
 from .data.records import EditRecord
@@ -26,6 +26,7 @@ from .editing.context import EditingContext
 from .editing.pipeline import make_edits
 from .editing.proposals import SearchOptions
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
+from .editing.steering import ActsWhereAsked
 from .edits.active import ActiveEdits, acting_edits
 from .edits.carrier import ActsWhileOwned, CarriesEdits
 from .edits.store import EditStore
@@ -35,12 +36,14 @@ from .hub.files import WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
 from .methods import EditMethod, get_method, state_shapes, training_free_config
+from .scope.files import SCOPE_NAME, read_scope, write_scope
+from .scope.network import ScopeNetwork
 
 
 logger = logging.get_logger(__name__)
 
 
-class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
+class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, PlacedWithBase):
     """
     A causal or seq2seq language model that can be edited. Only [`~EditableModel.merge_and_unload`] writes to the base
     model's weights. The edits act while this object exists, and [`~EditableModel.unload`] returns the base unchanged.
@@ -87,7 +90,13 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        self._active = ActiveEdits(self.targets, base_model)
+        if editor_config.scope and self.config.is_encoder_decoder:
+            raise ValueError(
+                f"EditorConfig(scope=True) is for causal models, and {type(base_model).__name__} has an encoder and a "
+                "decoder; leave scope out"
+            )
+        self._gate = self._new_gate(ScopeNetwork(hidden_width(base_model))) if editor_config.scope else None
+        self._active = ActiveEdits(self.targets, base_model, self._gate)
         self._ownership = ActsWhileOwned(self._active)
         self.card_notes = CardNotes()
         self._spent: str | None = None
@@ -120,6 +129,10 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
         base_model = plain_base(base_model)
+        scope = None
+        if config.scope:
+            files |= find_files(editor_name_or_path, [SCOPE_NAME], **hub_kwargs)
+            scope = read_scope(files[SCOPE_NAME], hidden_width(base_model))
         targets = find_targets(base_model, config)
         check_base(config, base_model, targets, source=str(editor_name_or_path))
         # The weights are checked before an editor of the size that the configuration states is built.
@@ -129,6 +142,8 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         try:
             model = cls(base_model, config, tokenizer)
             model.editor.load_state_dict(tensors)
+            if scope is not None:
+                model.set_scope(scope)
         except BaseException:
             before.restore(base_model)
             raise
@@ -143,8 +158,8 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         state_dict: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """
-        Write `editor_config.json`, `editor.safetensors` and `README.md`, all or nothing, even if the process is
-        killed. Other files in the folder are kept.
+        Write `editor_config.json`, `editor.safetensors`, `README.md` and, where there is one, the scope's
+        `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept.
 
         Args:
             save_directory (`str` or `Path`): The folder.
@@ -168,6 +183,8 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
+            if self.scope is not None:
+                write_scope(folder, self.scope)
             write_card(folder, self.editor_config, list(self.editor.shapes), self.card_notes, card_data)
 
     def load_editor(self, path: str | Path) -> None:
@@ -210,7 +227,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
     @property
     def context(self) -> EditingContext:
         """Return base model, edited layers and method, bundled anew as a wrapper may replace the editor."""
-        return EditingContext(self.split, self.targets, self.editor)
+        return EditingContext(self.split, self.targets, self.editor, scoped=self._gate is not None)
 
     def edit(  # its nine parameters are public
         self,
@@ -266,7 +283,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         self._warn_if_untrained()
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
-            results = make_edits(self.context, encoder, self._active, requests, options, batch_size)
+            results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate)
         for result in results:
             if result.success is False:
                 logger.warning(

@@ -158,7 +158,9 @@ class SplitModel:
 
         extra = {} if state.encoder is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=state.encoder)}
         with ExitStack() as undo:
-            undo.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(use_state, with_kwargs=True)))
+            # Before other hooks of the block, which are to see the stored state too.
+            block = self.blocks[self.block]
+            undo.enter_context(_hook(block.register_forward_pre_hook(use_state, prepend=True, with_kwargs=True)))
             first_skipped = 0
             if self._returns_tuple and self.block:
                 undo.enter_context(_hook(self.blocks[0].register_forward_hook(note_first)))

@@ -44,6 +44,23 @@ def plain_base(model: Any) -> Any:
     return model
 
 
+def hidden_width(model: Any) -> int:
+    """
+    Return the width of a model's hidden states.
+
+    Raises:
+        ValueError: The configuration does not state it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"the configuration of {type(model).__name__} states no hidden_size, which a scope needs; leave scope out "
+            "of the EditorConfig"
+        )
+    return width
+
+
 class BaseState:
     """
     The state of a model before it was wrapped: the modules in training mode, and the parameters that require a

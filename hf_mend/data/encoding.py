@@ -25,15 +25,22 @@ class EncodedBatch:
         positions (`torch.Tensor` of shape `(rows, seq)`, bool): The output positions that matter, labelled or not.
         subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
             where none is known.
+        forms (`int`, defaults to 1): How many neighbouring rows ask for one fact, each in another form.
     """
 
     inputs: dict[str, torch.Tensor]
     next_tokens: torch.Tensor
     positions: torch.Tensor
     subjects: torch.Tensor | None = None
+    forms: int = 1
 
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
+
+    @property
+    def facts(self) -> int:
+        """The number of facts, in whatever number of forms."""
+        return len(self) // self.forms
 
     def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
@@ -43,7 +50,7 @@ class EncodedBatch:
     def to(self, device: torch.device | str) -> EncodedBatch:
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects.to(device)
-        return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects)
+        return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects, self.forms)
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,17 @@ class Encoder:
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
 
-    def __call__(self, queries: Sequence[Query]) -> EncodedBatch:
-        """The queries as one batch, padded on the right."""
+    def __call__(self, queries: Sequence[Query], forms: int = 1) -> EncodedBatch:
+        """
+        The queries as one batch, padded on the right.
+
+        Args:
+            queries (`Sequence[Query]`): The queries.
+            forms (`int`, defaults to 1): How many neighbouring queries ask for one fact.
+        """
         pairs = [self.tokens(query) for query in queries]
         rows = self.pad(pairs)
+        rows.forms = forms
         if any(query.subject for query in queries):
             places = [self._subject_place(query, prompt) for query, (prompt, _) in zip(queries, pairs, strict=True)]
             rows.subjects = torch.tensor(places)

@@ -141,7 +141,7 @@ class AcceptByGroup(AcceptAll):
         super().__init__(batches, proposer)
         self.group_size = group_size
         self.progress = [
-            _Progress(torch.tensor(batch.before.log_probability), torch.zeros(len(batch.rows))) for batch in batches
+            _Progress(torch.tensor(batch.before.log_probability), torch.zeros(batch.rows.facts)) for batch in batches
         ]
 
     @property

@@ -41,7 +41,7 @@ class BatchState:
     Rows that run in one pass, and the updates found for them so far.
 
     Args:
-        rows ([`EncodedBatch`]): Prompts and targets, a row a request.
+        rows ([`EncodedBatch`]): Prompts and targets, a row a request, or one for each form of it.
         hidden ([`HiddenState`]): Their output of `run_below`.
         before ([`Answers`]): The model's answers without the updates.
         wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that want a further step.
@@ -71,7 +71,7 @@ class BatchState:
     seen: dict[str, Update] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = [0] * len(self.rows)
+        self.steps = [0] * self.rows.facts
         self.answers = self.before
 
     @property

@@ -54,7 +54,7 @@ class Combination:
             for batch in started:
                 pairs = {name: (x, batch.residuals[name]) for name, x in batch.inputs.items()}
                 groups = self.method.join(together(pairs, self.group_size), self.preserved_keys)
-                batch.keys = {name: u for name, (u, _) in apart(groups, self.group_size, len(batch.rows)).items()}
+                batch.keys = {name: u for name, (u, _) in apart(groups, self.group_size, batch.rows.facts).items()}
             return
         for name in started[0].inputs:
             present = [batch.inputs[name].any(-1) for batch in started]
@@ -79,5 +79,5 @@ class Combination:
         """Put each row under its group's update."""
         for batch in started:
             groups = together(batch.updates, size)
-            owner = torch.arange(len(batch.rows)) // size
+            owner = torch.arange(batch.rows.facts) // size
             batch.seen = {name: (u[owner.to(u.device)], v[owner.to(v.device)]) for name, (u, v) in groups.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,14 @@ class EditingContext:
         split ([`SplitModel`]): The base model, with its active edits, cut below its lowest edited layer.
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Maps the factors of their gradients to updates.
+        scoped (`bool`, defaults to `False`): Edits act only where they are asked for: at the tokens that predict a
+            target's. Their gradients are then of those tokens alone.
     """
 
     split: SplitModel
     targets: Sequence[Target]
     method: EditMethod
+    scoped: bool = False
 
     def trace(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
@@ -45,14 +49,30 @@ class EditingContext:
             updates (`Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]`): The updates that the rows are under,
                 in this order, as [`~hf_mend.edits.hook.applied`] takes them.
         """
-        with applied(self.targets, *updates):
-            return trace(self.split, self.targets, rows.inputs, rows.next_tokens, hidden)
+        with self.applied(rows, *updates):
+            factors, logits = trace(self.split, self.targets, rows.inputs, rows.next_tokens, hidden)
+        if self.scoped:  # (facts * forms, seq, d)
+            present = rows.positions[..., None]  # (rows, seq, 1)
+            factors = {
+                name: (x * present.to(x.device), delta * present.to(delta.device))
+                for name, (x, delta) in factors.items()
+            }
+        if rows.forms > 1:  # an edit's gradient is the sum over its forms: (facts, forms * seq, d)
+            factors = {
+                name: (x.reshape(rows.facts, -1, x.shape[-1]), delta.reshape(rows.facts, -1, delta.shape[-1]))
+                for name, (x, delta) in factors.items()
+            }
+        return factors, logits
+
+    def applied(self, rows: EncodedBatch, *updates: Mapping[str, Update]) -> AbstractContextManager[None]:
+        """Add updates to the layers' outputs within the context, in a model with scopes at `rows.positions` alone."""
+        return applied(self.targets, *updates, where=rows.positions if self.scoped else None)
 
     def logits(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
         """Return the logits at the rows' positions, `(positions, vocab)`. The arguments are those of `trace`."""
-        with applied(self.targets, *updates):
+        with self.applied(rows, *updates):
             return logits_of(self.split, rows, hidden)
 
     def answers(

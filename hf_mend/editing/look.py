@@ -10,7 +10,6 @@ import torch
 from ..bases.gradients import Factors, gradient_factors, kl_divergence, row_means
 from ..bases.split import HiddenState, logits_of
 from ..data.encoding import EncodedBatch
-from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..methods import Seen
 from .batch_state import check_finite
@@ -58,7 +57,7 @@ class BatchLook:
                 return last.cpu()
             width = rows.inputs["attention_mask"].shape[1]
             last = (rows.inputs["attention_mask"] * torch.arange(width, device=rows.positions.device)).argmax(-1)
-        if rows.subjects is None:
+        if rows.subjects is None or self.context.scoped:  # with a scope, an edit does not act at its subject
             return last.cpu()
         return torch.where(rows.subjects >= 0, rows.subjects, last).cpu()
 
@@ -74,7 +73,7 @@ class BatchLook:
             per_position = kl_divergence(logits, base.to(logits.device).repeat(requests, 1))
             return row_means(per_position, rows).sum() / len(texts)
 
-        with applied(targets, updates):
+        with self.context.applied(rows, updates):
             factors, _ = gradient_factors(split, targets, rows.inputs, rows.positions, divergence, hidden.rows(every))
         check_finite("gradient", factors)
         return {

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
-from ..data.encoding import Encoder, Query, length_batches
+from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
+from ..edits.edit_scope import EditScope
+from ..methods import IterativeMethod
+from ..scope.gate import ScopeGate
 from .batch_state import FoundUpdates
 from .calibration_text import observe_calibration_text
 from .context import EditingContext
@@ -20,6 +24,7 @@ from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest, EditResult
 from .results import absence_edit, as_edit, as_request, as_result, base_delta_edit, unchanged_result
+from .scoping import ScopeReport, own_queries, report, scopes_of
 from .scoring import Answers
 from .search import find_updates
 
@@ -41,6 +46,7 @@ class _Call:
         options ([`SearchOptions`]): The options of the search for an update.
         batch_size (`int`): The maximum number of requests in one pass.
         made_by (`str`): The editor's id.
+        gate ([`~hf_mend.scope.gate.ScopeGate`], *optional*): Decides where edits act.
         now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
             of its prompt acts, and the row of the answers.
         results, edits: A request's number -> its result, and its edit if one was made.
@@ -53,6 +59,7 @@ class _Call:
     options: SearchOptions
     batch_size: int
     made_by: str
+    gate: ScopeGate | None = None
     now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
@@ -62,6 +69,14 @@ class _Call:
         requests = self.requests if requests is None else requests
         lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
         return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
+
+    def rows(self, numbers: Sequence[int]) -> EncodedBatch:
+        """Return the texts by which some of the requests' edits are made."""
+        queries = [self.requests[i].query for i in numbers]
+        if self.gate is None or isinstance(self.context.method, IterativeMethod):
+            return self.encoder(queries)
+        forms = [list(own_queries(query, self.encoder).values()) for query in queries]
+        return self.encoder([query for one in forms for query in one], forms=len(forms[0]))
 
     @torch.no_grad()
     def answers(self, queries: Sequence[Query]) -> Answers:
@@ -84,6 +99,7 @@ def make_edits(
     requests: Sequence[EditRequest],
     options: SearchOptions,
     batch_size: int = 16,
+    gate: ScopeGate | None = None,
 ) -> list[EditResult]:
     """
     Make the edits of one call and add them to the model. All are found on the model as it was before the call; what
@@ -98,7 +114,7 @@ def make_edits(
     """
     method = context.method
     made_by = editor_id(method, method.config.method)
-    call = _Call(context, encoder, active, requests, options, batch_size, made_by)
+    call = _Call(context, encoder, active, requests, options, batch_size, made_by, gate)
     delta = base_delta_edit(method, made_by, active.edits)
     if not method.trains and not method.is_calibrated:
         with active.disabled():
@@ -111,9 +127,8 @@ def make_edits(
     made_once = list(first_of.values())
     try:
         _add_edits(call, made_once, delta)
-        # Each edit was found without the others, unless they were joined, so score the model with all of them.
-        if options.check and (call.now or (len(requests) > 1 and not method.joins)):
-            for i, (answers, row) in call.answers_to(made_once).items():
+        if options.check:
+            for i, (answers, row) in call.answers_to(_to_look_at_again(call, made_once)).items():
                 call.results[i].set_after(answers, row, encoder)
         in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
         for i, before in probed.items():
@@ -122,6 +137,20 @@ def make_edits(
         active.replace(earlier)
         raise
     return in_order
+
+
+def _to_look_at_again(call: _Call, numbers: Sequence[int]) -> Sequence[int]:
+    """
+    Return the requests to score on the model with all edits: each was found without the others, unless they were
+    joined. With scopes, an edit that acts for its prompt acts as it was found.
+    """
+    if call.gate is not None:
+        return [i for i in numbers if i not in call.edits or (call.results[i].scope or _MISSED).missed]
+    alone = len(call.requests) == 1 or call.context.method.joins
+    return [] if alone and not call.now else numbers
+
+
+_MISSED = ScopeReport(0.0, 0.0, ("prompt",))
 
 
 def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
@@ -134,11 +163,12 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
             call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, call.options.check)
     gone = {requests[i].prompt_key for i in call.now if i not in call.results}
     active.replace([edit for edit in earlier if edit.prompt_key not in gone])
-    if call.context.method.joins:
+    if call.context.method.joins and call.gate is None:
         _trace_missing_keys(call, earlier)
     batches = call.batches([i for i in numbers if i not in call.results])
     started = time.perf_counter()
     found = _find_in_batches(call, batches, earlier, delta)
+    scopes = {} if call.gate is None else _scopes(call, [i for batch in batches for i in batch])
     seconds = (time.perf_counter() - started) / len(requests)
     for batch, of_rows in zip(batches, found, strict=True):
         for row, i in enumerate(batch):
@@ -152,12 +182,27 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                     result.id, result.superseded = edit.id, old.id
             if edit is not None:
                 call.edits[i] = edit
+                edit.scope = scopes.get(i) if edit.updates else None
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
                     active.preserved_keys.by_edit[edit.id] = _present(of_rows.inputs, row)
     deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
     active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
+    if call.gate is not None:
+        acting = [edit for edit in active.active if edit.scope is not None]
+        for i, edit in call.edits.items():
+            if edit.scope is not None:
+                call.results[i].scope = report(edit, acting, call.gate.strictness)
+
+
+def _scopes(call: _Call, numbers: Sequence[int]) -> dict[int, EditScope]:
+    """Return the scopes of some requests' edits, by number."""
+    assert call.gate is not None
+    requests = [call.requests[i] for i in numbers]
+    forms = [own_queries(one.query, call.encoder, one.paraphrases) for one in requests]
+    excluded = [one.probes[len(one.paraphrases) :] for one in requests]
+    return dict(zip(numbers, scopes_of(call.gate, call.context.split, call.encoder, forms, excluded), strict=True))
 
 
 def _find_in_batches(
@@ -167,15 +212,19 @@ def _find_in_batches(
     Find the updates of all batches' requests, each batch by itself, or all of them together where the method joins.
     """
     acting = acting_ids(call.active.edits)
-    preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
+    waiting = [edit.id for edit in earlier]
+    preserved_keys = {} if call.gate is not None else call.active.preserved_keys.of(acting, waiting=waiting)
     base_delta = {} if delta is None or delta.id in acting else delta.updates
     device = call.context.split.device
-    encoded = [call.encoder([call.requests[i].query for i in batch]).to(device) for batch in batches]
-    calls = [encoded] if call.context.method.joins else [[rows] for rows in encoded]
+    encoded = [call.rows(batch).to(device) for batch in batches]
+    alone = call.gate is not None  # with scopes, no token has two edits
+    calls = [encoded] if call.context.method.joins and not alone else [[rows] for rows in encoded]
     found: list[FoundUpdates] = []
-    with tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) <= 1) as bar:
+    off = nullcontext() if call.gate is None else call.gate.suspended()
+    with off, tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) <= 1) as bar:
         for rows in calls:
-            found += find_updates(call.context, rows, call.options, None, preserved_keys, base_delta, bar.update)
+            size = 1 if alone else None
+            found += find_updates(call.context, rows, call.options, size, preserved_keys, base_delta, bar.update)
     return found
 
 

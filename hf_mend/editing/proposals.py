@@ -116,7 +116,7 @@ class FromGradient(Proposer):
         self.context.method.observe_edits(
             {name: (x[chosen.to(x.device)], delta[chosen.to(x.device)]) for name, (x, delta) in factors.items()}
         )
-        self.progress(len(rows))
+        self.progress(rows.facts)
         return batch
 
     def look(self, batch: BatchState) -> None:
@@ -157,7 +157,7 @@ class FromSearch(Proposer):
         hidden = self.context.split.run_below(rows.inputs)
         batch = self._state(rows, hidden, self.context.answers(rows, hidden))
         if not batch.wanted.any():
-            self.progress(len(rows))
+            self.progress(rows.facts)
         return batch
 
     def look(self, batch: BatchState) -> None:

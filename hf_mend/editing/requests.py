@@ -14,6 +14,7 @@ from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import same_prompt
+from .scoping import ScopeReport
 from .scoring import Answers
 
 
@@ -82,6 +83,8 @@ class EditResult:
         locality (`list[Probe]`): The request's locality prompts; ok when the greedy next token stayed.
         superseded (`str`, *optional*): Id of the earlier edit of the same prompt, which this one supersedes. It stays
             among the model's edits, without effect, and an undo of this one restores it exactly.
+        scope ([`~hf_mend.editing.scoping.ScopeReport`], *optional*): Whether the edit acts for its own texts, and how
+            far other edits are; `None` in a model whose edits act everywhere.
     """
 
     id: str | None
@@ -99,6 +102,7 @@ class EditResult:
     paraphrases: list[Probe] = field(default_factory=list)
     locality: list[Probe] = field(default_factory=list)
     superseded: str | None = None
+    scope: ScopeReport | None = None
 
     @property
     def success(self) -> bool | None:
@@ -147,6 +151,8 @@ class EditResult:
         if self.update_norms:
             norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
             lines.append(f"  update norms: {norms}")
+        if self.scope is not None:
+            lines.append(f"  scope: {self.scope}")
         if self.superseded is not None:
             lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
         for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):

@@ -49,11 +49,26 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
     log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     per_row = rows.positions.sum(-1).tolist()
     correct = said == labels
-    return Answers(
+    answers = Answers(
         [float(part.sum()) for part in log_probabilities.split(per_row)],
         [part.tolist() for part in said.split(per_row)],
         [part.tolist() for part in correct.split(per_row)],
         [float(part.min()) for part in log_probabilities.split(per_row)],
+    )
+    return answers if rows.forms == 1 else _of_facts(answers, rows.forms)
+
+
+def _of_facts(answers: Answers, forms: int) -> Answers:
+    """
+    Return one answer a fact: the tokens of its first form, its mean log-probability over the forms, and whether all
+    forms are correct.
+    """
+    runs = [slice(start, start + forms) for start in range(0, len(answers.tokens), forms)]
+    return Answers(
+        [sum(answers.log_probability[run]) / forms for run in runs],
+        [answers.tokens[run.start] for run in runs],
+        [[one for correct in answers.correct[run] for one in correct] for run in runs],
+        [min(answers.min_log_probability[run]) for run in runs],
     )
 
 

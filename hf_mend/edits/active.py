@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
 from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
-from .edit import Edit, active_edits, check_required, each_base_delta_once
-from .hook import AddsToOutput
+from .edit import Edit, active_edits, check_required, each_base_delta_once, warn_of_no_scope
+from .hook import AddsToOutput, AddsWhereAsked, Gate
 from .layer_sum import LayerSum
 from .preserved_keys import PreservedKeys
 
@@ -22,7 +23,7 @@ from .preserved_keys import PreservedKeys
 def acting_edits(model: nn.Module) -> set[str]:
     """Return the ids of the edits that act in a model, whichever [`ActiveEdits`] put them there."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return {edit_id for hook in hooks if isinstance(hook, AddsToOutput) for edit_id in hook.edit_ids}
+    return {edit_id for hook in hooks if isinstance(hook, (AddsToOutput, AddsWhereAsked)) for edit_id in hook.edit_ids}
 
 
 class ActiveEdits:
@@ -36,10 +37,12 @@ class ActiveEdits:
         targets (`Sequence[Target]`): The layers that an editor changes. Other layers that an edit changes are appended
             to them.
         base_model (`nn.Module`, *optional*): The model, where edits from elsewhere may change its other linear layers.
+        gate ([`~hf_mend.edits.hook.Gate`], *optional*): Decides where the edits that have a scope act.
     """
 
-    def __init__(self, targets: Sequence[Target], base_model: nn.Module | None = None):
+    def __init__(self, targets: Sequence[Target], base_model: nn.Module | None = None, gate: Gate | None = None):
         self.targets = list(targets)
+        self.gate = gate
         self._base_model = base_model
         self.edits: list[Edit] = []
         self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
@@ -75,6 +78,7 @@ class ActiveEdits:
         check_required(edits, source, among=self.edits)
         used = {edit.id for edit in self.edits if not edit.is_base_delta}
         for edit in edits:
+            self._check_scope(edit, source)
             if edit.id in used and not edit.is_base_delta:
                 raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
             used.add(edit.id)
@@ -86,6 +90,17 @@ class ActiveEdits:
                         f"{tuple(v.shape)}, the model's edited layers are {shapes}; these edits belong to another "
                         "model or editor"
                     )
+
+    def _check_scope(self, edit: Edit, source: str | Path) -> None:
+        if edit.scope is None:
+            return
+        own = None if self.gate is None else self.gate.scope_id
+        if own != edit.scope.scope_id:
+            has = "this model has none" if own is None else f"this model's is {own!r}"
+            raise ValueError(
+                f"{source}: the edit {edit.id!r} acts where the scope {edit.scope.scope_id!r} says, and {has}; "
+                "load the editor that made the edits with EditableModel.from_pretrained"
+            )
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""
@@ -132,6 +147,7 @@ class ActiveEdits:
             TypeError: A layer's weight cannot be written to, or is another's too; no weight has changed then.
             ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
+        self._act_everywhere()
         edited = [target for target in self.targets if self._sums[target.name].edits]
         weights = [writable_weight(target.module) for target in edited]
         if self._base_model is not None:
@@ -148,14 +164,28 @@ class ActiveEdits:
             add_to_weight_(target.module, self._sums[target.name].matrix(weight.device))
         self.replace([])
 
+    def _act_everywhere(self) -> None:
+        """Let the edits that have a scope act everywhere, as a merged weight does."""
+        warn_of_no_scope(self.active)
+        if any(edit.scope is not None for edit in self.edits):
+            self.replace([edit if edit.scope is None else replace(edit, scope=None) for edit in self.edits])
+
     def _refresh(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        active = self.active
+        scoped = [edit for edit in self.active if edit.scope is not None]
+        everywhere = [edit for edit in self.active if edit.scope is None]
+        if self.gate is not None:
+            self.gate.replace([] if self._disabled else scoped)
         for target in self.targets:
-            layer_sum = self._sums[target.name]
-            layer_sum.replace([edit.updates[target.name] for edit in active if target.name in edit.updates])
-            if layer_sum.edits and not self._disabled:
-                ids = [edit.id for edit in active if target.name in edit.updates and not edit.is_base_delta]
+            layer_sum, name = self._sums[target.name], target.name
+            layer_sum.replace([edit.updates[name] for edit in everywhere if name in edit.updates])
+            if self._disabled:
+                continue
+            if layer_sum.edits:
+                ids = [edit.id for edit in everywhere if name in edit.updates and not edit.is_base_delta]
                 self._handles.append(target.module.register_forward_hook(AddsToOutput(layer_sum, ids)))
+            own = {edit.id: edit.updates[name] for edit in scoped if name in edit.updates}
+            if own and self.gate is not None:
+                self._handles.append(target.module.register_forward_hook(AddsWhereAsked(self.gate, own)))

@@ -17,7 +17,7 @@ from ..hub.transfer import find_files
 from .active import ActiveEdits
 from .collection import Edits, with_enabled
 from .compression import Compression, compressed
-from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked
+from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked, warn_of_no_scope
 from .edits_file import read_edits_file, write_edits_file
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .low_rank import truncated
@@ -132,7 +132,7 @@ class CarriesEdits:
             [`~hf_mend.edits.compression.Compression`]: The new edit's id, and the relative error of each layer.
 
         Raises:
-            ValueError: No edit acts, or the rank is below 1.
+            ValueError: No edit acts, one has a scope, or the rank is below 1.
         """
         self._check_usable()
         with self._stored():
@@ -254,6 +254,7 @@ class CarriesEdits:
         edits = self._active.edits if edits is None else edits
         check_required(edits, "save_lora")
         edits = active_edits(edits)
+        warn_of_no_scope(edits)
         updates, error = stacked(edits), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}

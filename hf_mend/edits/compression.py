@@ -51,11 +51,17 @@ def compressed(edits: Sequence[Edit], rank: int, keep: bool = True) -> tuple[lis
         `tuple`: The model's edits after it, and a report.
 
     Raises:
-        ValueError: No edit acts, or the rank is below 1.
+        ValueError: No edit acts, one acts only where it is asked for, or the rank is below 1.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
     acting = active_edits(edits)
+    scoped = [edit.id for edit in acting if edit.scope is not None]
+    if scoped:
+        raise ValueError(
+            f"{len(scoped)} of the edits act only where they are asked for ({scoped[0]!r} is one), so they have no "
+            "sum to compress; they cost nothing where they do not act, so leave them as they are"
+        )
     sums = stacked(acting)
     if not any(len(u) for u, _ in sums.values()):
         raise ValueError("there is no edit to compress; make one first")

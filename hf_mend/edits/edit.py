@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..data.deprecation import renamed_arguments
+from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
 from .low_rank import Update
 
+
+logger = logging.get_logger(__name__)
 
 # The names of an edit's state in files -> its attributes; files keep the first release's names.
 _KEYS = {"enabled": "enabled", "replaces": "replaces", "needs": "requires", "support": "is_base_delta"}
@@ -35,6 +39,7 @@ class Edit:
         requires (`str`, *optional*): Id of the base delta that this edit was found with and acts with.
         is_base_delta (`bool`, defaults to `False`): Whether this is not an edit of a prompt but a change of the base
             that others require. It acts, once, while one of them does.
+        scope ([`EditScope`], *optional*): Where the edit acts; everywhere when missing.
     """
 
     id: str
@@ -46,6 +51,7 @@ class Edit:
     replaces: list[str] = field(default_factory=list)
     requires: str | None = None
     is_base_delta: bool = False
+    scope: EditScope | None = None
 
     @property
     def prompt_key(self) -> tuple[str, bool] | None:
@@ -68,13 +74,29 @@ class Edit:
         """Describe the edit, all but its matrices, in plain JSON values."""
         state: dict[str, Any] = {"enabled": self.enabled}
         state |= {key: value for key, name in _KEYS.items() if name != "enabled" and (value := getattr(self, name))}
+        if self.scope is not None:
+            state["scope"] = self.scope.describe()
         return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata, **state}
 
+    def pairs(self) -> dict[str, Update]:
+        """Return all tensors as files hold them: the layers' factors and those of the scope."""
+        return self.updates | ({} if self.scope is None else self.scope.tensors())
+
     @classmethod
-    def from_description(cls, described: Mapping[str, Any], updates: dict[str, Update]) -> Edit:
-        """Rebuild an edit from the output of [`describe`], which [`is_description`] has checked."""
+    def from_file(cls, described: Mapping[str, Any], pairs: Mapping[str, Update], where: str) -> Edit:
+        """
+        Rebuild an edit from the outputs of [`describe`], which [`is_description`] has checked, and of [`pairs`].
+
+        Raises:
+            ValueError: The scope's tensors do not fit its description.
+        """
         texts = (described["id"], described["prompt"], described["target"])
         state = {name: described[key] for key, name in _KEYS.items() if key in described}
+        scope = described.get("scope")
+        updates = dict(pairs)
+        if scope is not None:
+            updates = {name: pair for name, pair in pairs.items() if name not in (SCOPE_TENSORS, EXCLUDED_TENSORS)}
+            state["scope"] = EditScope.from_file(scope, pairs, where)
         return cls(*texts, updates, dict(described["metadata"]), **state)
 
 
@@ -133,11 +155,24 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
 
 
+def warn_of_no_scope(edits: Sequence[Edit]) -> None:
+    """Warn, once, if edits that have a scope are about to be merged or exported, where there is none."""
+    scoped = sum(edit.scope is not None for edit in edits)
+    if scoped:
+        logger.warning_once(
+            f"{scoped} of the edits act only where they are asked for; in merged weights and LoRA adapters they act "
+            "everywhere, and disturb one another and other texts. Merge or export few of them, and measure what "
+            "is left"
+        )
+
+
 def is_description(value: Any) -> bool:
     """Whether a value has the form of `Edit.describe`'s output."""
     if not isinstance(value, dict) or not isinstance(value.get("metadata"), dict):
         return False
     replaces, flags = value.get("replaces", []), (value.get("enabled", True), value.get("support", False))
+    if "scope" in value and not is_scope_description(value["scope"]):
+        return False
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(replaces, list):
         return False
     texts = [*map(value.get, ("id", "prompt", "target")), value.get("needs", ""), *value["metadata"].values()]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..hub.files import EDITS_NAME, read_json, read_json_object, read_tensors, shortened, write_tensors
 from .edit import Edit, is_description
+from .low_rank import Update
 
 
 _TENSOR_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})\.(?P<layer>.+)\.(?P<side>[uv])")
@@ -29,7 +30,7 @@ def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint
     tensors = {
         f"{index}.{name}.{side}": factor
         for index, edit in enumerate(edits)
-        for name, pair in edit.updates.items()
+        for name, pair in edit.pairs().items()
         for side, factor in zip("uv", pair, strict=True)
     }
     described = json.dumps([edit.describe() for edit in edits])
@@ -57,13 +58,14 @@ def read_edits_file(path: str | Path) -> tuple[list[Edit], dict[str, Any] | None
     broken = f"{path} is not a collection of edits, or its header was altered"
     if not isinstance(described, list) or not all(map(is_description, described)):
         raise ValueError(f"{broken}: {shortened(described)}; write it with save_edits")
-    edits = [Edit.from_description(one, {}) for one in described]
+    pairs: list[dict[str, Update]] = [{} for _ in described]
     for name, tensor in tensors.items():
         found = _TENSOR_NAME.fullmatch(name)
         other = f"{found['index']}.{found['layer']}.{'v' if found['side'] == 'u' else 'u'}" if found else ""
-        if not found or other not in tensors or int(found["index"]) >= len(edits):
+        if not found or other not in tensors or int(found["index"]) >= len(pairs):
             raise ValueError(f"{broken}: it has no pair or no edit for the tensor {name!r}; write it with save_edits")
         if found["side"] == "u":
-            edits[int(found["index"])].updates[found["layer"]] = (tensor, tensors[other])
+            pairs[int(found["index"])][found["layer"]] = (tensor, tensors[other])
+    edits = [Edit.from_file(one, own, str(path)) for one, own in zip(described, pairs, strict=True)]
     stored = metadata.get("base_fingerprint")
     return edits, None if stored is None else read_json_object(stored, f"{path}: its base_fingerprint")

@@ -7,6 +7,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,10 @@ def write_lora(
         inference_mode=True,
     )
     entries = [
-        {**edit.describe(), "ranks": {name: len(u) for name, (u, _) in edit.updates.items() if name in updates}}
+        {
+            **replace(edit, scope=None).describe(),
+            "ranks": {name: len(u) for name, (u, _) in edit.updates.items() if name in updates},
+        }
         for edit in edits
     ]
     with replaced_folder(folder) as work:
@@ -246,7 +250,7 @@ def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], sou
         ranks = entry.get("ranks") if isinstance(entry, dict) else None
         if not isinstance(ranks, dict) or not is_description(entry) or not ranks.keys() <= updates.keys():
             raise ValueError(f"{source}: its header's edits were altered: {shortened(entry)}; save it again")
-        edit = Edit.from_description(entry, {})
+        edit = Edit.from_file(entry, {}, str(source))
         for name, rank in ranks.items():
             u, v = updates[name]
             if type(rank) is not int or not 0 <= rank <= len(u) - starts[name]:

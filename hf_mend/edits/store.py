@@ -139,7 +139,8 @@ class EditStore:
             before, after (`Sequence[Edit]`): The model's edits in the two states.
         """
         earlier, now = {edit.id: edit for edit in before}, {edit.id: edit for edit in after}
-        new = [edit for edit in after if edit.id not in earlier]
+        # An edit whose scope was changed is written again.
+        new = [edit for edit in after if edit.id not in earlier or edit.scope is not earlier[edit.id].scope]
         gone = [one for one in earlier if one not in now]
         changed = [edit for edit in after if edit.id in earlier and edit.enabled != earlier[edit.id].enabled]
         # New ones first: an edit that one of them replaces does not go before it is there.
@@ -293,7 +294,7 @@ def _packed(edit: Edit) -> bytes:
     """Encode an edit as safetensors: `<layer>.u` and `<layer>.v`, and the description in the header."""
     tensors = {
         f"{name}.{side}": tensor.detach().to("cpu").contiguous()
-        for name, pair in edit.updates.items()
+        for name, pair in edit.pairs().items()
         for side, tensor in zip("uv", pair, strict=True)
     }
     return save(tensors, metadata={"edit": json.dumps(edit.describe(), ensure_ascii=False)})
@@ -323,7 +324,7 @@ def _unpacked(record: Record) -> Edit:
         if len(pair) != 2 or len(pair["u"]) != len(pair["v"]):
             raise ValueError(f"{where}: the factors of {shortened(layer)} are no pair; restore the file from a copy")
         updates[layer] = (pair["u"], pair["v"])
-    return Edit.from_description(described, updates)
+    return Edit.from_file(described, updates, where)
 
 
 def _views(body: memoryview, header: dict[str, Any], where: str) -> dict[str, torch.Tensor]:

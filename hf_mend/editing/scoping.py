@@ -1,0 +1,168 @@
+"""Where edits act: their keys in the model's scope, and what an edit's own texts find there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..bases.split import HiddenState, SplitModel
+from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from ..edits.edit import Edit
+from ..edits.edit_scope import EditScope
+from ..scope.bank import KeyBank
+from ..scope.gate import ScopeGate
+from ..scope.network import key_scores
+
+
+# Two keys as alike as this are one to the scope.
+_SAME = 0.999
+# Texts and tokens of one pass.
+_ROWS, _TOKENS = 64, 4096
+
+
+@dataclass(frozen=True)
+class ScopeReport:
+    """
+    What an edit's own texts find in the model's scope.
+
+    Args:
+        score (`float`): The least score of a form of the prompt with the edit's keys, of those that count as its own.
+        threshold (`float`): The score from which on the edit acts.
+        missed (`tuple[str, ...]`): The edit's own texts, by form, for which it would not act: `"prompt"`, `"chat"`, or
+            a paraphrase.
+        taken_by (`str`, *optional*): Id of another edit that acts in its place, as their keys are alike.
+        nearest (`str`, *optional*): Id of the other edit whose keys are most alike.
+        nearest_score (`float`): How alike they are, at most 1.
+    """
+
+    score: float
+    threshold: float
+    missed: tuple[str, ...] = ()
+    taken_by: str | None = None
+    nearest: str | None = None
+    nearest_score: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the edit acts for all of its own texts."""
+        return not self.missed
+
+    def __str__(self) -> str:
+        text = f"acts from a score of {self.threshold:.2f} on, its own texts have {self.score:.2f} or more"
+        if self.nearest is not None:
+            text += f"; the nearest other edit is {self.nearest} ({self.nearest_score:.2f})"
+        if self.missed:
+            by = f": {self.taken_by} acts in its place" if self.taken_by else ""
+            text += f"; DOES NOT ACT for {', '.join(self.missed)}{by}"
+        return text
+
+
+@torch.no_grad()
+def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None) -> torch.Tensor:
+    """
+    Return the keys of some texts at all tokens, `(rows, seq, width)`.
+
+    Args:
+        gate ([`~hf_mend.scope.gate.ScopeGate`]): The model's scope.
+        split ([`SplitModel`]): The model, cut at the block that the scope reads.
+        rows ([`EncodedBatch`]): The texts.
+        hidden ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
+    """
+    if hidden is None:
+        with gate.suspended():
+            hidden = split.run_below(rows.inputs)
+    scope = gate.scope.to(hidden.hidden.device)
+    return scope.keys(scope.token_states(hidden.hidden, rows.inputs["attention_mask"].to(hidden.hidden.device)))
+
+
+def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
+    """
+    Return the forms of a request whose keys its edit gets: the prompt, the same as a turn of a chat (or out of it),
+    and its paraphrases.
+    """
+    forms = {"prompt": query}
+    if getattr(encoder.tokenizer, "chat_template", None):
+        forms["plain text" if query.chat else "chat"] = replace(query, chat=not query.chat)
+    return forms | {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
+
+
+def scopes_of(
+    gate: ScopeGate,
+    split: SplitModel,
+    encoder: Encoder,
+    forms: Sequence[Mapping[str, Query]],
+    excluded: Sequence[Sequence[Query]] = (),
+) -> list[EditScope]:
+    """
+    Return the scopes of some edits.
+
+    Args:
+        gate, split: As for [`keys_of`].
+        encoder ([`Encoder`]): Tokenises and pads.
+        forms (`Sequence[Mapping[str, Query]]`): Of each edit, name -> what asks for it, with its target.
+        excluded (`Sequence[Sequence[Query]]`, *optional*): Of each edit, what must not.
+
+    Raises:
+        ValueError: An excluded text has the key of one that asks for the edit.
+    """
+    texts = [(number, name, query) for number, one in enumerate(forms) for name, query in one.items()]
+    lengths = [sum(map(len, encoder.tokens(query))) for _, _, query in texts]
+    found: list[tuple[int, str, torch.Tensor]] = []
+    for batch in length_batches(lengths, _ROWS, _TOKENS):
+        rows = encoder([texts[i][2] for i in batch]).to(split.device)
+        keys = keys_of(gate, split, rows)[rows.positions]  # at each of the target's tokens
+        for i, own in zip(batch, keys.split(rows.positions.sum(-1).tolist()), strict=True):
+            found.append((i, texts[i][1], own))
+    scopes = []
+    for number in range(len(forms)):
+        own = [(name, keys) for i, name, keys in sorted(found, key=lambda one: one[0]) if texts[i][0] == number]
+        keys = torch.cat([keys for _, keys in own])
+        names = [name for name, keys in own for _ in keys]
+        scope = EditScope(gate.scope_id, keys.cpu(), gate.scope.thresholds(keys).cpu(), names)
+        scopes.append(excluding(scope, gate, split, encoder, excluded[number] if excluded else ()))
+    return scopes
+
+
+def excluding(
+    scope: EditScope, gate: ScopeGate, split: SplitModel, encoder: Encoder, queries: Sequence[Query]
+) -> EditScope:
+    """Return the scope with further texts for which the edit must not act; see [`scope_of`]."""
+    if not queries:
+        return scope
+    last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
+    keys = keys_of(gate, split, last)[last.positions].cpu()
+    alike = key_scores(keys, scope.keys).max(-1)
+    for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
+        if score > _SAME:
+            raise ValueError(
+                f"the text {query.prompt!r} cannot be excluded: to the scope it asks the same as the edit's own "
+                f"{scope.texts[index]}; leave it out, or word it so that it asks for something else"
+            )
+    before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
+    texts = [*scope.excluded_texts, *(query.prompt for query in queries)]
+    return replace(scope, excluded=torch.cat([before, keys]), excluded_texts=texts)
+
+
+@torch.no_grad()
+def report(edit: Edit, others: Sequence[Edit], strictness: float = 0.0) -> ScopeReport:
+    """
+    Return what an edit's own keys find among all edits.
+
+    Args:
+        edit ([`Edit`]): The edit.
+        others (`Sequence[Edit]`): All edits that act, each with a scope.
+        strictness (`float`, defaults to 0.0): What is added to every threshold.
+    """
+    scope = edit.scope
+    assert scope is not None
+    bank = KeyBank(others)
+    chosen = [bank.ids[number] if number >= 0 else None for number in bank.choose(scope.keys, strictness).tolist()]
+    missed = dict.fromkeys(text for text, one in zip(scope.texts, chosen, strict=True) if one != edit.id)
+    taken = next((one for one in chosen if one not in (None, edit.id)), None)
+    nearest, nearest_score = bank.nearest(edit.id, scope.keys)
+    own = key_scores(scope.keys, scope.keys).max(-1).values.min()
+    return ScopeReport(
+        float(own), float(scope.thresholds.max()) + strictness, tuple(missed), taken, nearest, nearest_score
+    )

@@ -1,0 +1,219 @@
+"""The methods of an [`EditableModel`] that show and steer where its edits act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..bases.split import SplitModel
+from ..data.encoding import Encoder, Query
+from ..edits.active import ActiveEdits
+from ..edits.collection import check_known
+from ..edits.edit import Edit
+from ..scope.bank import KeyBank
+from ..scope.files import scope_id
+from ..scope.gate import ScopeGate
+from ..scope.network import ScopeNetwork
+from .scoping import excluding, keys_of, scopes_of
+
+
+@dataclass(frozen=True)
+class ScopedEdit:
+    """
+    An edit, and how it stands to a text.
+
+    Args:
+        id (`str`): The edit's id.
+        prompt (`str`): Its prompt.
+        target (`str`): Its answer.
+        score (`float`): How much the text asks for it, at most 1.
+        threshold (`float`): The score from which on it acts.
+        acts (`bool`): Whether it acts at the text's end: of several past their thresholds, one does.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    score: float
+    threshold: float
+    acts: bool
+
+
+class ActsWhereAsked:
+    """The methods of [`EditableModel`] that show and steer where its edits act."""
+
+    base_model: Any
+    split: SplitModel
+    _active: ActiveEdits
+    _gate: ScopeGate | None
+    _check_usable: Callable[[], None]
+    _stored: Callable[[], AbstractContextManager[None]]
+
+    @property
+    def encoder(self) -> Encoder:
+        """Return the encoder of texts for this model."""
+        raise NotImplementedError
+
+    @property
+    def scope(self) -> ScopeNetwork | None:
+        """The scope that decides where edits act; `None` in a model whose edits act everywhere."""
+        return None if self._gate is None else self._gate.scope
+
+    @property
+    def scope_strictness(self) -> float:
+        """
+        What is added to the threshold of every edit, 0 by default: with more, edits act less often where they should
+        not, and are missed more often where they should.
+        """
+        return self._scoped().strictness
+
+    @scope_strictness.setter
+    def scope_strictness(self, value: float) -> None:
+        if not -1 <= value <= 1:
+            raise ValueError(f"scope_strictness is {value!r}, expected a number from -1 to 1; scores are at most 1")
+        self._scoped().strictness = float(value)
+
+    def set_scope(self, scope: ScopeNetwork) -> None:
+        """
+        Give the model another scope.
+
+        Args:
+            scope ([`ScopeNetwork`]): The scope.
+
+        Raises:
+            ValueError: The model's edits act everywhere, or it carries edits with keys in its present scope.
+        """
+        self._scoped()
+        if any(edit.scope is not None for edit in self._active.edits):
+            raise ValueError("the model carries edits with keys in its present scope; undo_all() before set_scope")
+        self._gate = self._new_gate(scope)
+        self._active.gate = self._gate
+        self._active.replace(self._active.edits)
+
+    def _new_gate(self, scope: ScopeNetwork) -> ScopeGate:
+        block = self.split.blocks[self.split.block]
+        return ScopeGate(self.base_model, block, self.split.block, scope.eval(), scope_id(scope))
+
+    def which_edits(self, text: str | Sequence[Mapping[str, str]], chat: bool = False) -> list[ScopedEdit]:
+        """
+        Return the edits that act, those that a text asks for most first, with scores and thresholds.
+
+        Args:
+            text (`str` or list of `{"role": ..., "content": ...}`): A text, or a chat whose last turn is the user's.
+            chat (`bool`, defaults to `False`): Treat a text as a user's turn in the tokenizer's chat template.
+
+        Raises:
+            ValueError: The model's edits act everywhere, or a chat has no user's turn at its end.
+        """
+        gate = self._scoped()
+        edits = [edit for edit in self._active.active if edit.scope is not None]
+        if not edits:
+            return []
+        query = as_query(text, chat)
+        rows = self.encoder([query]).to(self.split.device)
+        key = keys_of(gate, self.split, rows)[0, int(rows.positions[0].nonzero()[0, 0])]
+        bank = KeyBank(edits)
+        scores, thresholds = (values.tolist() for values in bank.scores(key))
+        chosen = int(bank.choose(key[None], gate.strictness)[0])
+        found = [
+            ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], thresholds[i] + gate.strictness, i == chosen)
+            for i, edit in enumerate(edits)
+        ]
+        return sorted(found, key=lambda one: (not one.acts, one.threshold - one.score))
+
+    def include(self, edit_id: str, texts: str | Sequence[str], chat: bool = False) -> Edit:
+        """
+        Let an edit act for further texts too. The edit keeps its id; `undo` takes it back whole.
+
+        Args:
+            edit_id (`str`): The edit's id.
+            texts (`str` or `Sequence[str]`): Texts that ask for it, each as far as its answer.
+            chat (`bool`, defaults to `False`): Treat them as a user's turns in the tokenizer's chat template.
+
+        Returns:
+            [`Edit`]: The edit with its wider scope.
+
+        Raises:
+            KeyError: No edit has that id.
+            ValueError: The edit has no scope, or one of the texts is excluded.
+        """
+        edit, gate = self._with_scope(edit_id), self._scoped()
+        assert edit.scope is not None
+        forms = {repr(text): Query(text, edit.target, chat) for text in _as_texts(texts)}
+        for name, query in forms.items():
+            if query.prompt in edit.scope.excluded_texts:
+                raise ValueError(f"the edit {edit_id!r} excludes the text {name}; it cannot be included too")
+        more = scopes_of(gate, self.split, self.encoder, [forms])[0]
+        scope = replace(
+            edit.scope,
+            keys=torch.cat([edit.scope.keys, more.keys]),
+            thresholds=torch.cat([edit.scope.thresholds, more.thresholds]),
+            texts=[*edit.scope.texts, *more.texts],
+        )
+        return self._changed(edit, replace(edit, scope=scope))
+
+    def exclude(self, edit_id: str, texts: str | Sequence[str], chat: bool = False) -> Edit:
+        """
+        Keep an edit from acting for some texts, and for what is more like them than like the edit's own prompt.
+
+        Args:
+            edit_id (`str`): The edit's id.
+            texts (`str` or `Sequence[str]`): The texts.
+            chat (`bool`, defaults to `False`): Treat them as a user's turns in the tokenizer's chat template.
+
+        Returns:
+            [`Edit`]: The edit with its narrower scope.
+
+        Raises:
+            KeyError: No edit has that id.
+            ValueError: The edit has no scope, or one of the texts asks for the same as its own prompt.
+        """
+        edit, gate = self._with_scope(edit_id), self._scoped()
+        assert edit.scope is not None
+        queries = [Query(text, None, chat) for text in _as_texts(texts)]
+        return self._changed(edit, replace(edit, scope=excluding(edit.scope, gate, self.split, self.encoder, queries)))
+
+    def _changed(self, old: Edit, new: Edit) -> Edit:
+        self._check_usable()
+        with self._stored():
+            self._active.replace([new if edit is old else edit for edit in self._active.edits])
+        return new
+
+    def _with_scope(self, edit_id: str) -> Edit:
+        check_known(self._active.edits, [edit_id])
+        edit = next(edit for edit in self._active.edits if edit.id == edit_id)
+        if edit.scope is None:
+            raise ValueError(f"the edit {edit_id!r} has no scope, it acts everywhere; make it again in this model")
+        return edit
+
+    def _scoped(self) -> ScopeGate:
+        if self._gate is None:
+            raise ValueError(
+                "this model's edits act everywhere: its editor has no scope; load one that has, or train one with "
+                "EditorConfig(scope=True)"
+            )
+        return self._gate
+
+
+def as_query(text: str | Sequence[Mapping[str, str]], chat: bool = False) -> Query:
+    """
+    Return a text, or a chat whose last turn is the user's, as a query without an answer.
+
+    Raises:
+        ValueError: A chat has no user's turn at its end.
+    """
+    if isinstance(text, str):
+        return Query(text, None, chat)
+    turns = [(turn["role"], turn["content"]) for turn in text]
+    if not turns or turns[-1][0] != "user":
+        raise ValueError(f"a chat ends with a user's turn, got {[role for role, _ in turns]}")
+    system = turns[0][1] if turns[0][0] == "system" else None
+    return Query(turns[-1][1], None, True, turns=tuple(turns[system is not None : -1]), system=system)
+
+
+def _as_texts(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)

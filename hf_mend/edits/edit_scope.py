@@ -1,0 +1,77 @@
+"""Where an edit acts: its keys in a scope, and those of what it must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+# The names of a scope's tensors in files of edits, in place of a layer's name, and their sides.
+SCOPE_TENSORS = "scope.keys"
+EXCLUDED_TENSORS = "scope.excluded"
+
+
+@dataclass
+class EditScope:
+    """
+    The scope of one edit: it acts at a token if the text so far asks for one of its keys, more than for any excluded
+    one.
+
+    Args:
+        scope_id (`str`): The id of the scope that gave the keys, to which alone they mean something.
+        keys (`torch.Tensor` of shape `(keys, width)`): What asks for the edit: its prompt, further forms of it, and
+            what was included.
+        thresholds (`torch.Tensor` of shape `(keys,)`): The least score at which each counts.
+        texts (`list[str]`): What each key was made of.
+        excluded (`torch.Tensor` of shape `(excluded, width)`): Keys of texts for which the edit must not act.
+        excluded_texts (`list[str]`): These texts.
+    """
+
+    scope_id: str
+    keys: torch.Tensor
+    thresholds: torch.Tensor
+    texts: list[str] = field(default_factory=list)
+    excluded: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    excluded_texts: list[str] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the scope, all but its tensors, in plain JSON values."""
+        return {"id": self.scope_id, "texts": self.texts, "excluded_texts": self.excluded_texts}
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the tensors in pairs, as files hold an edit's factors."""
+        excluded = self.excluded if len(self.excluded) else self.keys.new_zeros(0, self.keys.shape[1])
+        pairs = {SCOPE_TENSORS: (self.keys, self.thresholds[:, None])}
+        return pairs | ({EXCLUDED_TENSORS: (excluded, excluded.new_zeros(len(excluded), 1))} if len(excluded) else {})
+
+    @classmethod
+    def from_file(
+        cls, described: Mapping[str, Any], pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], where: str
+    ) -> EditScope:
+        """
+        Rebuild a scope from the outputs of [`describe`] and [`tensors`].
+
+        Raises:
+            ValueError: The tensors do not fit the description.
+        """
+        keys, thresholds = pairs.get(SCOPE_TENSORS, (torch.zeros(0, 0), torch.zeros(0, 1)))
+        excluded, _ = pairs.get(EXCLUDED_TENSORS, (keys.new_zeros(0, keys.shape[-1]), keys))
+        texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
+        good = keys.dim() == excluded.dim() == 2 and thresholds.shape == (len(keys), 1) and len(keys) == len(texts) > 0
+        if not good or len(excluded) != len(excluded_texts) or not torch.isfinite(keys).all():
+            raise ValueError(
+                f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} for {len(texts)} texts and "
+                f"{len(excluded)} excluded ones for {len(excluded_texts)}; the file was altered"
+            )
+        return cls(str(described["id"]), keys, thresholds[:, 0], texts, excluded, excluded_texts)
+
+
+def is_scope_description(value: Any) -> bool:
+    """Whether a value has the form of [`EditScope.describe`]'s output."""
+    if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+        return False
+    lists = (value.get("texts"), value.get("excluded_texts"))
+    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)

@@ -1,0 +1,1 @@
+"""Scopes: at which tokens of a text an edit acts."""

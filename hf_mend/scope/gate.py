@@ -1,0 +1,170 @@
+"""The decision of a pass: at which tokens which edits act."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.utils import logging
+
+from ..edits.edit import Edit
+from ..edits.hook import Acting
+from .bank import KeyBank
+from .cache_layer import ScopeLayer, past_length, scope_layer
+from .network import ScopeNetwork, TokenStates
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Pass:
+    """What one thread's pass knows so far."""
+
+    mask: torch.Tensor | None = None  # the whole text's, cached tokens too
+    cache: Cache | None = None
+    # Joins the cache at the pass's end: some caches grow by the number of their layers.
+    new_layer: ScopeLayer | None = None
+    acting: Acting | None = None
+
+
+class _OfThread(threading.local):
+    """A thread's own pass, and how often it has suspended the gate."""
+
+    current: _Pass | None = None
+    suspended: int = 0
+
+
+class ScopeGate:
+    """
+    Decides at every token of a pass which edit acts, from the hidden states that enter a block below all edited
+    layers: they are the un-edited model's, whatever edits there are, so a decision depends on the text alone.
+
+    Args:
+        model (`nn.Module`): The base model.
+        block (`nn.Module`): The block whose input is read.
+        number (`int`): The block's number.
+        scope ([`ScopeNetwork`]): Gives the keys.
+        scope_id (`str`): The scope's id.
+    """
+
+    def __init__(self, model: nn.Module, block: nn.Module, number: int, scope: ScopeNetwork, scope_id: str):
+        self.model, self.block, self.number = model, block, number
+        self.scope, self.scope_id = scope, scope_id
+        self.strictness = 0.0
+        self._bank = KeyBank([])
+        self._handles: list[Any] = []
+        self._local = _OfThread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a copy or a pickle: all but what belongs to a thread's pass."""
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = _OfThread()
+
+    def replace(self, edits: Sequence[Edit]) -> None:
+        """Set the edits that it decides on, all of which have a scope. Without any, no pass is touched."""
+        self._bank = KeyBank(edits)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if edits:
+            begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            decide = self.block.register_forward_pre_hook(self._decide, with_kwargs=True)
+            end = self.model.register_forward_hook(self._end, always_call=True)
+            self._handles = [begin, decide, end]
+
+    def acting(self) -> Acting | None:
+        """Return where edits act in the pass that this thread is in, `None` where none does."""
+        current = self._local.current
+        return None if current is None or self._local.suspended else current.acting
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let no edit act within the context, in this thread."""
+        self._local.suspended += 1
+        try:
+            yield
+        finally:
+            self._local.suspended -= 1
+
+    # ---- the hooks of a pass ----
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        self._local.current = _Pass(mask if plain else None)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current, self._local.current = self._local.current, None
+        if current is not None and current.cache is not None and current.new_layer is not None:
+            current.cache.layers.append(current.new_layer)
+
+    @torch.no_grad()
+    def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._local.suspended:
+            return
+        if self._local.current is None:  # the stack of blocks was called by itself
+            self._local.current = _Pass()
+        current = self._local.current
+        hidden = args[0] if args else kwargs["hidden_states"]
+        device = hidden.device
+        if self.scope.centre.device != device:
+            self.scope.to(device)
+        cache = next((value for value in [*args, *kwargs.values()] if isinstance(value, Cache)), None)
+        with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+            states, mask = self._states(current, hidden.clone() if hidden.is_inference() else hidden, cache)
+            keys = self.scope.keys(states, hidden.shape[1])  # (rows, seq, key width)
+            chosen = self._bank.choose(keys.flatten(0, 1), self.strictness)  # (rows * seq,)
+        if mask is not None:
+            chosen = torch.where(mask.reshape(-1).bool(), chosen, -1)
+        current.acting = self._acting(chosen)
+
+    def _states(
+        self, current: _Pass, hidden: torch.Tensor, cache: Cache | None
+    ) -> tuple[TokenStates, torch.Tensor | None]:
+        """Return the states of the text so far, and the mask of the pass's own tokens."""
+        length = hidden.shape[1]
+        layer = None if cache is None else scope_layer(cache, self.scope_id)
+        past = 0 if cache is None else past_length(cache, self.number)
+        known = layer.states if layer is not None else None
+        held = 0 if known is None else known.gates.shape[2]
+        if past != held:
+            logger.warning_once(
+                f"the cache holds {past} tokens, of which the scopes of the edits have seen {held}: the others were "
+                "read before there were edits, or while they were disabled, and do not count for where edits act; "
+                "pass the text again without the cache"
+            )
+        mask = current.mask
+        if mask is not None:
+            mask = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
+            mask = mask.to(hidden.device) if mask.shape == hidden.shape[:2] else None
+        states = self.scope.token_states(hidden, mask, known)
+        if cache is not None:
+            if layer is None:
+                current.cache, current.new_layer = cache, ScopeLayer(self.scope_id, cache.is_compileable)
+                layer = current.new_layer
+            layer.append(states)
+            assert layer.states is not None
+            states = layer.states
+        return states, mask
+
+    def _acting(self, chosen: torch.Tensor) -> Acting | None:
+        """Return where edits act, from the number of each token's edit, -1 where there is none."""
+        found = chosen.tolist()
+        tokens: dict[str, list[int]] = {}
+        for token, number in enumerate(found):
+            if number >= 0:
+                tokens.setdefault(self._bank.ids[number], []).append(token)
+        if not tokens:
+            return None
+        device = chosen.device
+        return Acting({one: torch.tensor(where, device=device) for one, where in tokens.items()}, len(found))

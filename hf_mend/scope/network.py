@@ -1,0 +1,176 @@
+"""The scope's network: what is asked at each token of a text, as a key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+# What a scope is made of; the shapes of its file's tensors follow from these and the width of the base model.
+HEADS = 4
+HEAD_WIDTH = 128
+HIDDEN_WIDTH = 512
+KEY_WIDTH = 128
+# A key is this many unit vectors side by side, all of which have to agree.
+KEY_PARTS = 2
+# Keys of training facts that stay with the scope: what is near many of them is nothing special.
+BACKGROUND_KEYS = 1000
+
+_LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of times as large as the others
+_PADDING = -1e9  # log weight of a token that is not there
+_ROUNDED_MINIMUM = 12.0  # sharpness of the minimum over the parts of a key
+_QUERIES_AT_ONCE = 512
+
+
+@dataclass
+class TokenStates:
+    """
+    What a scope keeps of each token of a text, so that later tokens can be decided on without the text.
+
+    Args:
+        gates (`torch.Tensor` of shape `(rows, heads, seq, 2)`): Each token's log weight for its head, and the sum of
+            what the head has forgotten until then.
+        values (`torch.Tensor` of shape `(rows, heads, seq, HEAD_WIDTH)`): What the token adds to the head.
+    """
+
+    gates: torch.Tensor
+    values: torch.Tensor
+
+
+class ScopeNetwork(nn.Module):
+    """
+    Map the hidden states of a text to a key at each token: what the text asks there.
+
+    Each head takes a weighted mean over the tokens so far. Token `t`'s weight at token `T` is `exp(a_t - sum_{t < s <=
+    T} softplus(f_s))`, `a` and `f` being linear in the hidden state: what stands further back counts less, at a rate
+    that the later tokens set. As a softmax over `a_t + sum_{s <= t} softplus(f_s)` it needs of each token but two
+    numbers a head, and its value, whatever comes later.
+
+    Args:
+        width (`int`): Width of the hidden states.
+    """
+
+    centre: torch.Tensor
+    spread: torch.Tensor
+    background: torch.Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.register_buffer("background", torch.zeros(BACKGROUND_KEYS, KEY_WIDTH))
+        self.gates = nn.Linear(width, 2 * HEADS)
+        with torch.no_grad():
+            self.gates.weight.mul_(0.3)
+            self.gates.bias[:HEADS] = 0.0
+            self.gates.bias[HEADS:] = torch.linspace(-4.0, 0.5, HEADS)  # from a whole text to its last words
+        self.values = nn.Parameter(torch.randn(HEADS, width, HEAD_WIDTH) / math.sqrt(width))
+        self.norm = nn.LayerNorm(HEADS * HEAD_WIDTH)
+        self.mlp = nn.Sequential(
+            nn.Linear(HEADS * HEAD_WIDTH, HIDDEN_WIDTH), nn.GELU(), nn.Linear(HIDDEN_WIDTH, KEY_WIDTH)
+        )
+        self.skip = nn.Linear(HEADS * HEAD_WIDTH, KEY_WIDTH)
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
+        self.threshold = nn.Parameter(torch.tensor(0.5))
+        self.crowding = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self.centre.shape[0]
+
+    @torch.no_grad()
+    def standardise(self, hidden: torch.Tensor) -> None:
+        """
+        Set what counts as an ordinary value of each component: median and median absolute deviation, which the first
+        tokens' huge ones do not move.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(tokens, width)`): Hidden states.
+        """
+        hidden = hidden.float()
+        self.centre.copy_(hidden.median(0).values)
+        self.spread.copy_(1.4826 * (hidden - self.centre).abs().median(0).values + 1e-6)
+
+    def token_states(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None = None, past: TokenStates | None = None
+    ) -> TokenStates:
+        """
+        Return what is kept of some tokens.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(rows, seq, width)`): Their hidden states.
+            mask (`torch.Tensor` of shape `(rows, seq)`, *optional*): 0 where there is only padding.
+            past ([`TokenStates`], *optional*): Those of the tokens before.
+        """
+        x = ((hidden.float() - self.centre) / self.spread).clamp(-_LARGEST, _LARGEST)
+        weight, forgotten = self.gates(x).transpose(1, 2).split(HEADS, 1)  # (rows, heads, seq) each
+        forgotten = nn.functional.softplus(forgotten)
+        if mask is not None:
+            present = mask[:, None].bool()
+            forgotten = forgotten * present
+        forgotten = forgotten.cumsum(-1)
+        if past is not None:
+            forgotten = forgotten + past.gates[:, :, -1:, 1]
+        weight = weight + forgotten
+        if mask is not None:
+            weight = weight.masked_fill(~present, _PADDING)
+        return TokenStates(torch.stack([weight, forgotten], -1), torch.einsum("btd,hdp->bhtp", x, self.values))
+
+    def keys(self, states: TokenStates, last: int | None = None) -> torch.Tensor:
+        """
+        Return the keys of a text at its last tokens, `(rows, last, KEY_WIDTH)`.
+
+        Args:
+            states ([`TokenStates`]): Those of all its tokens.
+            last (`int`, *optional*): The number of tokens; all of them when missing.
+        """
+        weights, values = states.gates[..., 0], states.values
+        length = weights.shape[-1]
+        first = length - (length if last is None else last)
+        parts = []
+        for start in range(first, length, _QUERIES_AT_ONCE):
+            stop = min(start + _QUERIES_AT_ONCE, length)
+            seen = torch.ones(stop - start, stop, dtype=torch.bool, device=weights.device).tril(start)
+            scores = weights[:, :, None, :stop].masked_fill(~seen, -math.inf)  # (rows, heads, queries, stop)
+            pooled = scores.softmax(-1) @ values[:, :, :stop]  # (rows, heads, queries, HEAD_WIDTH)
+            parts.append(self.key(pooled.transpose(1, 2).flatten(2)))
+        return torch.cat(parts, 1)
+
+    def key(self, pooled: torch.Tensor) -> torch.Tensor:  # (..., heads * HEAD_WIDTH) -> (..., KEY_WIDTH)
+        """Return the key of what the heads have pooled."""
+        z = self.norm(pooled)
+        return nn.functional.normalize((self.mlp(z) + self.skip(z)).unflatten(-1, (KEY_PARTS, -1)), dim=-1).flatten(-2)
+
+    def thresholds(self, keys: torch.Tensor) -> torch.Tensor:
+        """
+        Return the score from which on a text is in the scope of each key, `(keys,)`: the learned threshold, and more
+        for a key in a crowded place, by the mean of its ten largest scores against the background (the first two,
+        which may be the same fact's, left out).
+
+        Args:
+            keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`): The keys.
+        """
+        crowd = key_scores(keys, self.background).topk(12, -1).values[:, 2:].mean(-1)
+        return self.threshold + self.crowding * crowd
+
+
+def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """
+    Return how alike keys are, at most 1, `(queries, keys)`: a rounded minimum of the cosines of their parts.
+
+    Args:
+        queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
+            The keys.
+    """
+    cosines = [q @ k.T for q, k in zip(_parts(queries), _parts(keys), strict=True)]
+    least = torch.stack(cosines).mul(-_ROUNDED_MINIMUM).logsumexp(0)
+    return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
+
+
+def _parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
+    return keys.float().chunk(KEY_PARTS, -1)

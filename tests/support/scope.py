@@ -1,0 +1,31 @@
+"""Models whose edits have a scope: a random one, strict enough that an edit acts for its own text alone."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_mend import EditableModel
+from hf_mend.scope.network import ScopeNetwork
+
+from .models import editable
+
+
+def scoped(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: object) -> EditableModel:
+    """As `editable`, with a random scope whose edits act where a key is all but their own."""
+    model = editable(base, tokenizer, scope=True, **options)
+    torch.manual_seed(2)
+    scope = ScopeNetwork(model.scope.width)
+    hidden = []
+    hook = model.split.blocks[model.split.block].register_forward_pre_hook(
+        lambda module, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        base(input_ids=torch.arange(4, 60)[None])
+    hook.remove()
+    scope.standardise(hidden[0][0])
+    with torch.no_grad():
+        scope.threshold.fill_(0.99)
+        scope.crowding.fill_(0.0)
+    model.set_scope(scope.requires_grad_(False))
+    return model
