@@ -45,7 +45,8 @@ class EncodedBatch:
     def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects[index]
-        return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects)
+        forms = self.forms if isinstance(index, slice) else 1
+        return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms)
 
     def to(self, device: torch.device | str) -> EncodedBatch:
         inputs = {name: value.to(device) for name, value in self.inputs.items()}

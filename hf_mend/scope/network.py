@@ -107,7 +107,7 @@ class ScopeNetwork(nn.Module):
             mask (`torch.Tensor` of shape `(rows, seq)`, *optional*): 0 where there is only padding.
             past ([`TokenStates`], *optional*): Those of the tokens before.
         """
-        x = ((hidden.float() - self.centre) / self.spread).clamp(-_LARGEST, _LARGEST)
+        x = self._standardised(hidden)
         weight, forgotten = self.gates(x).transpose(1, 2).split(HEADS, 1)  # (rows, heads, seq) each
         forgotten = nn.functional.softplus(forgotten)
         if mask is not None:
@@ -140,6 +140,26 @@ class ScopeNetwork(nn.Module):
             pooled = scores.softmax(-1) @ values[:, :, :stop]  # (rows, heads, queries, HEAD_WIDTH)
             parts.append(self.key(pooled.transpose(1, 2).flatten(2)))
         return torch.cat(parts, 1)
+
+    def keys_at(self, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """
+        Return the keys of texts at a few of their tokens, `(places, KEY_WIDTH)`: what [`keys`] gives there, for less.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(rows, seq, width)`): Their hidden states, padded on the right.
+            rows (`torch.Tensor` of shape `(places,)`), places (`torch.Tensor` of shape `(places,)`): Row and token of
+                each.
+        """
+        x = self._standardised(hidden)
+        weight, forgotten = self.gates(x).split(HEADS, -1)  # (rows, seq, heads) each
+        scores = (weight + nn.functional.softplus(forgotten).cumsum(1))[rows]  # (places, seq, heads)
+        later = torch.arange(hidden.shape[1], device=hidden.device) > places[:, None]
+        weights = scores.masked_fill(later[..., None], -math.inf).softmax(1)
+        pooled = weights.transpose(1, 2) @ x[rows]  # (places, heads, width)
+        return self.key(torch.einsum("nhd,hdp->nhp", pooled, self.values).flatten(1))
+
+    def _standardised(self, hidden: torch.Tensor) -> torch.Tensor:
+        return ((hidden.float() - self.centre) / self.spread).clamp(-_LARGEST, _LARGEST)
 
     def key(self, pooled: torch.Tensor) -> torch.Tensor:  # (..., heads * HEAD_WIDTH) -> (..., KEY_WIDTH)
         """Return the key of what the heads have pooled."""

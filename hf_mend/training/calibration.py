@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from tqdm.auto import tqdm
 
-from ..bases.gradients import record_inputs, trace
+from ..bases.gradients import record_inputs
 from ..bases.limits import longest_input
-from ..bases.split import logits_of
 from ..data.encoding import EncodedBatch, batches
-from ..edits.hook import applied
 from ..model import EditableModel
 from .examples import EditCollator, TrainingExamples
 from .losses import target_nll
@@ -28,14 +26,13 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
         edits (`int`, defaults to 128): Number of examples.
         batch_size (`int`, defaults to 8): Examples per batch; it changes only the rounding.
     """
-    collate = EditCollator(model.encoder, longest_input(model.config))
+    collate = EditCollator(model.encoder, longest_input(model.config), scoped=model.scope is not None)
     wanted = min(len(examples), edits)
     order = [i * len(examples) // wanted for i in range(wanted)]
     editor = model.editor
     for chunk in tqdm(list(batches(order, batch_size)), desc="Statistics of the factors"):
         batch = collate([examples[i] for i in chunk]).to(model.device)
-        with applied(model.targets, editor.base_delta()):
-            factors, _ = trace(model.split, model.targets, batch.edit.inputs, batch.edit.next_tokens)
+        factors, _ = model.context.trace(batch.edit, None, (editor.base_delta(),))
         editor.observe_factors(factors)
         for rows in (batch.edit, *batch.local.values()):
             editor.observe_inputs(record_inputs(model.split, model.targets, rows))
@@ -50,12 +47,12 @@ def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> flo
         rows = rows.to(model.device)
         state = model.split.run_below(rows.inputs)
         base_delta = model.editor.base_delta()
-        with applied(model.targets, base_delta):
-            factors, _ = trace(model.split, model.targets, rows.inputs, rows.next_tokens, state)
+        factors, _ = model.context.trace(rows, state, (base_delta,))
         with torch.no_grad():
             updates = model.editor.join(model.editor(factors))
             for factor in losses:
-                with applied(model.targets, base_delta, {name: (u, v * factor) for name, (u, v) in updates.items()}):
-                    losses[factor] += float(target_nll(logits_of(model.split, rows, state), rows)) * len(rows)
+                scaled = {name: (u, v * factor) for name, (u, v) in updates.items()}
+                logits = model.context.logits(rows, state, (base_delta, scaled))
+                losses[factor] += float(target_nll(logits, rows)) * len(rows)
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from ..data.encoding import EncodedBatch, Encoder, Query
 from ..data.forms import PLAIN_FORMS, Surroundings, check_forms, in_form
 from ..data.records import EditRecord
+from ..editing.scoping import own_queries
 
 
 @dataclass
@@ -23,7 +24,8 @@ class EditBatch:
     length are apart, so that little is padding.
 
     Args:
-        edit ([`EncodedBatch`]): The prompts and targets that make the edits, one row an edit.
+        edit ([`EncodedBatch`]): The prompts and targets that make the edits, one row an edit, or one for each form in
+            which it is made.
         general ([`EncodedBatch`]): Where the target must be said.
         local (`dict[str, EncodedBatch]`): Where nothing may change: `"neighborhood"` prompts, `"unrelated"` questions,
             prompts about the `"same_subject"`, and the `"continuation"` behind a target.
@@ -34,7 +36,7 @@ class EditBatch:
     local: dict[str, EncodedBatch]
 
     def __len__(self) -> int:
-        return len(self.edit)
+        return self.edit.facts
 
     def edits(self, start: int, stop: int) -> EditBatch:
         """Some neighbouring edits with their texts."""
@@ -183,6 +185,10 @@ class TrainingExamples(Dataset[TrainingExample]):
                 for queries in example.local.values():
                     yield from queries
 
+    def leave_out_what_stays(self) -> None:
+        """Draw no text that must stay: in a model with a scope, edits do not act there."""
+        self.neighborhood_rows = self.unrelated_rows = self.same_subject_rows = self.continuation_rows = 0
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose draws `__getitem__` makes."""
         self.epoch = epoch
@@ -297,22 +303,31 @@ class EditCollator:
         encoder ([`Encoder`]): Tokenises and pads.
         longest (`int`, *optional*): Most tokens that the model takes; a text that is longer loses what stands before
             it.
+        scoped (`bool`, defaults to `False`): Edits are made in all forms that
+            [`~hf_mend.editing.scoping.own_queries`] gives, as in a model with a scope.
     """
 
-    def __init__(self, encoder: Encoder, longest: int | None = None):
+    def __init__(self, encoder: Encoder, longest: int | None = None, scoped: bool = False):
         self.encoder = encoder
         self.longest = longest
+        self.scoped = scoped
 
     def __call__(self, examples: Sequence[TrainingExample]) -> EditBatch:
         local = {kind: [query for example in examples for query in example.local[kind]] for kind in LOCAL_KINDS}
         return EditBatch(
-            self._rows([example.edit for example in examples]),
+            self._edit_rows([example.edit for example in examples]),
             self._rows([query for example in examples for query in example.general]),
             {kind: self._rows(queries) for kind, queries in local.items() if queries},
         )
 
-    def _rows(self, queries: Sequence[Query]) -> EncodedBatch:
-        return self.encoder([self.encoder.shortened(query, self.longest) for query in queries])
+    def _edit_rows(self, queries: Sequence[Query]) -> EncodedBatch:
+        if not self.scoped:
+            return self._rows(queries)
+        forms = [list(own_queries(query, self.encoder).values()) for query in queries]
+        return self._rows([query for one in forms for query in one], len(forms[0]))
+
+    def _rows(self, queries: Sequence[Query], forms: int = 1) -> EncodedBatch:
+        return self.encoder([self.encoder.shortened(query, self.longest) for query in queries], forms)
 
 
 def _drawn(draw: random.Random, forms: Mapping[str, float]) -> str:

@@ -101,7 +101,10 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 args.same_subject_rows,
                 args.continuation_rows,
             )
-        kwargs.setdefault("data_collator", EditCollator(model.encoder, longest_input(model.config)))
+        scoped = model.scope is not None
+        if scoped and examples is not None:
+            examples.leave_out_what_stays()
+        kwargs.setdefault("data_collator", EditCollator(model.encoder, longest_input(model.config), scoped))
         super().__init__(
             model=model,
             args=args,

@@ -15,7 +15,7 @@ def test_a_description_keeps_the_names_that_files_have_and_comes_back():
     assert delta.describe()["support"] is True and edit.describe()["needs"] == "enn-1"
     assert not {"requires", "is_base_delta"} & (delta.describe().keys() | edit.describe().keys())
     for one in (delta, edit):
-        assert Edit.from_description(one.describe(), one.updates) == one
+        assert Edit.from_file(one.describe(), one.pairs(), "a file") == one
 
 
 def test_the_former_names_of_the_fields_warn_and_give_the_same():

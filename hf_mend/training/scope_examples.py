@@ -1,0 +1,174 @@
+"""What a scope learns from: texts with marks at tokens where a fact is asked for, and where none is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm.auto import tqdm
+
+from ..bases.split import SplitModel
+from ..data.encoding import Encoder, Query, length_batches
+from ..data.forms import DEFAULT_FORMS, Surroundings
+from .examples import Asking, TrainingExamples
+
+
+# No fact is asked for at such a mark.
+NONE = -1
+# How much each kind of mark counts in the loss.
+WEIGHTS: Mapping[str, float] = {
+    "prompt": 0.0,  # is the key itself
+    "chat": 1.0,
+    "said": 1.0,
+    "answer": 0.6,
+    "after": 0.5,
+    "inside": 0.25,
+    "neighborhood": 1.0,
+    "same_subject": 1.0,
+    "unrelated": 0.4,
+}
+_TAIL_TOKENS = 8
+_LONGEST = 400
+# Rows and tokens of one pass.
+_ROWS, _TOKENS = 64, 2048
+
+
+@dataclass(frozen=True)
+class Mark:
+    """
+    A token of a text, and what is asked for there.
+
+    Args:
+        position (`int`): The token.
+        fact (`int`): The number of the record that is asked for, [`NONE`] if none is.
+        kind (`str`): One of [`WEIGHTS`].
+        near (`int`): The record whose neighbour this is, or whose subject is asked for something else; [`NONE`] if
+            there is none.
+    """
+
+    position: int
+    fact: int
+    kind: str
+    near: int = NONE
+
+
+@dataclass
+class MarkedText:
+    """
+    A text with marks.
+
+    Args:
+        tokens (`list[int]`): Its tokens.
+        marks (`list[Mark]`): The marks.
+        hidden (`torch.Tensor` of shape `(tokens, width)`, *optional*): The hidden states that the scope reads.
+    """
+
+    tokens: list[int]
+    marks: list[Mark]
+    hidden: torch.Tensor | None = None
+
+
+def scope_examples(examples: TrainingExamples, forms: int = 3) -> TrainingExamples:
+    """
+    Return the draws that a scope learns from: as an editor's, with each record's fact in several forms, and one text
+    of each kind that must stay.
+
+    Args:
+        examples ([`TrainingExamples`]): An editor's draws.
+        forms (`int`, defaults to 3): The number of forms of each fact.
+    """
+    asking = replace(examples.asking, forms=examples.asking.forms or DEFAULT_FORMS, edit_forms=None)
+    return TrainingExamples(
+        examples.records, examples.questions, forms, 1, 1, examples.seed, _with_context(asking), same_subject_rows=1
+    )
+
+
+def _with_context(asking: Asking) -> Asking:
+    return asking if asking.context_rate > 0 else replace(asking, context_rate=0.4)
+
+
+def marked_texts(examples: TrainingExamples, encoder: Encoder, epoch: int = 0) -> Iterator[list[MarkedText]]:
+    """
+    Yield each record's marked texts, the bare prompt first and the same as a turn of a chat, if there are chats,
+    second.
+
+    Args:
+        examples ([`TrainingExamples`]): The draws.
+        encoder ([`Encoder`]): Tokenises.
+        epoch (`int`, defaults to 0): The epoch whose draws are taken.
+    """
+    chats = bool(getattr(encoder.tokenizer, "chat_template", None))
+    around = Surroundings(examples.records, examples.questions, examples.asking.texts)
+    for number in range(len(examples)):
+        drawn, draw = examples.texts(number, epoch), random.Random(f"{examples.seed}/{epoch}/{number}/marks")
+        texts = [_said(drawn.edit, number, "prompt", encoder, draw, around)]
+        if chats:
+            texts.append(_said(replace(drawn.edit, chat=True), number, "chat", encoder, draw, around))
+        texts += [_said(query, number, "said", encoder, draw, around) for query in drawn.general]
+        texts += [_stays(query, number, "neighborhood", encoder, draw) for query in drawn.neighborhood]
+        texts += [_stays(query, number, "same_subject", encoder, draw) for query in drawn.same_subject]
+        yield texts + [_unrelated(query, encoder, draw) for query in drawn.unrelated]
+
+
+def _said(
+    query: Query, fact: int, kind: str, encoder: Encoder, draw: random.Random, around: Surroundings
+) -> MarkedText:
+    """The fact asked for, at the prompt's end and within the answer; not before, and not once it is said."""
+    prompt, answer = encoder.tokens(query)
+    last = len(prompt) - 1
+    marks = [Mark(last, fact, kind), *(Mark(last + i, fact, "answer") for i in range(1, len(answer)))]
+    marks.append(Mark(last + len(answer), NONE, "after"))
+    if query.chat and draw.random() < 0.5 and encoder.tokenizer.eos_token_id is not None:
+        tail = [int(encoder.tokenizer.eos_token_id)]
+    else:
+        ids = encoder.tokenizer(around.tail(draw, query.prompt), add_special_tokens=False)["input_ids"]
+        tail = list(ids)[:_TAIL_TOKENS]
+    tokens = prompt + answer + tail
+    later = range(last + len(answer) + 1, len(tokens))
+    marks += [Mark(position, NONE, "after") for position in draw.sample(later, min(2, len(later)))]
+    if last > 2:
+        marks.append(Mark(draw.randrange(max(1, last - 7), last), NONE, "inside"))
+    return _cut(tokens, marks)
+
+
+def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Random) -> MarkedText:
+    prompt, _ = encoder.tokens(replace(query, answer=None))
+    marks = [Mark(len(prompt) - 1, NONE, kind, near)]
+    if len(prompt) > 3:
+        marks.append(Mark(draw.randrange(1, len(prompt) - 1), NONE, "inside"))
+    return _cut(prompt, marks)
+
+
+def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:
+    prompt, _ = encoder.tokens(replace(query, answer=None))
+    places = {len(prompt) - 1, *draw.sample(range(len(prompt)), min(4, len(prompt)))}
+    return _cut(prompt, [Mark(place, NONE, "unrelated") for place in sorted(places)])
+
+
+def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
+    return MarkedText(tokens[:_LONGEST], [mark for mark in marks if mark.position < _LONGEST])
+
+
+@torch.no_grad()
+def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: Encoder, bf16: bool = False) -> None:
+    """
+    Set the texts' hidden states where the model is cut, in bfloat16.
+
+    Args:
+        texts (`Sequence[MarkedText]`): The texts.
+        split ([`SplitModel`]): The model.
+        encoder ([`Encoder`]): Pads.
+        bf16 (`bool`, defaults to `False`): Run the model in bfloat16, several times as fast where the processor has
+            such products.
+    """
+    lengths = [len(text.tokens) for text in texts]
+    with tqdm(total=len(texts), desc="Hidden states") as bar:
+        for batch in length_batches(lengths, _ROWS, _TOKENS):
+            rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
+            with torch.autocast(split.device.type, torch.bfloat16, enabled=bf16):
+                hidden = split.run_below(rows.inputs).hidden
+            for row, i in enumerate(batch):
+                texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)
+            bar.update(len(batch))

@@ -1,0 +1,284 @@
+"""Training a scope: the right key of thousands at every token that asks for a fact, and none at the others."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..bases.unwrap import hidden_width
+from ..data.encoding import length_batches
+from ..model import EditableModel
+from ..scope.network import BACKGROUND_KEYS, ScopeNetwork, key_scores
+from .examples import TrainingExamples
+from .scope_examples import NONE, WEIGHTS, MarkedText, marked_texts, read_hidden_states, scope_examples
+
+
+logger = logging.get_logger(__name__)
+
+# Steps after which the keys of all facts are computed anew.
+_FRESH_KEYS = 65
+# Weight of the same texts with their own fact's keys left out, where none must be found.
+_ABSENT = 0.5
+_NOT_THERE = -1e4
+_TOKENS = 4096
+# Share of the texts that must stay which may fire at the threshold that training sets.
+WRONG_FIRES = 0.05
+
+
+@dataclass
+class ScopeTrainingArguments:
+    """
+    The options of a scope's training.
+
+    Args:
+        steps (`int`, defaults to 800): Steps.
+        facts_per_step (`int`, defaults to 40): Facts of a step, each with all its texts.
+        learning_rate (`float`, defaults to 2e-3): The largest, after a short warm-up and before it falls.
+        max_facts (`int`, defaults to 10000): The most facts; their texts' hidden states are in memory, about 0.35 MB a
+            fact at a width of 576.
+        seed (`int`, defaults to 0): Seed of the draws and of the network.
+        bf16 (`bool`, defaults to `False`): Read the hidden states in bfloat16.
+    """
+
+    steps: int = 800
+    facts_per_step: int = 40
+    learning_rate: float = 2e-3
+    max_facts: int = 10_000
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "facts_per_step", "max_facts"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+
+class ScopeTexts:
+    """
+    The marked texts of all facts, with their hidden states.
+
+    Args:
+        texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
+        same_fact (`Sequence[Sequence[int]]`): Of each fact, others that ask for the same.
+        rightly_near (`Sequence[Sequence[int]]`): Of each fact, those that its texts of other facts may ask for.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Sequence[MarkedText]],
+        same_fact: Sequence[Sequence[int]],
+        rightly_near: Sequence[Sequence[int]],
+    ):
+        self.texts, self.same_fact, self.rightly_near = texts, same_fact, rightly_near
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def keys(self, scope: ScopeNetwork, texts: Sequence[MarkedText]) -> torch.Tensor:
+        """Return the keys of some texts at all their marks, one after another, `(marks, KEY_WIDTH)`."""
+        found: list[torch.Tensor] = []
+        order: list[int] = []
+        starts = torch.tensor([0, *(len(text.marks) for text in texts)]).cumsum(0).tolist()
+        for batch in length_batches([len(text.tokens) for text in texts], len(texts), _TOKENS):
+            hidden = pad_sequence([_hidden(texts[i]) for i in batch], batch_first=True)
+            rows = torch.tensor([row for row, i in enumerate(batch) for _ in texts[i].marks])
+            places = torch.tensor([mark.position for i in batch for mark in texts[i].marks])
+            found.append(scope.keys_at(hidden, rows, places))
+            order += [starts[i] + k for i in batch for k in range(len(texts[i].marks))]
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return torch.cat(found)[back]
+
+    @torch.no_grad()
+    def bank(self, scope: ScopeNetwork, facts: Sequence[int]) -> torch.Tensor:
+        """Return the keys of facts: of all bare prompts, then of all turns of a chat, if there are any."""
+        sides = []
+        for side in range(self.sides):
+            chosen = [MarkedText(t.tokens, t.marks[:1], t.hidden) for t in (self.texts[i][side] for i in facts)]
+            sides.append(self.keys(scope, chosen))
+        return torch.cat(sides)
+
+    @property
+    def sides(self) -> int:
+        """How many keys a fact has."""
+        return 1 + (len(self.texts[0]) > 1 and self.texts[0][1].marks[0].kind == "chat")
+
+
+def _hidden(text: MarkedText) -> torch.Tensor:
+    assert text.hidden is not None
+    return text.hidden
+
+
+def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTrainingArguments) -> ScopeTexts:
+    """
+    Draw the texts of a scope's training and run the model below its edited blocks on them, once.
+
+    Args:
+        model ([`EditableModel`]): The model.
+        examples ([`TrainingExamples`]): An editor's draws.
+        args ([`ScopeTrainingArguments`]): The options.
+    """
+    drawn = scope_examples(examples)
+    texts = list(marked_texts(drawn, model.encoder))
+    chosen = sorted(random.Random(args.seed).sample(range(len(texts)), min(args.max_facts, len(texts))))
+    records = [drawn.records[i] for i in chosen]
+    kept = [texts[i] for i in chosen]
+    place = {NONE: NONE} | {old: new for new, old in enumerate(chosen)}
+    for text in (text for one in kept for text in one):
+        text.marks = [replace(mark, fact=place[mark.fact], near=place[mark.near]) for mark in text.marks]
+    read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16)
+    by_subject: dict[str, list[int]] = {}
+    by_relation: dict[str | None, list[int]] = {}
+    for i, record in enumerate(records):
+        by_subject.setdefault(record.subject or record.prompt, []).append(i)
+        by_relation.setdefault(record.relation, []).append(i)
+    same, near = [], []
+    for i, (record, own) in enumerate(zip(records, kept, strict=True)):
+        alike = by_subject[record.subject or record.prompt]
+        same.append([j for j in alike if j != i and records[j].relation == record.relation])
+        neighbours = [model.encoder.decode(t.tokens) for t in own if t.marks and t.marks[0].kind == "neighborhood"]
+        named = [
+            j
+            for j in (by_relation[record.relation] if neighbours else ())
+            if j != i and records[j].subject and any(str(records[j].subject) in text for text in neighbours)
+        ]
+        near.append([j for j in alike if records[j].relation != record.relation] + named)
+    return ScopeTexts(kept, same, near)
+
+
+def scope_loss(scope: ScopeNetwork, data: ScopeTexts, facts: Sequence[int], bank: torch.Tensor) -> torch.Tensor:
+    """
+    Return the loss of some facts' texts: cross-entropy over the keys of all facts and "none".
+
+    At a mark that asks for a fact one of its keys must be found, and "none" where these are left out; at the others
+    "none". The texts that must stay serve as keys of others too: what asks for a fact must not ask for them.
+
+    Args:
+        scope ([`ScopeNetwork`]): The scope.
+        data ([`ScopeTexts`]): The texts.
+        facts (`Sequence[int]`): The facts of the step.
+        bank (`torch.Tensor` of shape `(sides * facts, KEY_WIDTH)`): The keys of all facts, a few steps old.
+    """
+    texts = [text for fact in facts for text in data.texts[fact]]
+    marks = [mark for text in texts for mark in text.marks]
+    queries = data.keys(scope, texts)
+    count, sides = len(data), data.sides
+    own = [n for n, mark in enumerate(marks) if mark.kind in ("prompt", "chat")]
+    side_of = {"prompt": 0, "chat": 1}
+    columns = torch.tensor([side_of[marks[n].kind] * count + marks[n].fact for n in own])
+    stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
+    keys = torch.cat([bank.index_copy(0, columns, queries[own]), queries[stays]])
+    logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
+    masked = torch.zeros_like(logits, dtype=torch.bool)
+    for column, n in enumerate(stays):
+        masked[n, sides * count + column] = True
+    for n, mark in enumerate(marks):
+        others = data.same_fact[mark.fact] if mark.fact != NONE else []
+        others = data.rightly_near[mark.near] if mark.near != NONE else others
+        for other in others:
+            masked[n, other : sides * count : count] = True
+        if mark.kind == "chat":  # is itself that key
+            masked[n, count + mark.fact] = True
+    logits = logits.masked_fill(masked, _NOT_THERE)
+    none = logits.new_zeros(len(marks), 1)
+    asked = torch.tensor([mark.fact for mark in marks])
+    wanted = asked.clamp(min=0)[:, None] + count * torch.arange(sides)  # (marks, sides)
+    whole = torch.cat([logits, none], 1).logsumexp(1)
+    without = torch.cat([logits.scatter(1, wanted, _NOT_THERE), none], 1).logsumexp(1)
+    found = whole - logits.gather(1, wanted).logsumexp(1) + _ABSENT * without
+    weights = torch.tensor([WEIGHTS[mark.kind] for mark in marks])
+    return (torch.where(asked != NONE, found, whole) * weights).sum() / weights.sum()
+
+
+def train_scope(
+    model: EditableModel, examples: TrainingExamples, args: ScopeTrainingArguments | None = None
+) -> dict[str, float]:
+    """
+    Train a model's scope on the facts of its editor, and set it.
+
+    Args:
+        model ([`EditableModel`]): A model of `EditorConfig(scope=True)`, without edits.
+        examples ([`TrainingExamples`]): An editor's draws.
+        args ([`ScopeTrainingArguments`], *optional*): The options.
+
+    Returns:
+        `dict[str, float]`: The last steps' mean loss, and the threshold.
+
+    Raises:
+        ValueError: The model's edits act everywhere, or it carries edits.
+    """
+    args = args or ScopeTrainingArguments()
+    if model.scope is None:
+        raise ValueError("the model's edits act everywhere; make it with EditorConfig(scope=True) to train a scope")
+    data = scope_texts(model, examples, args)
+    torch.manual_seed(args.seed)
+    scope = ScopeNetwork(hidden_width(model.base_model))
+    draw = random.Random(args.seed)
+    sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
+    # The first token's values are no text's.
+    scope.standardise(torch.cat([_hidden(text)[1:] for text in sample]))
+    optimizer = torch.optim.AdamW(scope.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = min(50, args.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))),
+    )
+    every, order, bank = range(len(data)), list[int](), torch.empty(0)
+    losses: list[float] = []
+    for step in tqdm(range(args.steps), desc="Scope"):
+        if step % _FRESH_KEYS == 0:
+            bank = data.bank(scope, every)
+        if len(order) < args.facts_per_step:
+            order = draw.sample(every, len(data))
+        facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
+        loss = scope_loss(scope, data, facts, bank)
+        optimizer.zero_grad()
+        loss.backward()
+        if not math.isfinite(float(loss.detach())):
+            raise ValueError(f"the scope's loss is {float(loss)} at step {step}; lower learning_rate")
+        nn.utils.clip_grad_norm_(scope.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    _finish(scope, data, draw)
+    model.set_scope(scope)
+    return {"loss": sum(losses[-50:]) / len(losses[-50:]), "threshold": float(scope.threshold)}
+
+
+@torch.no_grad()
+def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
+    """
+    Set the scope's background and its threshold, and round its matrices to the bfloat16 of its file. At the threshold
+    a share of the texts that must stay, [`WRONG_FIRES`], ask for the edit that they are near to, were it alone.
+    """
+    scope.requires_grad_(False).eval()
+    for parameter in scope.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(parameter.bfloat16().float())
+    chosen = draw.choices(range(len(data)), k=BACKGROUND_KEYS)
+    keys = data.bank(scope, chosen)
+    scope.background.copy_(keys[torch.randperm(len(keys))[:BACKGROUND_KEYS]].bfloat16().float())
+    some = draw.sample(range(len(data)), min(1000, len(data)))
+    own = data.bank(scope, some)
+    texts = [(i, text) for i, fact in enumerate(some) for text in data.texts[fact] if text.marks[0].near != NONE]
+    if not texts:
+        return
+    near = data.keys(scope, [MarkedText(t.tokens, t.marks[:1], t.hidden) for _, t in texts])
+    offsets = scope.thresholds(own) - scope.threshold
+    numbers = torch.tensor([i for i, _ in texts])
+    over = torch.stack(
+        [
+            key_scores(query[None], own[i :: len(some)]).sub(offsets[i :: len(some)]).max()
+            for query, i in zip(near, numbers.tolist(), strict=True)
+        ]
+    )
+    scope.threshold.copy_(over.quantile(1 - WRONG_FIRES))

@@ -1,0 +1,94 @@
+"""Training a scope: its examples, its loss, and what it decides afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import RECORDS
+from support.scope import scoped
+
+from hf_mend.scope.network import ScopeNetwork
+from hf_mend.training.examples import Asking, TrainingExamples
+from hf_mend.training.scope_examples import NONE, marked_texts, scope_examples
+from hf_mend.training.scope_training import ScopeTrainingArguments, scope_loss, scope_texts, train_scope
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return TrainingExamples(RECORDS, [("what is the colour of grass?", "green")], asking=Asking(texts=["the sea is"]))
+
+
+def test_marks_stand_where_the_fact_is_asked_for(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    for number, texts in enumerate(marked_texts(scope_examples(examples), model.encoder)):
+        record = RECORDS[number]
+        prompt = tokenizer(record.prompt)["input_ids"]
+        answer = tokenizer(f" {record.target}")["input_ids"]
+        bare = texts[0]
+        assert bare.tokens[: len(prompt) + len(answer)] == prompt + answer
+        asked = {mark.position for mark in bare.marks if mark.fact == number}
+        assert asked == set(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+        behind = [mark.position for mark in bare.marks if mark.kind == "after"]
+        assert behind[0] == len(prompt) + len(answer) - 1 and all(mark.fact in (number, NONE) for mark in bare.marks)
+        kinds = [text.marks[0].kind for text in texts]
+        assert kinds == ["prompt", "said", "said", "said", "neighborhood", "unrelated"]
+        near = next(text for text in texts if text.marks[0].kind == "neighborhood").marks[0]
+        assert near.fact == NONE and near.near == number
+        assert all(mark.position < len(text.tokens) for text in texts for mark in text.marks)
+
+
+def test_keys_at_a_few_tokens_are_those_of_the_whole_text(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments(max_facts=3))
+    texts = [text for one in data.texts for text in one]
+    found = data.keys(model.scope, texts)
+    expected = []
+    for text in texts:
+        whole = model.scope.keys(model.scope.token_states(text.hidden[None]))[0]
+        expected += [whole[mark.position] for mark in text.marks]
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+
+
+def test_the_loss_is_cross_entropy_over_all_keys_and_none(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments())
+    torch.manual_seed(0)
+    scope = ScopeNetwork(model.scope.width)
+    facts = list(range(len(data)))
+    bank = data.bank(scope, facts)
+    loss = scope_loss(scope, data, facts, bank)
+    loss.backward()
+    assert all(p.grad is not None for name, p in scope.named_parameters() if p.requires_grad)
+    # With keys that say nothing, each key and "none" are alike.
+    with torch.no_grad():
+        scope.log_sharpness.fill_(-20.0)
+    keys = len(data) + sum(mark.near != NONE for one in data.texts for text in one for mark in text.marks)
+    assert float(scope_loss(scope, data, facts, bank).detach()) < 2 * torch.log(torch.tensor(keys + 1.0))
+
+
+def test_training_finds_facts_in_other_words(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    result = train_scope(model, examples, ScopeTrainingArguments(steps=60, facts_per_step=8, learning_rate=5e-3))
+    assert result["loss"] < 2.0
+    for record in RECORDS[:4]:
+        model.edit(record.prompt, record.target, max_steps=1, check=False)
+    for number, record in enumerate(RECORDS[:4]):
+        first = model.which_edits(record.paraphrases[0])[0]
+        assert first.id == model.edits[number].id
+    again = model.scope.state_dict()
+    for name, value in again.items():
+        if value.dim() > 1:
+            assert torch.equal(value, value.bfloat16().float()), name
+
+
+@pytest.mark.parametrize("name", ["steps", "facts_per_step", "max_facts"])
+def test_counts_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected a whole number of at least 1"):
+        ScopeTrainingArguments(**{name: 0})
+
+
+def test_a_model_whose_edits_act_everywhere_has_no_scope_to_train(llama, tokenizer, examples):
+    from support.models import editable
+
+    with pytest.raises(ValueError, match=r"EditorConfig\(scope=True\)"):
+        train_scope(editable(llama, tokenizer), examples)
