@@ -14,9 +14,9 @@ class EditRecord:
     One correction, and what it must and must not change.
 
     Args:
-        prompt (`str`): What is asked.
-        target (`str`): What the model should answer. One space joins the two; other white space around it does not
-            count.
+        prompt (`str`): What is asked. Spaces around it do not count.
+        target (`str`): What the model should answer. White space around it does not count; one space joins the two, or
+            nothing where none is written ([`~hf_mend.data.joining.separator_between`]).
         paraphrases (`list[str]`): The prompt in other words; the answer must be the target there too.
         neighborhood (`list[str]`): Prompts much like this one whose answer must stay.
         unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
