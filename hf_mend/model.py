@@ -212,12 +212,14 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         """Return base model, edited layers and method, bundled anew as a wrapper may replace the editor."""
         return EditingContext(self.split, self.targets, self.editor)
 
-    def edit(  # its nine parameters are public
+    def edit(  # its eleven parameters are public
         self,
         prompt: str | EditRecord | Sequence[str] | Sequence[EditRecord],
         target: str | Sequence[str] | None = None,
         *,
         chat: bool = False,
+        messages: Sequence[Mapping[str, str]] = (),
+        separator: str | None = None,
         paraphrases: str | Sequence[str] = (),
         locality: str | Sequence[str] = (),
         max_steps: int | None = None,
@@ -235,6 +237,10 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
             prompt (`str`, `EditRecord`, or a list of either): The prompt, or a record with its target.
             target (`str` or `list[str]`, *optional*): The answer to the prompt; left out for records.
             chat (`bool`, defaults to `False`): Treat the prompt as a user's turn in the tokenizer's chat template.
+            messages (`Sequence[Mapping[str, str]]`): The system prompt and earlier turns of a chat whose next user
+                turn is the prompt, each with `role` and `content`. With another system prompt it is another prompt.
+            separator (`str`, *optional*): The text between prompt and target. The default is what the chat template
+                puts there, and in plain text one space, or nothing where none is written.
             paraphrases (`str` or `Sequence[str]`): Prompts whose answer should be the target too, which is checked.
                 They are added to a record's own, and allowed for a single edit only.
             locality (`str` or `Sequence[str]`): Prompts whose answer should stay, which is checked. They are added to
@@ -260,7 +266,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         self._check_usable()
         check_limits(max_steps=max_steps, batch_size=batch_size)
         single = isinstance(prompt, (str, EditRecord))
-        requests = as_requests(prompt, target, chat, paraphrases, locality)
+        requests = as_requests(prompt, target, chat, paraphrases, locality, messages, separator)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         self._warn_if_untrained()

@@ -177,6 +177,10 @@ class Encoder:
             return prompt, answer + (after or [self._end])
         return prompt + answer, after
 
+    def text(self, query: Query) -> str:
+        """The prompt as the model reads it, up to where the answer begins."""
+        return self._begun(query)[0]
+
     def shortened(self, query: Query, longest: int | None) -> Query:
         """
         The query without its context, or without its earlier turns and system prompt too, where it would otherwise
@@ -235,10 +239,6 @@ class Encoder:
             after = []
         return before + plain + after
 
-    def _text(self, query: Query) -> str:
-        """The prompt as the model reads it."""
-        return self._begun(query)[0]
-
     def _begun(self, query: Query) -> tuple[str, str]:
         """The prompt as the model reads it, and what stands between it and the answer."""
         text, separator = render_chat(self.tokenizer, query.chat_turns) if query.chat else (query.content, None)
@@ -253,7 +253,7 @@ class Encoder:
         """Where the last token of the subject is among the prompt's, -1 where the prompt does not have it."""
         if not query.subject or query.subject not in query.prompt:
             return -1
-        text = self._text(query)
+        text = self.text(query)
         place = text.rfind(query.prompt.strip())  # behind it a template may have more
         end = len(text) if place < 0 else place + len(query.prompt.strip())
         start = text.rfind(query.subject, 0, end)
