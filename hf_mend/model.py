@@ -19,6 +19,7 @@ from .bases.split import SplitModel
 from .bases.targets import find_targets
 from .bases.unwrap import BaseState, keep_gradients, plain_base
 from .config import CONFIG_NAME, EditorConfig
+from .data.checks import missing_subjects
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_calibration_text
@@ -270,6 +271,8 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         self._warn_if_untrained()
+        if self.editor.edits_at_subject and (note := missing_subjects((r.prompt, r.subject) for r in requests)):
+            logger.warning(note)
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
             results = make_edits(self.context, encoder, self._active, requests, options, batch_size)
