@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -29,6 +30,9 @@ class EditRecord:
         group (`str`, *optional*): Neighbouring records of one group belong together: what follows needs all of them.
         questions (`list[str]`): The fact asked as questions; the answer must be the target there too.
         same_subject (`list[str]`): Prompts that ask something else about the same subject; the answer must stay.
+        metadata (`dict[str, Any]`): What else its row says: a ticket's number, a date.
+        where (`str`, *optional*): Where it stands in the file that it was read from, `"line 4"`; no part of what it
+            says, and not compared.
     """
 
     prompt: str
@@ -45,13 +49,22 @@ class EditRecord:
     group: str | None = None
     questions: list[str] = field(default_factory=list)
     same_subject: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    where: str | None = field(default=None, compare=False, repr=False)
 
 
 class EditDataset(Dataset[EditRecord]):
-    """A list of [`EditRecord`] as a torch data set."""
+    """
+    A list of [`EditRecord`] as a torch data set.
 
-    def __init__(self, records: Iterable[EditRecord]):
+    Args:
+        records (`Iterable[EditRecord]`): The records.
+        notes (`Sequence[str]`): What their reader has to say: the layout, and what it left out or changed.
+    """
+
+    def __init__(self, records: Iterable[EditRecord], notes: Sequence[str] = ()):
         self.records = list(records)
+        self.notes = list(notes)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -23,7 +23,7 @@ from .scoring import Answers
 class EditRequest:
     """
     The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]; each of `messages` is a role and
-    what was said.
+    what was said, and `where` is the place of its record in a file.
     """
 
     prompt: str
@@ -34,6 +34,7 @@ class EditRequest:
     subject: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
     separator: str | None = None
+    where: str | None = field(default=None, compare=False)
 
     @classmethod
     def of_edit(cls, edit: Edit) -> EditRequest:
@@ -256,6 +257,7 @@ def _as_requests(
                 _texts(r.paraphrases, "paraphrases") + said,
                 _texts(r.neighborhood, "neighborhood") + stays,
                 r.subject,
+                where=r.where,
             )
             for r in prompts
         ]
@@ -301,7 +303,7 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
     longest = longest_input(config)
     first_of: dict[tuple[str, bool], int] = {}
     for number, request in enumerate(requests):
-        where = f"request {number}" if len(requests) > 1 else "the request"
+        where = request.where or (f"request {number}" if len(requests) > 1 else "the request")
         check_query(request.query, encoder, longest, where)
         text = encoder.text(request.query) if request.messages else ""
         for role, said in request.messages:
@@ -313,7 +315,11 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
             check_query(query, encoder, longest, where, name)
         first = first_of.setdefault(request.prompt_key, number)
         if not request.is_same(requests[first]):
+            earlier = requests[first]
+            both = f"requests {first} and {number}"
+            if earlier.where and request.where:
+                both = f"{earlier.where} and {request.where}"
             raise ValueError(
-                f"requests {first} and {number} want two answers to one prompt, {request.prompt[:60]!r}: "
-                f"{requests[first].target[:60]!r} and {request.target[:60]!r}; leave one of them out"
+                f"{both} want two answers to one prompt, {request.prompt[:60]!r}: {earlier.target[:60]!r} and "
+                f"{request.target[:60]!r}; leave one of them out, or read the file with on_conflict='last'"
             )
