@@ -20,6 +20,7 @@ from .bases.targets import find_targets
 from .bases.unwrap import BaseState, keep_gradients, plain_base
 from .config import CONFIG_NAME, EditorConfig
 from .data.checks import missing_subjects
+from .data.display import shown
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_calibration_text
@@ -279,7 +280,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         for result in results:
             if result.success is False:
                 logger.warning(
-                    f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result"
+                    f"edit {result.id} did not take: {shown(result.prompt)} -> {shown(result.target)}; see its result"
                 )
         return results[0] if single else results
 

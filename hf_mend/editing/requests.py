@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from ..bases.limits import longest_input
 from ..data.chat import is_in
 from ..data.checks import check_query
+from ..data.display import shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import Edit, same_prompt
@@ -174,12 +175,14 @@ class EditResult:
             state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
         lines = [
             f"Edit {self.id or '(none)'}: {state}",
-            f"  {self.prompt!r} -> {self.target!r}",
-            f"  before: {self.before!r} (probability of the target {self.probability_before:.3g})",
+            f"  {shown(self.prompt)} -> {shown(self.target)}",
+            f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
             f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
         ]
         if self.token_success is not None:
-            lines.insert(3, f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})")
+            lines.insert(
+                3, f"  after:  {shown(self.after or '')} (probability of the target {self.probability_after:.3g})"
+            )
             correct = sum(self.token_success)
             lines.insert(4, f"  tokens that are now the argmax: {correct} of {len(self.token_success)}")
         if self.update_norms:
@@ -189,7 +192,8 @@ class EditResult:
             lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
         for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
             lines += [
-                f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes
+                f"  {title} {'ok ' if p.ok else 'BAD'} {shown(p.prompt)}: {shown(p.before)} -> {shown(p.after)}"
+                for p in probes
             ]
         return "\n".join(lines)
 
