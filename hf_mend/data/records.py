@@ -52,6 +52,10 @@ class EditRecord:
     metadata: dict[str, Any] = field(default_factory=dict)
     where: str | None = field(default=None, compare=False, repr=False)
 
+    def name(self, number: int) -> str:
+        """What to call it in messages: where it stands in its file, or its number in its data set and its id."""
+        return self.where or f"record {number} ({self.id or 'no id'})"
+
 
 class EditDataset(Dataset[EditRecord]):
     """

@@ -9,6 +9,8 @@ import json
 import pytest
 
 from hf_mend import EditRecord, read_edits, read_questions, write_edits
+from hf_mend.data.encoding import Encoder
+from hf_mend.data.readers import check_targets
 
 
 TEXTS = ["NA", "None", "TRUE", "007", "01.04.2026", "0041234567890", "1,5", "1.50", "null", "#N/A"]
@@ -66,6 +68,14 @@ def test_rows_of_a_table_are_named_as_the_file_s_lines(tmp_path):
     assert [record.where for record in read_edits(saved(tmp_path / "t.jsonl", text))] == ["line 1", "line 3"]
     text = json.dumps([{"prompt": "a", "target": "b"}] * 2)
     assert [record.where for record in read_edits(saved(tmp_path / "t.json", text))] == ["record 0", "record 1"]
+
+
+def test_a_text_that_a_model_does_not_take_is_named_by_its_line(tmp_path, tokenizer):
+    text = '{"prompt": "a", "target": "b"}\n\n{"prompt": "the river", "target": "the river of peru"}\n'
+    records = read_edits(saved(tmp_path / "t.jsonl", text))
+    with pytest.raises(ValueError, match=r"^line 3 has \d+ tokens with its target, the model takes 3"):
+        check_targets(records, Encoder(tokenizer), 3)
+    assert records[1].name(7) == "line 3" and EditRecord("a", "b", id="x").name(7) == "record 7 (x)"
 
 
 @pytest.mark.parametrize(

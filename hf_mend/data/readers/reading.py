@@ -253,5 +253,4 @@ def check_targets(records: Sequence[EditRecord], encoder: Encoder, longest: int 
     if not len(records):
         raise ValueError("the data set is empty; there is nothing to edit")
     for number, record in enumerate(records):
-        where = f"record {number} ({record.id or 'no id'})"
-        check_query(Query(record.prompt, record.target), encoder, longest, where)
+        check_query(Query(record.prompt, record.target), encoder, longest, record.name(number))
