@@ -63,8 +63,8 @@ def check_forms(forms: Mapping[str, float], name: str = "forms") -> None:
 
 def available_forms(forms: Mapping[str, float], tokenizer: Any) -> dict[str, float]:
     """
-    The forms that a tokenizer can write: without a chat template there are no chats, and some templates refuse or leave
-    out a system prompt. Where nothing is left, the paraphrases are.
+    The forms that a tokenizer can write: without a chat template there are no chats, and some templates refuse a
+    system prompt or leave it out. Where nothing is left, the paraphrases are.
 
     Args:
         forms (`Mapping[str, float]`): The weights.
