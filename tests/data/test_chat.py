@@ -77,6 +77,15 @@ def test_a_marker_that_only_answers_have_is_read_and_not_said(chatting):
     assert chatting.decode(ids + answer) == "user: the capital of peru is\nassistant: lima"
 
 
+def test_an_empty_thought_before_the_answer_is_read_too(chatting):
+    chatting.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ '<think></think>\n\n' if m.role == 'assistant' }}{{ m.content }}"
+        "{% endfor %}" + GENERATION
+    )
+    text = "<|user|>the capital of peru is<|assistant|><think></think>\n\n"
+    assert render_chat(chatting, [PROMPT]) == (text, "")
+
+
 def test_a_template_that_writes_no_answers_tells_nothing(chatting):
     """A reasoning model's prompt begins a thought that its finished answers do not have."""
     chatting.chat_template = (

@@ -6,7 +6,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,36 @@ class EditsOnDisk(Dataset[EditRecord]):
 
     def __iter__(self) -> Iterator[EditRecord]:
         return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """From a row's number to its records; the fields are arguments of [`read_edits`] and what it found."""
+
+    rows: Rows
+    chosen: Format
+    fixed: bool
+    settings: FormatOptions
+    encoder: Encoder | None
+    questions: Sequence[tuple[str, str]]
+    seed: int
+    notes: Notes
+
+    def __call__(self, number: int) -> list[EditRecord]:
+        place = self.rows.place(number)
+        row = Row(self.rows[number], f"{self.rows.path}, {place}")
+        _check_layout(row, self.chosen, self.fixed)
+        records = self.chosen.convert(row, self.settings)
+        self.notes.add(number, row, records)
+        for part, record in enumerate(records):
+            record = replace(record, id=str(number) if record.id is None else record.id, where=place)
+            if self.questions and not record.unrelated:
+                draw = random.Random(f"{self.seed}/{number}/{part}")
+                record = replace(record, unrelated=[draw.choice(self.questions)])
+            if self.encoder is not None and not self.encoder.tokens(Query(record.prompt, record.target))[1]:
+                raise RowError(f"{row.where}: the target {record.target!r} tokenises to nothing")
+            records[part] = record
+        return records
 
 
 def read_edits(  # its ten parameters are public
@@ -113,22 +143,7 @@ def read_edits(  # its ten parameters are public
     chosen = _format(rows, format, settings)
     encoder = None if tokenizer is None else Encoder(tokenizer)
     notes = Notes(rows)
-
-    def convert(number: int) -> list[EditRecord]:
-        row = Row(rows[number], f"{rows.path}, {rows.place(number)}")
-        _check_layout(row, chosen, fixed=format is not None)
-        records = chosen.convert(row, settings)
-        notes.add(number, row, records)
-        for part, record in enumerate(records):
-            record = replace(record, id=str(number) if record.id is None else record.id, where=rows.place(number))
-            if questions and not record.unrelated:
-                draw = random.Random(f"{seed}/{number}/{part}")
-                record = replace(record, unrelated=[draw.choice(questions)])
-            if encoder is not None and not encoder.tokens(Query(record.prompt, record.target))[1]:
-                raise RowError(f"{row.where}: the target {record.target!r} tokenises to nothing")
-            records[part] = record
-        return records
-
+    convert = _Conversion(rows, chosen, format is not None, settings, encoder, questions, seed, notes)
     kept: list[EditRecord] = []
     index = (array("Q"), array("Q"))
     said: dict[str, list[tuple[int, EditRecord]]] = {}
