@@ -19,6 +19,8 @@ from .bases.split import SplitModel
 from .bases.targets import find_targets
 from .bases.unwrap import BaseState, hidden_width, keep_gradients, plain_base
 from .config import CONFIG_NAME, EditorConfig
+from .data.checks import missing_subjects
+from .data.display import shown
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_calibration_text
@@ -229,12 +231,14 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         """Return base model, edited layers and method, bundled anew as a wrapper may replace the editor."""
         return EditingContext(self.split, self.targets, self.editor, scoped=self._gate is not None)
 
-    def edit(  # its nine parameters are public
+    def edit(  # its eleven parameters are public
         self,
         prompt: str | EditRecord | Sequence[str] | Sequence[EditRecord],
         target: str | Sequence[str] | None = None,
         *,
         chat: bool = False,
+        messages: Sequence[Mapping[str, str]] = (),
+        separator: str | None = None,
         paraphrases: str | Sequence[str] = (),
         locality: str | Sequence[str] = (),
         max_steps: int | None = None,
@@ -252,6 +256,10 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             prompt (`str`, `EditRecord`, or a list of either): The prompt, or a record with its target.
             target (`str` or `list[str]`, *optional*): The answer to the prompt; left out for records.
             chat (`bool`, defaults to `False`): Treat the prompt as a user's turn in the tokenizer's chat template.
+            messages (`Sequence[Mapping[str, str]]`): The system prompt and earlier turns of a chat whose next user
+                turn is the prompt, each with `role` and `content`. With another system prompt it is another prompt.
+            separator (`str`, *optional*): The text between prompt and target. The default is what the chat template
+                puts there, and in plain text one space, or nothing where none is written.
             paraphrases (`str` or `Sequence[str]`): Prompts whose answer should be the target too, which is checked.
                 They are added to a record's own, and allowed for a single edit only.
             locality (`str` or `Sequence[str]`): Prompts whose answer should stay, which is checked. They are added to
@@ -277,17 +285,19 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self._check_usable()
         check_limits(max_steps=max_steps, batch_size=batch_size)
         single = isinstance(prompt, (str, EditRecord))
-        requests = as_requests(prompt, target, chat, paraphrases, locality)
+        requests = as_requests(prompt, target, chat, paraphrases, locality, messages, separator)
         encoder = self.encoder
         check_requests(requests, encoder, self.config)
         self._warn_if_untrained()
+        if self.editor.edits_at_subject and (note := missing_subjects((r.prompt, r.subject) for r in requests)):
+            logger.warning(note)
         with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
             results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate)
         for result in results:
             if result.success is False:
                 logger.warning(
-                    f"edit {result.id} did not take: {result.prompt!r} -> {result.target!r}; see its result"
+                    f"edit {result.id} did not take: {shown(result.prompt)} -> {shown(result.target)}; see its result"
                 )
         return results[0] if single else results
 

@@ -53,7 +53,7 @@ def test_chat_goes_through_the_template(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", template)
     model = editable(llama, tokenizer)
     result = model.edit(PROMPT, TARGET, chat=True, max_steps=1)
-    ids = tokenizer("<bos>" + PROMPT + "\n", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("<bos>" + PROMPT + "\n<bos>", add_special_tokens=False)["input_ids"]
     answer = tokenizer(TARGET, add_special_tokens=False)["input_ids"]
     model.undo()
     with torch.no_grad():

@@ -86,6 +86,18 @@ class ModelOptions(Options):
         )
 
 
+@dataclass
+class ColumnOptions(Options):
+    """The options that name the columns of a table of facts."""
+
+    prompt_column: Annotated[str | None, typer.Option(help="The facts' column or field of prompts.")] = None
+    target_column: Annotated[str | None, typer.Option(help="The facts' column or field of targets.")] = None
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments of [`~hf_mend.read_edits`]."""
+        return {"prompt_column": self.prompt_column, "target_column": self.target_column}
+
+
 def with_options(command: Callable[..., Report]) -> Callable[..., Report]:
     """Replace each parameter of a command that is an [`Options`] by its fields."""
     hints = get_type_hints(command, include_extras=True)

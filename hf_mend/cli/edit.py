@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import AsJson, Editor, ModelOptions, Report, Revision, check_file, plural, with_options
+from .common import AsJson, ColumnOptions, Editor, ModelOptions, Report, Revision, check_file, plural, with_options
+from .edit_file import edit_records, report_of_file, save_what_took
 
 
 if TYPE_CHECKING:
     from ..editing.requests import EditResult
 
 
+class OnConflict(str, Enum):
+    """What becomes of two answers to one question."""
+
+    last = "last"
+    error = "error"
+
+
 @with_options
-def edit(  # typer makes an argument or option of each of the thirteen parameters
+def edit(  # typer makes an argument or option of each of the fifteen parameters
     prompt: Annotated[str | None, typer.Argument(help="What is asked.")] = None,
     target: Annotated[str | None, typer.Argument(help="What the model should answer.")] = None,
     *,
@@ -31,6 +40,10 @@ def edit(  # typer makes an argument or option of each of the thirteen parameter
     facts: Annotated[
         Path | None, typer.Option(help="Make all edits of this file (docs/data_format.md) in place of one.")
     ] = None,
+    columns: ColumnOptions,
+    on_conflict: Annotated[
+        OnConflict, typer.Option(help="Of two answers to one question in the file: the last one wins, or an error.")
+    ] = OnConflict.last,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
     edits: Annotated[str | None, typer.Option(help="Edits to make first: a folder or a Hub id.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to keep all edits in.")] = None,
@@ -40,7 +53,7 @@ def edit(  # typer makes an argument or option of each of the thirteen parameter
 ) -> Report:
     """
     Make an edit, or all edits of a file, and report the results. The exit code is 1 if an edit did not take or a probe
-    failed.
+    failed. Of a file, --save keeps the edits that took, and the rows of the others as did_not_take.jsonl.
 
     \b
     Example:
@@ -58,17 +71,21 @@ def edit(  # typer makes an argument or option of each of the thirteen parameter
 
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
     asked |= {"paraphrases": paraphrase or [], "locality": locality or []}
-    if facts is not None:
-        asked = {"prompt": list(read_edits(facts))}
-    if max_steps is not None:
-        asked["max_steps"] = max_steps
+    options: dict[str, Any] = {"chat": chat} | ({} if max_steps is None else {"max_steps": max_steps})
+    data: Any = None if facts is None else read_edits(facts, on_conflict=on_conflict.value, **columns.named())
     model = base.load(editor, revision)
     if edits is not None:
         model.load_edits(edits)
-    made = model.edit(**asked, chat=chat)
-    report = _report_of_many(made) if isinstance(made, list) else _report_of_one(made)
+    if data is not None:
+        rows = edit_records(model, data.records, **options)
+        report = report_of_file(rows, data.notes)
+    else:
+        made: Any = model.edit(**asked, **options)
+        report = _report_of_one(made)
     report.document["saved"] = None if save is None else str(save)
-    if save is not None:
+    if save is not None and data is not None:
+        report.text += f"\n{save_what_took(model, rows, save)}"
+    elif save is not None:
         model.save_edits(save)
         report.text += f"\n{plural(len(model.edits), 'edit')} saved in {save}"
     return report
@@ -77,25 +94,6 @@ def edit(  # typer makes an argument or option of each of the thirteen parameter
 def _report_of_one(result: EditResult) -> Report:
     probes = [*result.paraphrases, *result.locality]
     return Report(as_values(result), str(result), ok=bool(result.success) and all(probe.ok for probe in probes))
-
-
-def _report_of_many(results: list[EditResult]) -> Report:
-    """Report whether each edit took; probes are only counted, since neighbours may change without an error."""
-    took = sum(bool(result.success) for result in results)
-    lines = [
-        f"{'took        ' if result.success else 'DID NOT TAKE'}  {result.prompt!r} -> {result.target!r}"
-        for result in results
-    ]
-    document: dict[str, Any] = {"edits": len(results), "took": took}
-    for name, title in (("paraphrases", "paraphrases that say the target"), ("locality", "neighbours that stay")):
-        probes = [probe for result in results for probe in getattr(result, name)]
-        if probes:
-            document[name] = sum(probe.ok for probe in probes) / len(probes)
-            lines.append(f"{title}: {document[name]:.3f} of {len(probes)}")
-    document["results"] = [as_values(result) for result in results]
-    return Report(
-        document, "\n".join([*lines, f"{took} of {plural(len(results), 'edit')} took"]), took == len(results)
-    )
 
 
 def as_values(result: EditResult) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import AsJson, ModelOptions, Options, Report, as_fields, check_file, with_options
+from .common import AsJson, ColumnOptions, ModelOptions, Options, Report, as_fields, check_file, with_options
 
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DataOptions(Options):
+class DataOptions(ColumnOptions):
     """The options that choose evaluation facts and questions."""
 
     eval_facts: Annotated[Path | None, typer.Option(help="Other facts, to measure the editor on at the end.")] = None
@@ -35,9 +35,11 @@ class DataOptions(Options):
         from ..data.readers import read_edits, read_questions
 
         asked = read_questions(self.questions) if self.questions else []
-        train_data: Any = read_edits(facts)
-        others = list(read_edits(self.eval_facts, questions=asked))[: self.eval_limit] if self.eval_facts else None
-        return train_data, others, asked
+        train_data: Any = read_edits(facts, **self.named())
+        if self.eval_facts is None:
+            return train_data, None, asked
+        others = read_edits(self.eval_facts, questions=asked, **self.named())
+        return train_data, list(others)[: self.eval_limit], asked
 
 
 @dataclass

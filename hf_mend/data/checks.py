@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .encoding import Encoder, Query
 
 
@@ -36,3 +38,24 @@ def check_query(
             f"{where} has {length} tokens{together}, the model takes {longest}; shorten the {longer} "
             f"{texts[longer][:60]!r}..."
         )
+
+
+def missing_subjects(pairs: Iterable[tuple[str, str | None]]) -> str | None:
+    """
+    What to say of subjects that do not stand in their prompts, to somebody whose method edits there.
+
+    Args:
+        pairs (`Iterable[tuple[str, str | None]]`): Prompts and their subjects, `None` where none is named.
+
+    Returns:
+        `str` or `None`: One sentence, or `None` where all stand there.
+    """
+    missing = [(prompt, subject) for prompt, subject in pairs if subject and subject not in prompt]
+    if not missing:
+        return None
+    prompt, subject = missing[0]
+    more = f" (and those of {len(missing) - 1} more prompts)" if len(missing) > 1 else ""
+    return (
+        f"the subject {subject[:60]!r} does not stand in its prompt {prompt[:60]!r}{more}, so the edit is made at the "
+        "prompt's last token; write the subject as the prompt does"
+    )

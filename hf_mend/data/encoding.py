@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from .chat import render_chat
+from .joining import separator_between
 
 
 IGNORE = -100
@@ -54,10 +58,19 @@ class EncodedBatch:
         return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects, self.forms)
 
 
+def bare_prompt(prompt: str) -> str:
+    """
+    A prompt without spaces around it, which an edit would otherwise hold with alone. A line break is no slip: it
+    stands before the answer in many formats of instructions.
+    """
+    return re.sub(r"\A[^\S\n]+|[^\S\n]+\Z", "", prompt)
+
+
 @dataclass(frozen=True)
 class Query:
     """
-    A prompt, and an answer that follows it after one space, or after the white space that the prompt ends with.
+    A prompt, and an answer that follows it. White space around either does not count, except for line breaks around
+    the prompt.
 
     Args:
         prompt (`str`): The text.
@@ -71,6 +84,9 @@ class Query:
         after (`str` or `tuple[int, ...]`, *optional*): What follows the answer, as text or as token ids. Where it is
             given, if only as nothing, the positions that matter are those that predict what follows the answer, and
             the answer is only read.
+        separator (`str`, *optional*): What stands between prompt and answer. The default is what the chat template
+            puts there, and in plain text one space, or nothing where none is written
+            ([`~hf_mend.data.joining.separator_between`]).
     """
 
     prompt: str
@@ -81,12 +97,19 @@ class Query:
     turns: tuple[tuple[str, str], ...] = ()
     system: str | None = None
     after: str | tuple[int, ...] | None = None
+    separator: str | None = None
 
     @property
     def content(self) -> str:
         """The context and the prompt as one text."""
         joint = " " if self.context and not self.context[-1].isspace() else ""
-        return self.context + joint + self.prompt
+        return self.context + joint + bare_prompt(self.prompt)
+
+    @property
+    def chat_turns(self) -> list[tuple[str, str]]:
+        """The turns of the chat, each a role and what was said; the last is the prompt."""
+        system = [] if self.system is None else [("system", self.system)]
+        return [*system, *self.turns, ("user", self.content)]
 
 
 class Encoder:
@@ -144,7 +167,7 @@ class Encoder:
         if self.is_encoder_decoder:
             for row, query in enumerate(queries):
                 if query.after is not None:  # of the decoder's tokens the answer's are only read
-                    read = len(self.decoder_prefix) - 1 + len(self._answer_ids(query))
+                    read = len(self.decoder_prefix) - 1 + len(self._answer_ids(query, "", ""))
                     rows.positions[row, :read], rows.next_tokens[row, :read] = False, IGNORE
         return rows
 
@@ -154,15 +177,24 @@ class Encoder:
 
     def tokens(self, query: Query) -> tuple[list[int], list[int]]:
         """
-        Token ids of the prompt and of the answer, white space around which does not count. An answer of none gives an
-        empty list. Of a query with `after`, the answer belongs to what is read, and what follows it takes its place.
+        Token ids of the prompt and of the answer. An answer of none gives an empty list. Of a query with `after`, the
+        answer belongs to what is read, and what follows it takes its place.
+
+        Raises:
+            ValueError: The chat template refuses the chat or leaves the prompt out.
         """
+        text, separator = self._begun(query)
+        prompt, answer = self._read_ids(text, special=not query.chat), self._answer_ids(query, text, separator)
         if query.after is None:
-            return self._prompt_ids(query), self._answer_ids(query)
+            return prompt, answer
         after = self._ids(query.after) if isinstance(query.after, str) else list(query.after)
         if self.is_encoder_decoder:  # a decoder predicts what follows from the answer's own last token
-            return self._prompt_ids(query), self._answer_ids(query) + (after or [self._end])
-        return self._prompt_ids(query) + self._answer_ids(query), after
+            return prompt, answer + (after or [self._end])
+        return prompt + answer, after
+
+    def text(self, query: Query) -> str:
+        """The prompt as the model reads it, up to where the answer begins."""
+        return self._begun(query)[0]
 
     def shortened(self, query: Query, longest: int | None) -> Query:
         """
@@ -183,22 +215,17 @@ class Encoder:
                 return candidate
         return replace(bare, chat=False)
 
-    def _prompt_ids(self, query: Query) -> list[int]:
-        # A template writes its own special tokens.
-        return self._ids(self._text(query), special=not query.chat)
-
-    def _answer_ids(self, query: Query) -> list[int]:
+    def _answer_ids(self, query: Query, text: str, separator: str) -> list[int]:
         if query.answer is None:
             return []
         answer = query.answer.strip()
         if self.is_encoder_decoder:  # alone behind a decoder's start token
             return self._ids(answer)
-        text = self._text(query)
-        after = answer if text[-1:].isspace() else f" {answer}"
+        after = separator + answer
         # Some tokenizers begin each text with a space, so that the answer needs something before it: the prompt, or,
-        # where that would then end with another token (or ends with the tokenizer's own), one character for it.
-        for before, special in ((text, not query.chat), ("\n", False), (text.rstrip()[-1:], False)):
-            start, whole = self._ids(before, special), self._ids(before + after, special)
+        # where that would then end with another token, one character for it.
+        for before in (text, "\n", text.rstrip()[-1:]):
+            start, whole = self._ids(before), self._ids(before + after)
             if whole[: len(start)] == start:
                 return whole[len(start) :]
         return self._ids(after)
@@ -207,23 +234,47 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def _text(self, query: Query) -> str:
-        """The prompt as the model reads it."""
-        if not query.chat:
-            return query.content
-        system = [] if query.system is None else [("system", query.system)]
-        said = [*system, *query.turns, ("user", query.content)]
-        turns = [{"role": role, "content": content} for role, content in said]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    def _read_ids(self, text: str, special: bool) -> list[int]:
+        """
+        Token ids of a text that the model reads, with the tokenizer's special tokens around it: without those that the
+        text begins or ends with already, and before a causal model's answer without those that would end the text.
+        """
+        plain = self._ids(text)
+        if not special:  # a template writes its own
+            return plain
+        whole = self._ids(text, special=True)
+        places = range(len(whole) - len(plain) + 1)
+        start = next((i for i in places if whole[i : i + len(plain)] == plain), None)
+        if start is None:  # special tokens that change how the text is cut
+            return whole
+        before, after = whole[:start], whole[start + len(plain) :]
+        if plain[: len(before)] == before:
+            before = []
+        if not self.is_encoder_decoder or plain[len(plain) - len(after) :] == after:
+            after = []
+        return before + plain + after
+
+    def _begun(self, query: Query) -> tuple[str, str]:
+        """The prompt as the model reads it, and what stands between it and the answer."""
+        text, separator = render_chat(self.tokenizer, query.chat_turns) if query.chat else (query.content, None)
+        if query.separator is not None:
+            separator = query.separator
+        if separator is None:
+            answer = (query.answer or "").strip()
+            separator = "" if text[-1:].isspace() else separator_between(text, answer)
+        return text, separator
 
     def _subject_place(self, query: Query, prompt: list[int]) -> int:
         """Where the last token of the subject is among the prompt's, -1 where the prompt does not have it."""
-        text = self._text(query)
-        start = text.rfind(query.subject) if query.subject else -1
-        if start < 0:
+        if not query.subject or query.subject not in query.prompt:
             return -1
-        head = text[: start + len(query.subject or "")]
-        ids = self._ids(head, special=not query.chat)
+        text = self.text(query)
+        place = text.rfind(query.prompt.strip())  # behind it a template may have more
+        end = len(text) if place < 0 else place + len(query.prompt.strip())
+        start = text.rfind(query.subject, 0, end)
+        if start < 0:  # the template writes it otherwise
+            return -1
+        ids = self._read_ids(text[: start + len(query.subject)], special=not query.chat)
         # As far as both agree: a tokenizer may end what it is given with a token of its own.
         same = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
         return min(same, len(prompt)) - 1

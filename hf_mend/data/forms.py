@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .chat import is_in, render_chat
 from .encoding import Query
 from .records import EditRecord
 
@@ -62,16 +63,36 @@ def check_forms(forms: Mapping[str, float], name: str = "forms") -> None:
 
 def available_forms(forms: Mapping[str, float], tokenizer: Any) -> dict[str, float]:
     """
-    The forms that a tokenizer can write: without a chat template there are no chats. Where nothing is left, the
-    paraphrases are.
+    The forms that a tokenizer can write: without a chat template there are no chats, and some templates refuse a
+    system prompt or leave it out. Where nothing is left, the paraphrases are.
 
     Args:
         forms (`Mapping[str, float]`): The weights.
         tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
     """
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    left = {form: weight for form, weight in forms.items() if chat or form in PLAIN_FORMS}
+    left = {form: weight for form, weight in forms.items() if form in PLAIN_FORMS or _writes(tokenizer, form)}
     return left if any(left.values()) else {"paraphrase": 1.0}
+
+
+def writes_chats(tokenizer: Any) -> bool:
+    """
+    Whether a tokenizer can write a text as a user's turn of a chat.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
+    """
+    return _writes(tokenizer, "chat")
+
+
+def _writes(tokenizer: Any, form: str) -> bool:
+    """Whether the tokenizer's chat template writes what a form has."""
+    before = {"later_turn": [("user", "Who?"), ("assistant", "Ann.")], "system": [("system", SYSTEM_PROMPTS[0])]}
+    turns = [*before.get(form, []), ("user", "When?")]
+    try:
+        text, _ = render_chat(tokenizer, turns)
+    except ValueError:
+        return False
+    return all(is_in(said, text) for _, said in turns)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -14,9 +15,9 @@ class EditRecord:
     One correction, and what it must and must not change.
 
     Args:
-        prompt (`str`): What is asked.
-        target (`str`): What the model should answer. One space joins the two; other white space around it does not
-            count.
+        prompt (`str`): What is asked. Spaces around it do not count.
+        target (`str`): What the model should answer. White space around it does not count; one space joins the two, or
+            nothing where none is written ([`~hf_mend.data.joining.separator_between`]).
         paraphrases (`list[str]`): The prompt in other words; the answer must be the target there too.
         neighborhood (`list[str]`): Prompts much like this one whose answer must stay.
         unrelated (`list[tuple[str, str]]`): Prompts and answers that have nothing to do with the edit.
@@ -29,6 +30,9 @@ class EditRecord:
         group (`str`, *optional*): Neighbouring records of one group belong together: what follows needs all of them.
         questions (`list[str]`): The fact asked as questions; the answer must be the target there too.
         same_subject (`list[str]`): Prompts that ask something else about the same subject; the answer must stay.
+        metadata (`dict[str, Any]`): What else its row says: a ticket's number, a date.
+        where (`str`, *optional*): Where it stands in the file that it was read from, `"line 4"`; no part of what it
+            says, and not compared.
     """
 
     prompt: str
@@ -45,13 +49,26 @@ class EditRecord:
     group: str | None = None
     questions: list[str] = field(default_factory=list)
     same_subject: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    where: str | None = field(default=None, compare=False, repr=False)
+
+    def name(self, number: int) -> str:
+        """What to call it in messages: where it stands in its file, or its number in its data set and its id."""
+        return self.where or f"record {number} ({self.id or 'no id'})"
 
 
 class EditDataset(Dataset[EditRecord]):
-    """A list of [`EditRecord`] as a torch data set."""
+    """
+    A list of [`EditRecord`] as a torch data set.
 
-    def __init__(self, records: Iterable[EditRecord]):
+    Args:
+        records (`Iterable[EditRecord]`): The records.
+        notes (`Sequence[str]`): What their reader has to say: the layout, and what it left out or changed.
+    """
+
+    def __init__(self, records: Iterable[EditRecord], notes: Sequence[str] = ()):
         self.records = list(records)
+        self.notes = list(notes)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -23,7 +23,7 @@ from .context import EditingContext
 from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest, EditResult
-from .results import absence_edit, as_edit, as_request, as_result, base_delta_edit, unchanged_result
+from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
 from .scoping import ScopeReport, own_queries, report, scopes_of
 from .scoring import Answers
 from .search import find_updates
@@ -177,7 +177,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
             if i in call.now:
                 result.set_before(*call.now[i], call.encoder)
                 old = standing[requests[i].prompt_key]
-                edit = edit or absence_edit(requests[i], old, of_rows, row)
+                edit = edit or absence_edit(requests[i], of_rows, row)
                 if edit is not None:
                     result.id, result.superseded = edit.id, old.id
             if edit is not None:
@@ -236,7 +236,7 @@ def _trace_missing_keys(call: _Call, earlier: Sequence[Edit]) -> None:
     context, keys = call.context, call.active.preserved_keys.by_edit
     acting = acting_ids(call.active.edits)
     edits = [edit for edit in earlier if edit.id in acting and edit.prompt and edit.id not in keys]
-    requests = [as_request(edit) for edit in edits]
+    requests = [EditRequest.of_edit(edit) for edit in edits]
     batches = call.batches(range(len(requests)), requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
         rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)

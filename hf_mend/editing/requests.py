@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from ..bases.limits import longest_input
+from ..data.chat import is_in
 from ..data.checks import check_query
+from ..data.display import shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
-from ..edits.edit import same_prompt
+from ..edits.edit import Edit, same_prompt
 from .scoping import ScopeReport
 from .scoring import Answers
 
 
 @dataclass
 class EditRequest:
-    """The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]."""
+    """
+    The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]; each of `messages` is a role and
+    what was said, and `where` is the place of its record in a file.
+    """
 
     prompt: str
     target: str
@@ -28,16 +34,49 @@ class EditRequest:
     paraphrases: list[str] = field(default_factory=list)
     locality: list[str] = field(default_factory=list)
     subject: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    separator: str | None = None
+    where: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def of_edit(cls, edit: Edit) -> EditRequest:
+        """
+        Return the request that an edit was made for, without probes.
+
+        Raises:
+            ValueError: The messages that the edit notes are none.
+        """
+        noted = edit.metadata
+        try:
+            messages = tuple((str(role), str(said)) for role, said in json.loads(noted.get("messages", "[]")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the edit {edit.id!r} notes the messages {noted['messages'][:60]!r}, expected pairs of role and text"
+            ) from error
+        request = cls(edit.prompt, edit.target, noted.get("chat") == "true", subject=noted.get("subject"))
+        return replace(request, messages=messages, separator=noted.get("separator"))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What an edit notes of its request, beside prompt and target."""
+        noted = {"chat": str(self.chat).lower()}
+        if self.messages:
+            noted["messages"] = json.dumps(self.messages, ensure_ascii=False)
+        optional = {"subject": self.subject or None, "separator": self.separator}
+        return noted | {name: value for name, value in optional.items() if value is not None}
 
     @property
     def query(self) -> Query:
         """Prompt and target as the encoder takes them."""
-        return Query(self.prompt, self.target, self.chat, self.subject)
+        return replace(self._as_query(self.prompt, self.target), subject=self.subject)
+
+    def _as_query(self, prompt: str, answer: str | None) -> Query:
+        return Query(prompt, answer, self.chat, turns=self.messages, separator=self.separator)
 
     @property
     def prompt_key(self) -> tuple[str, bool]:
         """The identity of the prompt, as [`~hf_mend.edits.edit.same_prompt`] gives it."""
-        return same_prompt(self.prompt, self.chat)
+        return same_prompt(self.prompt, self.chat, self.metadata.get("messages", ""))
 
     def is_same(self, other: EditRequest) -> bool:
         """Whether both want the same answer to the same prompt."""
@@ -46,8 +85,8 @@ class EditRequest:
     @property
     def probes(self) -> list[Query]:
         """The paraphrases, with the target as their answer, then the locality prompts."""
-        said = [Query(prompt, self.target, self.chat) for prompt in self.paraphrases]
-        return said + [Query(prompt, None, self.chat) for prompt in self.locality]
+        said = [self._as_query(prompt, self.target) for prompt in self.paraphrases]
+        return said + [self._as_query(prompt, None) for prompt in self.locality]
 
 
 @dataclass
@@ -140,12 +179,14 @@ class EditResult:
             state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
         lines = [
             f"Edit {self.id or '(none)'}: {state}",
-            f"  {self.prompt!r} -> {self.target!r}",
-            f"  before: {self.before!r} (probability of the target {self.probability_before:.3g})",
+            f"  {shown(self.prompt)} -> {shown(self.target)}",
+            f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
             f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
         ]
         if self.token_success is not None:
-            lines.insert(3, f"  after:  {self.after!r} (probability of the target {self.probability_after:.3g})")
+            lines.insert(
+                3, f"  after:  {shown(self.after or '')} (probability of the target {self.probability_after:.3g})"
+            )
             correct = sum(self.token_success)
             lines.insert(4, f"  tokens that are now the argmax: {correct} of {len(self.token_success)}")
         if self.update_norms:
@@ -157,21 +198,56 @@ class EditResult:
             lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
         for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
             lines += [
-                f"  {title} {'ok ' if p.ok else 'BAD'} {p.prompt!r}: {p.before!r} -> {p.after!r}" for p in probes
+                f"  {title} {'ok ' if p.ok else 'BAD'} {shown(p.prompt)}: {shown(p.before)} -> {shown(p.after)}"
+                for p in probes
             ]
         return "\n".join(lines)
 
 
 def as_requests(
-    prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
+    prompt: Any,
+    target: Any,
+    chat: bool,
+    paraphrases: str | Sequence[str],
+    locality: str | Sequence[str],
+    messages: Sequence[Mapping[str, str]] = (),
+    separator: str | None = None,
 ) -> list[EditRequest]:
     """
     Return the requests that the arguments of `edit` stand for.
 
     Raises:
-        ValueError: Lists differ in length, or probes come with several edits.
-        TypeError: An argument is neither text nor record.
+        ValueError: Lists differ in length, probes come with several edits, or the messages end with a user's turn.
+        TypeError: An argument is neither text nor record, or the messages are none.
     """
+    if separator is not None and not isinstance(separator, str):
+        raise TypeError(f"separator is {separator!r}, expected a text, or None for the usual one")
+    turns = _turns(messages)
+    requests = _as_requests(prompt, target, chat or bool(turns), paraphrases, locality)
+    return [replace(request, messages=turns, separator=separator) for request in requests]
+
+
+def _turns(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return what stands before the prompt in a chat, each turn as a role and what was said."""
+    turns = []
+    for number, message in enumerate(messages):
+        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(value, str) for value in fields):
+            raise TypeError(
+                f"messages[{number}] is {str(message)[:80]!r}, expected an object whose 'role' and 'content' are texts"
+            )
+        turns.append((str(message["role"]), str(message["content"]).strip()))
+    if turns and turns[-1][0] == "user":
+        raise ValueError(
+            f"the messages end with a user's turn, {turns[-1][1][:60]!r}; they are what stands before the prompt, "
+            "which is the last turn: give that as the prompt alone"
+        )
+    return tuple(turns)
+
+
+def _as_requests(
+    prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
+) -> list[EditRequest]:
     said, stays = _texts(paraphrases, "paraphrases"), _texts(locality, "locality")
     prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
     if not prompts:
@@ -191,6 +267,7 @@ def as_requests(
                 _texts(r.paraphrases, "paraphrases") + said,
                 _texts(r.neighborhood, "neighborhood") + stays,
                 r.subject,
+                where=r.where,
             )
             for r in prompts
         ]
@@ -236,19 +313,23 @@ def check_requests(requests: Sequence[EditRequest], encoder: Encoder, config: Pr
     longest = longest_input(config)
     first_of: dict[tuple[str, bool], int] = {}
     for number, request in enumerate(requests):
-        where = f"request {number}" if len(requests) > 1 else "the request"
-        if request.chat and not getattr(encoder.tokenizer, "chat_template", None):
-            raise ValueError(
-                "chat=True needs a tokenizer with a chat template; this one has none, so leave chat=False"
-            )
+        where = request.where or (f"request {number}" if len(requests) > 1 else "the request")
         check_query(request.query, encoder, longest, where)
+        text = encoder.text(request.query) if request.messages else ""
+        for role, said in request.messages:
+            if role != "assistant" and not is_in(said, text):  # thoughts of earlier answers are often left out
+                raise ValueError(f"the tokenizer's chat template leaves out the {role} message {said[:60]!r}")
         names = [f"paraphrases[{i}]" for i in range(len(request.paraphrases))]
         names += [f"locality[{i}]" for i in range(len(request.locality))]
         for name, query in zip(names, request.probes, strict=True):
             check_query(query, encoder, longest, where, name)
         first = first_of.setdefault(request.prompt_key, number)
         if not request.is_same(requests[first]):
+            earlier = requests[first]
+            both = f"requests {first} and {number}"
+            if earlier.where and request.where:
+                both = f"{earlier.where} and {request.where}"
             raise ValueError(
-                f"requests {first} and {number} want two answers to one prompt, {request.prompt[:60]!r}: "
-                f"{requests[first].target[:60]!r} and {request.target[:60]!r}; leave one of them out"
+                f"{both} want two answers to one prompt, {request.prompt[:60]!r}: {earlier.target[:60]!r} and "
+                f"{request.target[:60]!r}; leave one of them out, or read the file with on_conflict='last'"
             )

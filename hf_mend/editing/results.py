@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 
 from ..data.encoding import Encoder
@@ -23,11 +24,11 @@ def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
 
 
-def absence_edit(request: EditRequest, old: Edit, found: FoundUpdates, row: int) -> Edit | None:
+def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     """Return an edit without updates, which supersedes an earlier one where its absence is enough, or `None`."""
     if not all(found.before.correct[row]):
         return None
-    return _new_edit(EditRequest(request.prompt, request.target, old.metadata.get("chat") == "true"), {})
+    return _new_edit(replace(request, subject=None), {})
 
 
 def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
@@ -35,16 +36,8 @@ def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
     for name, (u, v) in updates.items():
         used = (v != 0).any(-1) & (u != 0).any(-1)
         present[name] = (u[used].contiguous(), v[used].contiguous())
-    metadata = {"time": _now(), "chat": str(request.chat).lower()}
-    if request.subject:
-        metadata["subject"] = request.subject
+    metadata = {"time": _now(), **request.metadata}
     return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, present, metadata)
-
-
-def as_request(edit: Edit) -> EditRequest:
-    """Return the request that an edit was made for."""
-    chat = edit.metadata.get("chat") == "true"
-    return EditRequest(edit.prompt, edit.target, chat, subject=edit.metadata.get("subject"))
 
 
 def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> Edit | None:

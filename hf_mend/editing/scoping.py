@@ -9,6 +9,7 @@ import torch
 
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from ..data.forms import writes_chats
 from ..edits.edit import Edit
 from ..edits.edit_scope import EditScope
 from ..scope.bank import KeyBank
@@ -83,8 +84,10 @@ def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ())
     and its paraphrases.
     """
     forms = {"prompt": query}
-    if getattr(encoder.tokenizer, "chat_template", None):
-        forms["plain text" if query.chat else "chat"] = replace(query, chat=not query.chat)
+    if query.chat:
+        forms["plain text"] = replace(query, chat=False, turns=(), system=None)
+    elif writes_chats(encoder.tokenizer):
+        forms["chat"] = replace(query, chat=True)
     return forms | {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
 
 

@@ -56,7 +56,8 @@ class Edit:
     @property
     def prompt_key(self) -> tuple[str, bool] | None:
         """The identity of the prompt, as [`same_prompt`] gives it; `None` for an edit without a prompt."""
-        return same_prompt(self.prompt, self.metadata.get("chat") == "true") if self.prompt else None
+        chat, messages = self.metadata.get("chat") == "true", self.metadata.get("messages", "")
+        return same_prompt(self.prompt, chat, messages) if self.prompt else None
 
     @property
     def rank(self) -> int:
@@ -100,9 +101,12 @@ class Edit:
         return cls(*texts, updates, dict(described["metadata"]), **state)
 
 
-def same_prompt(prompt: str, chat: bool) -> tuple[str, bool]:
-    """Return the identity of a prompt: its text with white space normalised, and the chat flag."""
-    return " ".join(prompt.split()), chat
+def same_prompt(prompt: str, chat: bool, messages: str = "") -> tuple[str, bool]:
+    """
+    Return the identity of a prompt: its text, behind that of the chat's earlier messages, with white space normalised,
+    and the chat flag.
+    """
+    return " ".join([*messages.split(), *prompt.split()]), chat
 
 
 def active_edits(edits: Sequence[Edit]) -> list[Edit]:

@@ -37,7 +37,7 @@ def check_asked(
 
 def record_name(records: Sequence[EditRecord], number: int) -> str:
     """Return a record's name for messages."""
-    return f"record {number} ({records[number].id or 'no id'})"
+    return records[number].name(number)
 
 
 def _asked(model: EditableModel, record: EditRecord, metrics: Collection[str]) -> Iterator[tuple[Query, str, str]]:

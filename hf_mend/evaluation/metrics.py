@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..bases.gradients import kl_divergence, row_means
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel, logits_of
 from ..bases.targets import Target
+from ..data.checks import missing_subjects
 from ..data.deprecation import renamed_arguments
 from ..data.encoding import EncodedBatch, Encoder, Query, batches
 from ..data.records import EditRecord
@@ -26,6 +28,9 @@ from ..edits.hook import applied
 from ..edits.low_rank import Update, together
 from ..methods import EditMethod
 from .generation import greedy_tokens
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -95,6 +100,8 @@ def evaluate_records(  # its eleven parameters are public
     context = EditingContext(split, targets, method)
     if not method.trains and not method.is_calibrated:
         observe_calibration_text(context, encoder)
+    if method.edits_at_subject and (note := missing_subjects((r.prompt, r.subject) for r in records)):
+        logger.warning(note)
     with torch.no_grad(), tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
         for chunk in batches(records, max(1, batch_size // group_size) * group_size):
             queries = [Query(record.prompt, record.target, subject=record.subject) for record in chunk]

@@ -29,6 +29,8 @@ class EditMethod(nn.Module):
         reads_calibration_text (`bool`): Whether the method, which then has no parameters to train, gathers statistics
             of a page of calibration text before the first edit.
         takes_texts (`bool`): Whether a user's own text goes beside that page.
+        edits_at_subject (`bool`): Whether the method edits at the last token of the prompt's subject, where a request
+            names it.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the edit's own loss sets the length of the
             step along it (see [`~hf_mend.editing.proposals.FromGradient`]).
     """
@@ -40,6 +42,7 @@ class EditMethod(nn.Module):
     trains: bool = True
     reads_calibration_text: bool = False
     takes_texts: bool = False
+    edits_at_subject: bool = False
     sizes_steps: bool = False
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):

@@ -40,8 +40,8 @@ class Memit(MergesByRidge, GradientSearch):
     loss; one ridge regression a layer then gives all edits of a call their residuals and changes the layer's outputs
     on calibration text least.
 
-    Where a request names no subject, or one that its prompt does not contain, the residual is wanted at the prompt's
-    last token; in the decoder of an encoder-decoder model, at its first position.
+    Where a request names no subject, or one that its prompt does not contain, which a warning says, the residual is
+    wanted at the prompt's last token; in the decoder of an encoder-decoder model, at its first position.
 
     Differences from the paper: the search finds the residuals of all layers side by side, each under the rank-one
     update that gives it, where the paper finds one at the top and spreads it evenly; it has no sampled prefixes and no
@@ -56,6 +56,8 @@ class Memit(MergesByRidge, GradientSearch):
     """
 
     config: MemitConfig
+
+    edits_at_subject = True
 
     def start(self, look: Look, factors: Factors) -> Parameters:
         parameters = {}

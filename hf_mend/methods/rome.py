@@ -37,8 +37,8 @@ class Rome(ObservesInputs, GradientSearch):
     and the update is the one that gives it there and changes the layer's outputs on calibration text least,
     `dW = d (C^-1 k)^T / (k^T C^-1 k)`, with `C` the second moment of the layer's inputs.
 
-    Where a request names no subject, or one that its prompt does not contain, the key is the input at the prompt's
-    last token; in the decoder of an encoder-decoder model, at its first position.
+    Where a request names no subject, or one that its prompt does not contain, which a warning says, the key is the
+    input at the prompt's last token; in the decoder of an encoder-decoder model, at its first position.
 
     Differences from the paper: the search for the value uses the prompt alone, under the rank-one update itself,
     without sampled prefixes and without the penalty on the subject's essence; `C` comes from the packaged page of
@@ -52,6 +52,8 @@ class Rome(ObservesInputs, GradientSearch):
     """
 
     config: RomeConfig
+
+    edits_at_subject = True
 
     def __init__(self, config: RomeConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__(config, shapes)

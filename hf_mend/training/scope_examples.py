@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, length_batches
-from ..data.forms import DEFAULT_FORMS, Surroundings
+from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
 from .examples import Asking, TrainingExamples
 
 
@@ -99,7 +99,7 @@ def marked_texts(examples: TrainingExamples, encoder: Encoder, epoch: int = 0) -
         encoder ([`Encoder`]): Tokenises.
         epoch (`int`, defaults to 0): The epoch whose draws are taken.
     """
-    chats = bool(getattr(encoder.tokenizer, "chat_template", None))
+    chats = writes_chats(encoder.tokenizer)
     around = Surroundings(examples.records, examples.questions, examples.asking.texts)
     for number in range(len(examples)):
         drawn, draw = examples.texts(number, epoch), random.Random(f"{examples.seed}/{epoch}/{number}/marks")

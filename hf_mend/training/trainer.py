@@ -306,7 +306,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         check_targets(records, encoder, longest)
         check_asked(self.editable_model, records, range(len(records)), ("generality", "neighborhood", "unrelated"))
         for number, record in enumerate(records):
-            where = f"record {number} ({record.id or 'no id'})"
+            where = record.name(number)
             for i, text in enumerate(record.questions):
                 check_query(Query(text, record.target), encoder, longest, where, f"questions[{i}]")
             for i, text in enumerate(record.same_subject):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -52,7 +53,7 @@ def spaced_tokenizer(kind):
         prepend = {"type": "Prepend", "prepend": "▁"}
         state |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [prepend, space]}}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
-    tokenizer.chat_template = "{% for m in messages %}user: {{m['content']}}\n{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{'user: ' if loop.first}}{{m['content']}}\n{% endfor %}"
     return tokenizer
 
 
@@ -79,21 +80,62 @@ def test_one_space_joins_prompt_and_answer(tokenizer, kind, answer, prompt, chat
     tokenizer = tokenizer if kind == "bytes" else spaced_tokenizer(kind)
     ids, answer_ids = Encoder(tokenizer).tokens(Query(prompt, answer, chat))
     assert said(tokenizer, ids + answer_ids).lstrip(" ") == text
-    assert (
-        ids == tokenizer(Encoder(tokenizer)._text(Query(prompt, None, chat)), add_special_tokens=not chat)["input_ids"]
-    )
-    if not text.endswith("\nrome town") and not prompt.endswith(" "):
+    assert ids == tokenizer(text.removesuffix("rome town").rstrip(" "), add_special_tokens=not chat)["input_ids"]
+    if not text.endswith("\nrome town"):
         assert ids + answer_ids == tokenizer(text, add_special_tokens=not chat)["input_ids"]
     else:
         assert said(tokenizer, answer_ids) == "rome town"
 
 
-def test_a_token_at_the_end_of_every_text_stays_the_prompts():
-    """Of a tokenizer that ends what it is given with a token of its own, the prompt is no beginning of the whole."""
+def test_a_token_at_the_end_of_every_text_is_read_by_an_encoder_and_by_no_causal_model():
+    """Behind it a causal model would answer to a prompt that nobody gives it."""
     ending = spaced_tokenizer("normaliser")
-    ending._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    ids, answer = Encoder(ending).tokens(Query("the capital of france is", "rome town"))
-    assert ids[-1] == 2 and said(ending, answer) == " rome town"
+    alone = ending("the capital of france is", add_special_tokens=False)["input_ids"]
+    tokens = [("<s>", 1), ("</s>", 2)]
+    ending._tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
+    query = Query("the capital of france is", "rome town")
+    ids, answer = Encoder(ending).tokens(query)
+    assert ids == [1, *alone] and said(ending, answer) == " rome town"
+    assert Encoder(ending, True, 0).tokens(query)[0] == [1, *alone, 2]
+    assert Encoder(ending).tokens(Query("", None))[0] == []
+    # The place of a subject is one of what is read.
+    rows = Encoder(ending)([Query("the capital of france is", "rome town", subject="of france")])
+    head = ending("the capital of france", add_special_tokens=False)["input_ids"]
+    assert rows.subjects.tolist() == [len(head)]
+
+
+@pytest.mark.parametrize("before", ["<bos>", "<eos><bos>"])
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_a_text_that_has_its_special_tokens_gets_no_second_ones(tokenizer, before, is_encoder_decoder):
+    """As a text does that the chat template wrote before it came here."""
+    beginning = copy.deepcopy(tokenizer)
+    tokens = [(token, beginning.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    single = " ".join(before.replace("><", "> <").split()) + " $A"
+    beginning._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    encoder = Encoder(beginning, is_encoder_decoder, 0)
+    bare = encoder.tokens(Query("the capital of peru is", "lima"))
+    assert encoder.tokens(Query(f"{before}the capital of peru is", "lima")) == bare
+    assert bare[0] == tokenizer(f"{before}the capital of peru is")["input_ids"]
+
+
+def test_a_space_at_a_prompt_s_end_is_a_slip_and_a_line_break_is_none(tokenizer):
+    """An edit that is made behind a space holds behind a space alone."""
+    encoder = Encoder(tokenizer)
+    bare = encoder.tokens(Query("the capital of peru is", "lima"))
+    for slip in ("the capital of peru is ", " the capital of peru is\t ", "the capital of peru is\u00a0"):
+        assert encoder.tokens(Query(slip, "lima")) == bare
+        assert encoder.tokens(Query("it", context="A line. ")) == encoder.tokens(Query(" it ", context="A line."))
+    spaced = spaced_tokenizer("llama")
+    ids, answer = Encoder(spaced).tokens(Query("user:\n \n", "rome"))
+    assert ids == spaced("user:\n \n")["input_ids"] and said(spaced, answer) == "rome"
+
+
+@pytest.mark.parametrize("separator", ["", " ", " the "])
+def test_a_separator_of_one_s_own_stands_between_prompt_and_answer(tokenizer, separator):
+    for prompt in ("the capital of peru is", "the capital of peru is "):
+        ids, answer = Encoder(tokenizer).tokens(Query(prompt, "lima", separator=separator))
+        assert ids == tokenizer("the capital of peru is")["input_ids"]
+        assert said(tokenizer, answer) == f"{separator}lima"
 
 
 def test_tokens_of_a_byte_level_tokenizer_are_those_of_its_parts(tokenizer):
@@ -104,7 +146,7 @@ def test_tokens_of_a_byte_level_tokenizer_are_those_of_its_parts(tokenizer):
             *record.unrelated,
             (f"{record.prompt} ", record.target),
         ]:
-            parts = [prompt, answer if prompt.endswith(" ") else f" {answer}"]
+            parts = [prompt.rstrip(), f" {answer}"]
             expected = tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
             assert Encoder(tokenizer).tokens(Query(prompt, answer)) == expected
 

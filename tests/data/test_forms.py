@@ -121,6 +121,22 @@ def test_a_tokenizer_without_a_chat_template_gets_no_chats(tokenizer):
     assert available_forms({"chat": 1, "prompt": 0}, tokenizer) == {"paraphrase": 1}
 
 
+@pytest.mark.parametrize(
+    ("template", "left"),
+    [
+        ("{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}{{ m.content }}{% endfor %}",
+         {"chat", "later_turn"}),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", {"chat", "later_turn"}),
+        ("{{ messages[-1].content }}", {"chat"}),
+        ("{{ raise_exception('no') }}", set()),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_write_is_not_drawn(tokenizer, template, left):
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = template
+    assert set(available_forms(DEFAULT_FORMS, chatting)) == {"prompt", "paraphrase", "question", *left}
+
+
 def test_a_query_in_each_form():
     around = Surroundings(RECORDS, QUESTIONS)
     draw = random.Random(0)

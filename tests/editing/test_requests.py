@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from support.models import RECORDS, all_logits, build_model, editable
 
-from hf_mend import EditRecord
+from hf_mend import EditRecord, read_edits
 from hf_mend.data.encoding import Query
 from hf_mend.editing.requests import EditRequest, EditResult, as_requests, check_requests
 from hf_mend.editing.scoring import Answers
@@ -177,3 +179,17 @@ def test_a_probe_is_ok_where_the_target_is_said_or_the_answer_stayed(tokenizer):
     shown = str(result)
     assert "Edit id: DID NOT TAKE" in shown and "tokens that are now the argmax: 1 of 2" in shown
     assert "paraphrase BAD 'r': '[6]' -> '[9]'" in shown and "locality ok  's'" in shown
+
+
+def test_records_of_a_file_are_named_by_their_lines(llama, tokenizer, tmp_path):
+    rows = [(PROMPT, "lima"), (RECORDS[1].prompt, "oslo"), (PROMPT, "rome")]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n\n".join(json.dumps({"prompt": p, "target": t}) for p, t in rows))
+    model = editable(llama, tokenizer)
+    with pytest.raises(ValueError, match="line 1 and line 5 want two answers to one prompt.*on_conflict='last'"):
+        model.edit(list(read_edits(path)))
+    with pytest.raises(ValueError, match=r"line 3 has \d+ tokens with its target, the model takes 64"):
+        check_requests([EditRequest("river " * 80, "rome", where="line 3")], model.encoder, llama.config)
+    assert model.edits == []
+    results = model.edit(list(read_edits(path, on_conflict="last")), max_steps=1)
+    assert [result.target for result in results] == ["oslo", "rome"]

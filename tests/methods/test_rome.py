@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support.methods import inputs_of, nll, row, searching, second_moment
-from support.models import RECORDS, all_logits
+from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend.data.encoding import Query
 from hf_mend.edits.low_rank import dense
+from hf_mend.evaluation.metrics import evaluate_records
 
 
 RECORD = replace(RECORDS[0], subject="france")
@@ -80,3 +81,24 @@ def test_the_subject_is_found_in_a_chat_turn_too(tokenizer):
     assert text_of(chatting, ids[: rows.subjects[0] + 1].tolist()) == "the river of france"
     assert rows.subjects[1] == -1
     assert rows[1:].subjects.tolist() == [-1]
+
+
+def test_a_subject_that_the_prompt_does_not_have_is_named(llama, tokenizer, caplog):
+    """The edit would silently be one at the prompt's last token."""
+    model = searching(llama, tokenizer, "rome")
+    records = [replace(RECORD, subject=subject) for subject in ("france", None)]
+    model.edit(records[0], check=False)
+    model.edit(records[1], check=False)
+    assert "subject" not in caplog.text
+    wrong = [replace(RECORDS[0], subject="France"), replace(RECORDS[1], subject="itly")]
+    model.edit(wrong, check=False)
+    assert (
+        "the subject 'France' does not stand in its prompt 'the capital of france is' (and those of 1" in caplog.text
+    )
+    caplog.clear()
+    context = model.context
+    evaluate_records(context.split, context.targets, context.method, model.encoder, wrong[:1], progress=False)
+    assert "the subject 'France' does not stand in its prompt 'the capital of france is', so" in caplog.text
+    caplog.clear()
+    editable(build_model("llama"), tokenizer).edit(wrong, max_steps=1)
+    assert "subject" not in caplog.text, "the method looks at no subject"

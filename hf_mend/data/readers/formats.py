@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..records import EditRecord
+from . import own
 from .rows import Row, RowError
 
 
@@ -21,12 +22,15 @@ class Format:
         source (`str`): Who publishes it.
         marks (`tuple[str, ...]`): Fields that together tell it from the others.
         convert (`Callable[[Row, FormatOptions], list[EditRecord]]`): A row's records; most rows give one.
+        fits (`Callable[[dict], bool]`, *optional*): Whether a row with these fields is of this layout, where the
+            fields' names alone do not tell.
     """
 
     name: str
     source: str
     marks: tuple[str, ...]
     convert: Callable[[Row, FormatOptions], list[EditRecord]]
+    fits: Callable[[Mapping[str, Any]], bool] = lambda values: True
 
 
 @dataclass(frozen=True)
@@ -40,60 +44,22 @@ class FormatOptions:
         claim_template (`str`): The question that is asked of a claim, `{}` standing for it.
         verdicts (`tuple[str, str, str]`): What to say to a supported, a refuted and an unsettled claim.
         tokenizer (*optional*): The tokenizer with which a wikitext set was made, to split it at exactly `n_tokens`.
+        prompt_column, target_column (`str`, *optional*): The fields that hold prompt and target, in a table of one's
+            own; `"prompt"` and `"target"` where only the other is given.
     """
 
     zsre_target: str = "alt"
     claim_template: str = "{} True or false?"
     verdicts: tuple[str, str, str] = ("true", "false", "unknown")
     tokenizer: Any = None
+    prompt_column: str | None = None
+    target_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.zsre_target not in ("alt", "answers"):
             raise ValueError(f"zsre_target is {self.zsre_target!r}, expected 'alt' or 'answers'")
         if self.claim_template.count("{}") != 1:
             raise ValueError(f"claim_template is {self.claim_template!r}, expected text with one '{{}}' for the claim")
-
-
-def _plain(row: Row, options: FormatOptions) -> list[EditRecord]:
-    """This project's own JSON lines; see docs/data_format.md."""
-    known = [item.name for item in fields(EditRecord)]
-    unknown = sorted(set(row.values) - set(known))
-    if unknown:
-        raise RowError(f"{row.where}: unknown fields {unknown}; the fields are {known}")
-    return [
-        EditRecord(
-            prompt=row.text("prompt"),
-            target=row.text("target"),
-            paraphrases=row.texts("paraphrases"),
-            neighborhood=row.texts("neighborhood"),
-            unrelated=_pairs(row, "unrelated"),
-            relation=row.label("relation"),
-            id=row.label("id"),
-            subject=row.label("subject"),
-            ground_truth=row.label("ground_truth"),
-            portability=_pairs(row, "portability"),
-            generation=row.texts("generation"),
-            group=row.label("group"),
-            questions=row.texts("questions"),
-            same_subject=row.texts("same_subject"),
-        )
-    ]
-
-
-def _pairs(row: Row, name: str) -> list[tuple[str, str]]:
-    """Pairs of a prompt and an answer, written as two-element lists or as objects."""
-    pairs = []
-    for i, item in enumerate(row.items(name)):
-        if isinstance(item, dict):
-            inner = Row(item, f"{row.where}: {name}[{i}]")
-            pairs.append((inner.text("prompt"), inner.text("answer")))
-        elif (
-            isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(x, str) and x.strip() for x in item)
-        ):
-            pairs.append((item[0], item[1]))
-        else:
-            raise RowError(f"{row.where}: {name}[{i}] is {item!r}, expected [prompt, answer]")
-    return pairs
 
 
 def _counterfact(row: Row, options: FormatOptions) -> list[EditRecord]:
@@ -143,7 +109,9 @@ def _questions_among(*texts: str) -> list[str]:
 
 
 def _as_question(text: str) -> str:
-    return text.removeprefix("nq question: ").rstrip("? ") + "?"
+    """A question of NQ-open, which has them without a question mark."""
+    text = text.removeprefix("nq question: ").rstrip()
+    return text.rstrip("? ") + "?" if text[-1:] == "?" or text[-1:].isalnum() else text
 
 
 def _kilt(row: Row, options: FormatOptions) -> list[EditRecord]:
@@ -329,6 +297,8 @@ def _question_and_answer(row: Row, name: str) -> list[tuple[str, str]]:
 
 
 def _nq_open(row: Row, options: FormatOptions) -> list[EditRecord]:
+    if not isinstance(row.get("answer"), (list, tuple)):
+        return own.question_answer(row, options)
     return [EditRecord(prompt=_as_question(row.text("question")), target=row.first_text("answer"))]
 
 
@@ -354,14 +324,29 @@ FORMATS: Sequence[Format] = (
     Format("wikibigedit", "Thede et al. 2025, WikiBigEdit", ("update", "ans"), _wikibigedit),
     Format("knowedit", "Zhang et al. 2024, KnowEdit", ("prompt", "target_new"), _knowedit),
     Format("knowedit", "Zhang et al. 2024, KnowEdit's wiki_bio", ("text", "labels"), _knowedit),
-    Format("plain", "hf_mend, docs/data_format.md", ("prompt", "target"), _plain),
-    Format("nq_open", "Lee et al. 2019, NQ-open", ("question", "answer"), _nq_open),
+    Format("plain", "hf_mend, docs/data_format.md", ("prompt", "target"), own.plain),
+    Format(
+        "nq_open",
+        "Lee et al. 2019, NQ-open",
+        ("question", "answer"),
+        _nq_open,
+        fits=lambda values: isinstance(values["answer"], (list, tuple)),
+    ),
+    Format("question_answer", "rows of one's own", ("question", "answer"), own.question_answer),
+    Format("prompt_completion", "TRL and OpenAI, fine-tuning", ("prompt", "completion"), own.prompt_completion),
+    Format("instruction", "Taori et al. 2023, Alpaca", ("instruction", "output"), own.instruction),
+    Format("messages", "chats for fine-tuning, to be edited with chat=True", ("messages",), own.messages),
 )
+
+
+def named_columns(options: FormatOptions) -> Format:
+    """The layout of a table whose columns are named."""
+    return Format("columns", "columns named by the caller", own.chosen_columns(options), own.columns)
 
 
 def recognised(row: Row) -> Format | None:
     """The layout of a row, by its fields; `None` if it is none of them."""
     for candidate in FORMATS:
-        if all(mark in row.values for mark in candidate.marks):
+        if all(mark in row.values for mark in candidate.marks) and candidate.fits(row.values):
             return candidate
     return None

@@ -1,0 +1,168 @@
+"""The edits of a file: which rows took, and what is kept of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.display import shown
+from .common import Report, plural
+
+
+if TYPE_CHECKING:
+    from ..data.records import EditRecord
+    from ..editing.requests import EditResult
+    from ..model import EditableModel
+
+# In the folder of the saved edits: the rows that are not among them, as `--facts` takes them again.
+REST_NAME = "did_not_take.jsonl"
+
+_TOOK, _SAID, _MISSED, _REFUSED = "took", "already said", "DID NOT TAKE", "REFUSED"
+
+
+@dataclass
+class Row:
+    """A row of the file with its result, or the reason why it was not tried."""
+
+    record: EditRecord
+    result: EditResult | None = None
+    refused: str = ""
+
+    @property
+    def state(self) -> str:
+        """One of the four words of the table."""
+        if self.result is None:
+            return _REFUSED
+        if not self.result.success:
+            return _MISSED
+        return _SAID if self.result.already_known else _TOOK
+
+    @property
+    def why(self) -> str:
+        """Why the row did not take; empty where it did."""
+        result = self.result
+        if result is None:
+            return self.refused
+        if result.success:
+            return ""
+        correct = result.token_success or []
+        if not result.steps:
+            return f"says {shown(result.before, 40)}, and no step led nearer to the target"
+        return (
+            f"says {shown(result.after or '', 40)}, {sum(correct)} of {plural(len(correct), 'token')} right after "
+            f"{plural(result.steps, 'step')}"
+        )
+
+    def line(self, width: int) -> str:
+        """The row's line of the table."""
+        record, why = self.record, f"  ({self.why})" if self.why else ""
+        return (
+            f"{record.where:{width}}  {self.state:12}  {shown(record.prompt, 60)} -> {shown(record.target, 40)}{why}"
+        )
+
+
+def edit_records(model: EditableModel, records: Sequence[EditRecord], **options: Any) -> list[Row]:
+    """
+    Make the edits of all records that can be tried, in one call.
+
+    Args:
+        model ([`EditableModel`]): The model.
+        records (`Sequence[EditRecord]`): The records.
+        options: As for [`~EditableModel.edit`].
+
+    Raises:
+        ValueError: None of the records can be tried; the message is the first one's.
+    """
+    rows = [Row(record, refused=_refusal(model, record, options.get("chat", False))) for record in records]
+    tried = [row for row in rows if not row.refused]
+    if not tried:
+        raise ValueError(rows[0].refused)
+    results: Any = model.edit([row.record for row in tried], **options)
+    for row, result in zip(tried, results, strict=True):
+        row.result = result
+    return rows
+
+
+def _refusal(model: EditableModel, record: EditRecord, chat: bool) -> str:
+    from ..editing.requests import as_requests, check_requests
+
+    try:
+        check_requests(as_requests(record, None, chat, (), ()), model.encoder, model.config)
+    except ValueError as error:
+        return str(error).removeprefix(f"{record.where} ").removeprefix(f"{record.where}: ")
+    return ""
+
+
+def report_of_file(rows: Sequence[Row], notes: Sequence[str]) -> Report:
+    """
+    Report each row and whether it took; probes are only counted, since neighbours may change without an error.
+
+    Args:
+        rows (`Sequence[Row]`): The rows.
+        notes (`Sequence[str]`): What the file's reader has to say.
+    """
+    width = max(len(str(row.record.where)) for row in rows)
+    lines = [row.line(width) for row in rows]
+    counts = {state: sum(row.state == state for row in rows) for state in (_TOOK, _SAID, _MISSED, _REFUSED)}
+    document: dict[str, Any] = {
+        "edits": len(rows),
+        "took": counts[_TOOK],
+        "already_said": counts[_SAID],
+        "did_not_take": counts[_MISSED],
+        "refused": counts[_REFUSED],
+        "notes": list(notes),
+    }
+    results = [row.result for row in rows if row.result is not None]
+    for name, title in (("paraphrases", "paraphrases that say the target"), ("locality", "neighbours that stay")):
+        probes = [probe for result in results for probe in getattr(result, name)]
+        if probes:
+            document[name] = sum(probe.ok for probe in probes) / len(probes)
+            lines.append(f"{title}: {document[name]:.3f} of {len(probes)}")
+    document["results"] = [_as_values(row) for row in rows]
+    others = {"already said": _SAID, "did not take": _MISSED, "refused": _REFUSED}
+    ends = [f"{counts[state]} {name}" for name, state in others.items() if counts[state]]
+    summary = ", ".join([f"{counts[_TOOK]} of {plural(len(rows), 'edit')} took", *ends])
+    return Report(document, "\n".join([*lines, *notes, summary]), not counts[_MISSED] + counts[_REFUSED])
+
+
+def _as_values(row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {"where": row.record.where, "state": row.state.lower(), "why": row.why or None}
+    if row.result is None:
+        return values | {"prompt": row.record.prompt, "target": row.record.target}
+    result = row.result
+    return values | {**asdict(result), "success": result.success, "already_known": result.already_known}
+
+
+def save_what_took(model: EditableModel, rows: Sequence[Row], folder: Path) -> str:
+    """
+    Save the model's edits but those that did not take, which are taken back, and write the rest's rows beside them.
+
+    Args:
+        model ([`EditableModel`]): The model with the rows' edits.
+        rows (`Sequence[Row]`): The rows.
+        folder (`Path`): The folder.
+
+    Returns:
+        `str`: What was saved, for the report.
+    """
+    from ..data.readers import write_edits
+
+    for row in rows:
+        if row.state == _MISSED and row.result is not None and row.result.id is not None:
+            model.undo(row.result.id)
+    model.save_edits(folder)
+    rest = [row for row in rows if row.state in (_MISSED, _REFUSED)]
+    text = f"{sum(row.state == _TOOK for row in rows)} of {plural(len(rows), 'edit')} saved in {folder}"
+    made = {row.result.id for row in rows if row.result is not None}
+    earlier = sum(edit.id not in made and not edit.is_base_delta for edit in model.edits)
+    if earlier:
+        text += f", beside {earlier} made earlier"
+    if rest:
+        notes = [{**row.record.metadata, "where": row.record.where, "why": row.why} for row in rest]
+        kept = (replace(row.record, metadata=note) for row, note in zip(rest, notes, strict=True))
+        write_edits(folder / REST_NAME, kept)
+        return f"{text}; the {len(rest)} that did not take are in {folder / REST_NAME}"
+    (folder / REST_NAME).unlink(missing_ok=True)
+    return text
