@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 
@@ -23,26 +27,31 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         path (`str` or `Path`): The folder to replace; it need not exist.
     """
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent)
     recover_folder(path)
     fixed = path.is_dir() and _is_fixed(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path if fixed else path.parent))
+    within, prefix = path if fixed else path.parent, f".{path.name}.new-"
+    _clean_up(within, prefix)
+    work = Path(tempfile.mkdtemp(prefix=f"{prefix}{_writer()}-", dir=within))
     try:
         if path.is_dir():
             _copy_into(work, path, with_folders=not fixed)
         earlier = {entry.name for entry in work.iterdir()}
-        os.chmod(work, 0o755)
+        os.chmod(work, _mode(path, 0o755))
         yield work
         for file in work.iterdir():
             if file.is_file():
                 _flush(file)
+        flush_folder(work)
         if fixed:
             _move_files(work, path, earlier)
+            flush_folder(path)
             return
         previous = _previous(path)
         if path.is_dir():
             os.rename(path, previous)
         os.rename(work, path)
+        flush_folder(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -100,17 +109,89 @@ def recover_folder(path: str | Path) -> None:
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
-    """Yield a new file that takes a file's place when the context ends without an error."""
+    """
+    Yield a new file that takes a file's place when the context ends without an error. The permissions stay; a new
+    file can be read by all.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    prefix = f".{path.name}.new-"
+    _clean_up(path.parent, prefix)
+    handle, name = tempfile.mkstemp(prefix=f"{prefix}{_writer()}-", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)
+        os.chmod(name, _mode(path, 0o644))
         _flush(Path(name))
         os.replace(name, path)
+        flush_folder(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def made_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing, so that a power failure does not take them back."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, where the system lets folders be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _mode(path: Path, default: int) -> int:
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else default
+
+
+def _writer() -> str:
+    """Return the name of this process for the files that it is writing: its machine's, and its id."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+@cache
+def _machine() -> str:
+    names = [os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")]
+    with suppress(OSError):  # tells containers and restarts apart, where it is there
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with suppress(OSError):
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+
+
+def _clean_up(folder: Path, prefix: str) -> None:
+    """Delete what processes of this machine that are no more have left behind in writing."""
+    for entry in folder.glob(f"{glob.escape(prefix)}{_machine()}-*"):
+        process = entry.name.removeprefix(prefix).split("-")[1]
+        if process.isdigit() and not _is_alive(int(process)):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where os.kill ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _previous(path: Path) -> Path:
