@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +21,7 @@ from .low_rank import Update
 _METADATA = b'{"__metadata__":{"edit":'
 _LARGE = 1 << 16  # too large for the cache of headers
 _DECODER = json.JSONDecoder()
+_Layout = tuple[list[tuple[str, torch.dtype, int, int, list[int]]], int]
 
 
 def packed(edit: Edit) -> bytes:
@@ -42,12 +46,12 @@ def unpacked(payload: memoryview, where: str) -> Edit:
         ValueError: It is no edit, or a value is not finite.
     """
     end = 8 + header_size(bytes(payload[:8]), len(payload), where)
-    metadata, header = _read_header(bytes(payload[8:end]), where)
+    metadata, layout = _read_header(bytes(payload[8:end]), where)
     described = read_json_object(metadata.get("edit", "null"), where)
     if not is_description(described):
         raise ValueError(f"{where}: {shortened(described)} does not describe an edit; restore the file from a copy")
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in _views(payload[end:], header, where).items():
+    for name, tensor in _views(payload[end:], layout, where).items():
         layer, _, side = name.rpartition(".")
         if side not in ("u", "v") or tensor.dim() != 2:
             raise ValueError(
@@ -62,44 +66,59 @@ def unpacked(payload: memoryview, where: str) -> Edit:
     return Edit.from_description(described, updates)
 
 
-def _read_header(text: bytes, where: str) -> tuple[dict[str, str], dict[str, Any]]:
+def _read_header(text: bytes, where: str) -> tuple[dict[str, str], _Layout]:
     """Read and check a header. Those of one editor's edits differ in their metadata alone, which come first."""
     if text.startswith(_METADATA) and len(text) < _LARGE:
         try:
             decoded = text.decode()
             described, end = _DECODER.raw_decode(decoded, len(_METADATA))
             if isinstance(described, str):
-                return {"edit": described}, _entries(decoded[end:])
+                return {"edit": described}, _known_layout(decoded[end:])
         except ValueError:
             pass  # the error is that of the whole header
     metadata, header = read_header(text, where)
     check_entries(header, where)
-    return metadata, header
+    return metadata, _layout(header, where)
 
 
 @lru_cache(maxsize=1024)
-def _entries(rest: str) -> dict[str, Any]:
-    """Read and check a header's entries, of which only the metadata's value is missing."""
+def _known_layout(rest: str) -> _Layout:
+    """Read and check a header of which only the metadata's value is missing."""
     header = read_header(_METADATA + b'""' + rest.encode(), "")[1]
     check_entries(header, "")
-    return header
+    return _layout(header, "")
 
 
-def _views(body: memoryview, header: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors header as views of its body, which safetensors itself would copy."""
-    tensors, end = {}, 0
+def _layout(header: dict[str, Any], where: str) -> _Layout:
+    """Return name, dtype, first byte, size in values and shape of each tensor, and the bytes that all take."""
+    tensors, end = [], 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            if first != end or last > len(body):
-                raise ValueError(f"{name} does not begin where the tensor before it ends, or ends outside")
-            values, dtype, end = body[first:last], DTYPES[entry["dtype"]], last
-            flat = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.reshape(entry["shape"])
-        if end != len(body):
-            raise ValueError(f"its tensors take {end} bytes of {len(body)}")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+            if first != end or last - first != count * dtype.itemsize:
+                raise ValueError(f"{name} does not begin where the tensor before it ends, or has not its size")
+            tensors.append((name, dtype, first, count, entry["shape"]))
+            end = last
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is not a whole safetensors file ({error}); restore the file from a copy") from error
+    return tensors, end
+
+
+def _views(body: memoryview, layout: _Layout, where: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file as views of its body, which safetensors itself would copy."""
+    entries, size = layout
+    if size != len(body):
+        raise ValueError(
+            f"{where} is not a whole safetensors file (its tensors take {size} bytes of {len(body)}); restore the "
+            "file from a copy"
+        )
+    tensors = {
+        name: (
+            torch.frombuffer(body, dtype=dtype, count=count, offset=first) if count else torch.empty(0, dtype=dtype)
+        ).view(shape)
+        for name, dtype, first, count, shape in entries
+    }
     _check_finite(body, tensors, where)
     return tensors
 
@@ -115,3 +134,15 @@ def _check_finite(body: memoryview, tensors: dict[str, torch.Tensor], where: str
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(map(math.isfinite, map(float, tensor.aminmax())))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make many objects that all stay without a search for those that do not, which takes longer with each of them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -3,7 +3,8 @@ A store of edits on disk: one file that only grows, for edits that are to stay f
 
 Each edit is a record that holds its text, time, editor and state, and its factors as safetensors; disabling, enabling
 and undoing are small records after it. That a second edit of a prompt supersedes the first follows from their order
-(see [`~hf_mend.edits.edit.active_edits`]). [`~hf_mend.edits.log`] frames the records.
+(see [`~hf_mend.edits.edit.active_edits`]). [`~hf_mend.edits.log`] frames the records, and
+[`~hf_mend.edits.packing`] writes the edits in them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..hub.files import read_json_object, shortened
 from .collection import Edits, check_apart, check_known, with_enabled
 from .edit import Edit
 from .log import COMMIT_SIZE, EDIT, FORMAT, MAGIC, NOTE, VERSION, Framer, Place, Record, framed, read_head, scan
-from .packing import packed, unpacked
+from .packing import packed, uncollected, unpacked
 from .store_lock import locked_file, moved
 
 
@@ -220,9 +221,10 @@ class EditStore:
             if records:
                 known = known.copy()
                 buffer, base = _buffer(file, known.place.end, place.end)
-                for record in records:
-                    first = record.start - base
-                    known.take(record, buffer[first : first + record.length])
+                with uncollected():
+                    for record in records:
+                        first = record.start - base
+                        known.take(record, buffer[first : first + record.length])
             self._seen = replace(known, place=place)
 
     def _opened(self) -> BinaryIO:

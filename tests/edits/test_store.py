@@ -284,9 +284,16 @@ def test_a_large_store_is_mapped(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_thousand_edits(tmp_path):
+def test_fifty_thousand_edits(tmp_path):
     path = tmp_path / "store"
-    edits = [small_edit(f"e{i}", i) for i in range(10_000)]
+    edits = [small_edit(f"e{i}", i) for i in range(50_000)]
     EditStore(path).append(edits)
-    found = EditStore(path).edits
-    assert len(active_edits(found)) == 10_000 and bits(found[::997]) == bits(edits[::997])
+    begin = time.process_time()
+    store = EditStore(path)
+    opened, begin = time.process_time() - begin, time.process_time()
+    for i in range(20):
+        store.append([small_edit(f"new{i}", i)])
+    appended = (time.process_time() - begin) / 20
+    found = store.edits
+    assert len(active_edits(found)) == 50_020 and bits(found[:50_000:997]) == bits(edits[::997])
+    assert opened < 5 and appended < 0.02, (opened, appended)
