@@ -21,7 +21,7 @@ from ..bases.targets import Target
 from ..bases.weights import named_like_fused_experts, stores_transposed
 from ..hub.atomic import replaced_folder
 from ..hub.files import read_json, read_json_file, read_tensors, shortened, write_tensors
-from .edit import Edit, is_description
+from .edit import Edit, active_edits, is_description
 from .low_rank import Update
 
 
@@ -282,4 +282,13 @@ def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], sou
             edit.updates[name] = (u[rows].clone(), v[rows].clone())
             starts[name] += rank
         edits.append(edit)
+    # PEFT adds up all rows, so rows that no acting edit has would make the adapter two.
+    hidden = [name for name, (_, v) in updates.items() if v[starts[name] :].any()]
+    acting = {id(edit) for edit in active_edits(edits)}
+    waiting = [edit.id for edit in edits if id(edit) not in acting]
+    if edits and (hidden or waiting):
+        what = f"leave out rows of {shortened(hidden[:3])}" if hidden else f"disable {shortened(waiting[:3])}"
+        raise ValueError(
+            f"{source}: its header's edits {what}, which act in PEFT; the header was altered, save it again"
+        )
     return edits

@@ -21,7 +21,8 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
     A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
     two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
-    kept. In a folder that cannot be renamed (a mounted volume, the working directory) the files are replaced singly.
+    kept, and links that lead out of the folder stay links: what they lead to is neither read nor written. In a folder
+    that cannot be renamed (a mounted volume, the working directory) the files are replaced singly.
 
     Args:
         path (`str` or `Path`): The folder to replace; it need not exist.
@@ -36,12 +37,16 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     try:
         if path.is_dir():
             _copy_into(work, path, with_folders=not fixed)
-        earlier = {entry.name for entry in work.iterdir()}
+        earlier, links = {entry.name for entry in work.iterdir()}, _links_out(path)
         os.chmod(work, _mode(path, 0o755))
         yield work
         for file in work.iterdir():
             if file.is_file():
                 _flush(file)
+        if not fixed:
+            for name, target in links.items():
+                if not os.path.lexists(work / name):
+                    os.symlink(target, work / name)
         flush_folder(work)
         if fixed:
             _move_files(work, path, earlier)
@@ -67,9 +72,12 @@ def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
     """
     Copy a folder's own files, and link the files in its folders, which may be large or open and are not written here.
 
-    A link among its own files becomes the file that it leads to, so that nothing is written through the link.
+    A link among its own files to another becomes that file, so that nothing is written through the link.
     """
+    out = _links_out(folder)
     for entry in folder.iterdir():
+        if entry.name in out:
+            continue
         if entry.is_file():
             shutil.copy2(entry, work / entry.name)
         elif with_folders and entry.is_dir() and entry != work:
@@ -77,6 +85,19 @@ def _copy_into(work: Path, folder: Path, with_folders: bool) -> None:
                 os.symlink(os.readlink(entry), work / entry.name)
             else:
                 shutil.copytree(entry, work / entry.name, symlinks=True, copy_function=link_or_copy)
+
+
+def _links_out(folder: Path) -> dict[str, str]:
+    """Return the links among a folder's own files that lead out of it, and where to."""
+    links = [entry for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
+    return {link.name: os.readlink(link) for link in links if not link.is_dir() and not stays_within(link, folder)}
+
+
+def stays_within(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder is not a link out of it, or one as the Hub's cache makes them."""
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(place in target.parents for place in [folder, *blobs])
 
 
 def _move_files(work: Path, path: Path, earlier: set[str]) -> None:
