@@ -34,7 +34,6 @@ setup(
         "pyyaml>=5.1",
         "tqdm>=4.60",
         # Regular expressions from elsewhere, with a time limit; transformers needs it too.
-        "regex>=2025.10.22",
         "typer>=0.15",
     ],
     entry_points={"console_scripts": ["hf-mend = hf_mend.cli:main"]},

@@ -18,7 +18,7 @@ from transformers import (
 from .config import CONFIG_NAME, EditorConfig
 from .demo.smollm2 import SMOLLM2_ID, is_packaged, load_smollm2
 from .edits.edits_file import read_edits_file
-from .hub.files import EDITS_NAME
+from .hub.files import EDITS_NAME, shortened
 from .hub.transfer import check_is_repository, commit_of, find_files
 from .model import EditableModel
 
@@ -52,13 +52,15 @@ class AutoEditableModel:
             subfolder (`str`, *optional*): The editor's folder inside its repository.
             token, cache_dir, local_files_only: For both downloads, as in `hf_hub_download`.
             base_kwargs: For the base model: `device_map`, `dtype`, `quantization_config`, `offload_folder`,
-                `attn_implementation`, `trust_remote_code` (off by default), and other arguments of its
+                `attn_implementation`, `trust_remote_code` (off by default), `use_safetensors` (on by default where the
+                editor names the base: pickled weights are not loaded for a stranger), and other arguments of its
                 `from_pretrained`.
 
         Raises:
             FileNotFoundError: The editor does not exist.
             ValueError: The configuration names no base model or is damaged, comes from the Hub and names a path as the
-                base, or the editor does not fit the base.
+                base, or the editor does not fit the base; or the base asks for kernels from the Hub.
+            OSError: The base that the editor names does not exist, or has no safetensors.
 
         Example:
 
@@ -75,8 +77,11 @@ class AutoEditableModel:
             raise ValueError(
                 f"{editor_name_or_path} does not say which base model it was made for; pass base_model_name_or_path"
             )
-        if base_model_name_or_path is None and commit is not None:
-            check_is_repository(str(place), f"the base model of {editor_name_or_path}")
+        if base_model_name_or_path is None:
+            base_kwargs.setdefault("use_safetensors", True)
+            if commit is not None:
+                check_is_repository(str(place), f"the base model of {editor_name_or_path}")
+                _check_not_here(str(place), str(editor_name_or_path))
         base_revision = None if base_model_name_or_path else config.revision
         shared = {name: value for name, value in hub.items() if value}
         if base_revision:
@@ -84,6 +89,9 @@ class AutoEditableModel:
         auto: Any = AutoModelForSeq2SeqLM if config.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
         # Set explicitly, or transformers would prompt the user, and the name of the base comes from a file.
         base_kwargs.setdefault("trust_remote_code", False)
+        if base_model_name_or_path is None:
+            trust = base_kwargs["trust_remote_code"]
+            _check_kernels(AutoConfig.from_pretrained(place, **shared, trust_remote_code=trust), str(place))
         base_model = auto.from_pretrained(place, **shared, **base_kwargs)
         if tokenizer is None:
             trust = base_kwargs["trust_remote_code"]
@@ -91,6 +99,35 @@ class AutoEditableModel:
         return EditableModel.from_pretrained(
             base_model, editor_name_or_path, tokenizer, subfolder=subfolder, revision=commit or revision, **hub
         )
+
+
+def _check_not_here(name: str, editor: str) -> None:
+    """
+    Raises:
+        ValueError: transformers would take a folder of the working directory for the repository of that name.
+    """
+    if Path(name).exists():
+        raise ValueError(
+            f"{editor} comes from the Hub and names {name} there as its base model, and a path of the same name "
+            "here would be loaded instead; pass base_model_name_or_path to choose one, or work in another folder"
+        )
+
+
+def _check_kernels(config: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: A base model's configuration names code of a repository by which its attention or experts are to
+            be computed.
+    """
+    parts = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
+    for part in parts:
+        for field in ("_attn_implementation", "_experts_implementation"):
+            chosen = getattr(part, field, None)
+            if isinstance(chosen, str) and not chosen.replace("_", "").isalnum():
+                raise ValueError(
+                    f"the base model {name} asks for the kernel {shortened(chosen)} from the Hub, which is code; pass "
+                    "base_model_name_or_path if you trust it"
+                )
 
 
 def load_model(

@@ -263,10 +263,10 @@ class EditorConfig(metaclass=_ConfigType):
         Args:
             save_directory (`str` or `Path`): The folder, which is made if it does not exist.
         """
-        from .hub.atomic import replaced_file
+        from .hub.atomic import made_folder, replaced_file
 
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         with replaced_file(folder / CONFIG_NAME) as work:
             work.write_text(self.to_json(), encoding="utf-8")
 

@@ -37,7 +37,7 @@ from .hub.cards import CardNotes, write_card
 from .hub.files import WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
-from .methods import EditMethod, get_method, state_shapes, training_free_config
+from .methods import EditMethod, check_cost, get_method, state_shapes, training_free_config
 from .scope.files import SCOPE_NAME, read_scope, write_scope
 from .scope.network import ScopeNetwork
 
@@ -126,7 +126,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
 
         Raises:
             FileNotFoundError: The folder or repository has no editor.
-            ValueError: A file is damaged, or does not fit the base model, which stays unchanged.
+            ValueError: A file is damaged, does not fit the base model or asks for a search that is out of all
+                proportion to it; the model stays unchanged.
         """
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
@@ -137,6 +138,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             scope = read_scope(files[SCOPE_NAME], hidden_width(base_model))
         targets = find_targets(base_model, config)
         check_base(config, base_model, targets, source=str(editor_name_or_path))
+        check_cost(config, [target.shape for target in targets], str(editor_name_or_path))
         # The weights are checked before an editor of the size that the configuration states is built.
         expected = state_shapes(config, {target.name: target.shape for target in targets})
         tensors, _ = read_weights(files[WEIGHTS_NAME], expected)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 from torch import nn
 
 from ..config import EditorConfig
 from ..hub.files import shortened
+from .patterns import expression
 from .weights import is_editable, layer_widths
 
 
@@ -20,7 +19,6 @@ from .weights import is_editable, layer_widths
 # architectures of docs/architectures.md; names here are components of a module's name relative to its block.
 _ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
-_MATCHING_SECONDS = 2.0
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -203,35 +201,6 @@ def _matching(
                         f"not a linear layer; choose among {mlp_layers(block)}"
                     )
                 yield _target(block_list, index, relative)
-
-
-def expression(pattern: str, field: str = "target_modules") -> Callable[[str], bool]:
-    """
-    Return a function that tells whether a name matches a regular expression, with a time limit for all names together:
-    the expression may come from a configuration on the Hub, and re takes years for some, such as `(a+)+`. The syntax
-    is that of re, as in PEFT; regex does the matching, which is fast on most of those and has a time limit for the
-    rest.
-    """
-    try:
-        re.compile(pattern)
-        compiled = regex.compile(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{field}={shortened(pattern)} is not a regular expression ({error}); names in full or in part go "
-            "in a list"
-        ) from error
-    deadline = time.monotonic() + _MATCHING_SECONDS
-
-    def matches(name: str) -> bool:
-        try:
-            return compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 0.001)) is not None
-        except TimeoutError as error:
-            raise ValueError(
-                f"{field}={shortened(pattern)} takes longer than {_MATCHING_SECONDS} seconds to match; list "
-                "the layers' names instead"
-            ) from error
-
-    return matches
 
 
 def _listed(names: Sequence[str]) -> Callable[[str], bool]:

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..data.deprecation import renamed_in
+from ..hub.text import printable
 
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class ReportingCommand(TyperCommand):
         if ctx.params.get("as_json", False):
             typer.echo(json.dumps(report.document, indent=2, ensure_ascii=False))
         elif report.text:
-            typer.echo(report.text)
+            typer.echo(printable(report.text))
         if not report.ok:
             raise typer.Exit(FAILED)
         return report
@@ -173,7 +174,7 @@ class Commands(TyperGroup):
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
-            typer.echo(f"hf-mend: {one_line(error)}", err=True)
+            typer.echo(f"hf-mend: {printable(one_line(error))}", err=True)
             raise typer.Exit(USER_ERROR) from None
 
 

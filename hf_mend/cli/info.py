@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..hub.text import on_one_line
 from .common import AsJson, Report, Revision, plural
 
 
@@ -64,10 +65,11 @@ def _editor(contents: Contents) -> tuple[dict[str, object], list[str]]:
     }
     lines = [
         f"  method: {config.method}, {parameters:,} parameters",
-        f"  base model: {config.base_model_name_or_path or 'not named'} ({fingerprint.get('architecture')}, "
+        f"  base model: {on_one_line(config.base_model_name_or_path or 'not named')} "
+        f"({on_one_line(fingerprint.get('architecture'))}, "
         f"{config.task_type})",
         f"  edits {plural(len(layers), 'layer')}:",
-        *(f"    {layer}  {' x '.join(map(str, shape))}" for layer, shape in layers.items()),
+        *(f"    {on_one_line(layer)}  {' x '.join(map(str, shape))}" for layer, shape in layers.items()),
     ]
     return document, lines
 
@@ -90,11 +92,13 @@ def _method(name: str) -> Report:
 
 def _edits(contents: Contents) -> tuple[dict[str, object], list[str]]:
     edits = [{**edit.describe(), "rank": edit.rank, "layers": sorted(edit.updates)} for edit in contents.edits]
-    return {"edits": edits}, [f"  {edit.id}  {edit.prompt!r} -> {edit.target!r}" for edit in contents.edits]
+    lines = [f"  {on_one_line(edit.id)}  {edit.prompt!r} -> {edit.target!r}" for edit in contents.edits]
+    return {"edits": edits}, lines
 
 
 def _adapter(contents: Contents) -> tuple[dict[str, object], list[str]]:
     adapter = contents.adapter or {}
     base, rank, layers = (adapter.get(name) for name in ("base_model_name_or_path", "r", "target_modules"))
-    lines = [f"  base model: {base or 'not named'}", f"  rank {rank} in {layers}"]
+    base_line = f"  base model: {on_one_line(base or 'not named')}"
+    lines = [base_line, f"  rank {on_one_line(rank)} in {on_one_line(layers)}"]
     return {"base_model": base, "rank": rank, "layers": layers}, lines

@@ -28,6 +28,7 @@ def push(
     """
     import shutil
 
+    from ..hub.atomic import stays_within
     from ..hub.cards import CARD_NAME, update_card, use_section
     from ..hub.transfer import push_written
     from .contents import read_contents
@@ -37,6 +38,11 @@ def push(
     def write(work: Path) -> None:
         work.mkdir()
         for name in contents.files:
+            if not stays_within(folder / name, folder):
+                raise ValueError(
+                    f"{folder / name} is a link out of the folder, to {(folder / name).resolve()}, and would publish "
+                    "that file; put the file itself there"
+                )
             shutil.copyfile(folder / name, work / name)
         if contents.kind == "editor" and CARD_NAME in contents.files:
             update_card(work, {"use": use_section(repo_id)})

@@ -98,9 +98,9 @@ class TrainingOptions(Options):
 
     def checkpoint(self, folder: Path) -> str | None:
         """Return the checkpoint in the folder to resume from, or `None`."""
-        from transformers.trainer_utils import get_last_checkpoint
+        from ..training.soundness import last_whole_checkpoint
 
-        last: str | None = get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
+        last = last_whole_checkpoint(folder) if self.resume else None
         if self.resume and last is None:
             raise FileNotFoundError(f"--resume: {folder} holds no checkpoint; leave --resume out to begin anew")
         return last

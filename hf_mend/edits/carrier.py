@@ -21,6 +21,7 @@ from .edit import Edit, active_edits, check_required, each_base_delta_once, stac
 from .edits_file import read_edits_file, write_edits_file
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
 from .low_rank import truncated
+from .packing import uncollected
 from .store import EditStore
 
 
@@ -162,13 +163,15 @@ class CarriesEdits:
         self._check_usable()
         if self._store is not None:
             raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
-        store = EditStore(path, fingerprint_of(self.base_model, self.targets))
-        edits, before = list(store.edits), self._active.edits
-        check_same_base(self.base_model, store.base_fingerprint, str(path))
-        self._active.check_fit(edits, path)
-        every = each_base_delta_once([*edits, *before])
-        store.follow(edits, every)
-        self._active.replace(every)
+        fingerprint, base_model = fingerprint_of(self.base_model, self.targets), self.base_model
+        with uncollected():
+            store = EditStore(path, fingerprint, lambda theirs: check_same_base(base_model, theirs, str(path)))
+            edits, before = list(store.edits), self._active.edits
+            check_same_base(base_model, store.base_fingerprint, str(path))
+            self._active.check_fit(edits, path)
+            every = each_base_delta_once([*edits, *before])
+            store.follow(edits, every)
+            self._active.replace(every)
         self._store = store
         return edits
 

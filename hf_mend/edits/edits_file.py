@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub.atomic import made_folder
 from ..hub.files import EDITS_NAME, read_json, read_json_object, read_tensors, shortened, write_tensors
 from .edit import Edit, is_description
 from .low_rank import Update
@@ -34,7 +35,7 @@ def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint
         for side, factor in zip("uv", pair, strict=True)
     }
     described = json.dumps([edit.describe() for edit in edits])
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    made_folder(Path(folder))
     metadata = {"edits": described, "base_fingerprint": json.dumps(base_fingerprint)}
     write_tensors(Path(folder) / EDITS_NAME, tensors, metadata)
 

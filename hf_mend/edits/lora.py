@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +17,12 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
-from ..bases.targets import Target, expression
+from ..bases.patterns import MATCHING_SECONDS, expression, is_literal
+from ..bases.targets import Target
 from ..bases.weights import named_like_fused_experts, stores_transposed
 from ..hub.atomic import replaced_folder
 from ..hub.files import read_json, read_json_file, read_tensors, shortened, write_tensors
-from .edit import Edit, is_description
+from .edit import Edit, active_edits, is_description
 from .low_rank import Update
 
 
@@ -28,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_LONGEST_PATTERNS = 1_000_000  # characters
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 _SIDES = {"A": (".lora_A.", ".lora_B."), "B": (".lora_B.", ".lora_A.")}
 _MORE_THAN_LORA = {
@@ -222,20 +225,44 @@ def _scales(config: Mapping[str, Any], source: str | Path) -> Callable[[str], tu
         numbers += pattern.values()
     if not all(type(number) in (int, float) and 0 < number < 1e6 for number in numbers):
         raise ValueError(f"{source} has ranks and alphas {shortened(numbers)}, expected positive numbers")
-    # PEFT's rule: the first key that the end of a layer's name matches.
-    rules = [
-        [(expression(rf"(?:.*\.)?(?:{key})", "a pattern of the adapter"), value) for key, value in pattern.items()]
-        for pattern in (ranks, alphas)
-    ]
+    rank_of, alpha_of = (
+        _first_match(pattern, config[default], source) for pattern, default in ((ranks, "r"), (alphas, "lora_alpha"))
+    )
 
     def scale_of(layer: str) -> tuple[int, float]:
-        rank, alpha = (
-            next((value for matches, value in of if matches(layer)), config[default])
-            for of, default in zip(rules, ("r", "lora_alpha"), strict=True)
-        )
+        rank, alpha = rank_of(layer), alpha_of(layer)
         return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scale_of
+
+
+def _first_match(pattern: Mapping[str, Any], default: Any, source: str | Path) -> Callable[[str], Any]:
+    """
+    Return a function from a layer's name to the value that PEFT takes for it: that of the first key that the end of
+    the name matches.
+    """
+    if sum(map(len, pattern)) > _LONGEST_PATTERNS:
+        raise ValueError(f"{source} has patterns of more than {_LONGEST_PATTERNS} characters; load it with PEFT")
+    names: dict[str, tuple[int, Any]] = {}
+    others: list[tuple[int, Callable[[str], bool], Any]] = []
+    until = time.monotonic() + 5 * MATCHING_SECONDS  # for all of them
+    for index, (key, value) in enumerate(pattern.items()):
+        name = is_literal(key)
+        if name is not None:
+            names.setdefault(name, (index, value))
+        else:
+            others.append((index, expression(rf"(?:.*\.)?(?:{key})", "a pattern of the adapter", until), value))
+
+    def value_of(layer: str) -> Any:
+        parts = layer.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        index, value = min(
+            (names[end] for end in ends if end in names), key=lambda one: one[0], default=(None, default)
+        )
+        earlier = (other for place, matches, other in others if (index is None or place < index) and matches(layer))
+        return next(earlier, value)
+
+    return value_of
 
 
 def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], source: str | Path) -> list[Edit]:
@@ -259,4 +286,13 @@ def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], sou
             edit.updates[name] = (u[rows].clone(), v[rows].clone())
             starts[name] += rank
         edits.append(edit)
+    # PEFT adds up all rows, so rows that no acting edit has would make the adapter two.
+    hidden = [name for name, (_, v) in updates.items() if v[starts[name] :].any()]
+    acting = {id(edit) for edit in active_edits(edits)}
+    waiting = [edit.id for edit in edits if id(edit) not in acting]
+    if edits and (hidden or waiting):
+        what = f"leave out rows of {shortened(hidden[:3])}" if hidden else f"disable {shortened(waiting[:3])}"
+        raise ValueError(
+            f"{source}: its header's edits {what}, which act in PEFT; the header was altered, save it again"
+        )
     return edits

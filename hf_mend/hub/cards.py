@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from .plots import CURVE_NAME, METRICS_NAME, SHARES, can_draw, draw_metrics, draw_training
+from .text import on_one_line
 
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def write_card(
         set_metadata(path, metadata)
     settings = {name: value for name, value in sorted(config.to_dict().items()) if name not in _NOT_SETTINGS}
     sections = {
-        "layers": "\n".join(f"- `{name}`" for name in layers),
-        "settings": table(("option", "value"), [(f"`{n}`", f"`{v}`") for n, v in settings.items()]),
+        "layers": "\n".join(f"- {code(name)}" for name in layers),
+        "settings": table(("option", "value"), [(code(name), code(value)) for name, value in settings.items()]),
     }
     if notes.training:
         sections["training"] = table(("setting", "value"), list(notes.training.items()))
@@ -251,7 +252,7 @@ def _new_card(config: EditorConfig, metadata: Mapping[str, Any]) -> str:
     template = resources.files("hf_mend").joinpath("templates/editor_card.md").read_text(encoding="utf-8")
     return Template(template).substitute(
         metadata=ModelCardData(**fields).to_yaml(line_break="\n"),
-        base_model=base or "the base model",
+        base_model="the base model" if base is None else code(base),
         method=config.method,
         not_measured=_NOT_MEASURED,
         use=use_section("this-folder"),
@@ -274,6 +275,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table of cells that are Markdown already."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def code(value: Any) -> str:
+    """Return a value as code in Markdown, on one line and in no table's way: it may come from a stranger's file."""
+    text = on_one_line(value, 2000).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`" if text else "` `"
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

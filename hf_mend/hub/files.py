@@ -284,6 +284,8 @@ def read_json(text: str, source: str | Path) -> Any:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
     except (ValueError, RecursionError) as error:  # a number with thousands of digits is a ValueError too
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
+    if "\\ud" in text.lower() and _has_lone_surrogate(values):
+        raise ValueError(f"{source} holds half of a character, a lone surrogate; download or save it again")
     if _is_deeper(values, _DEEPEST):
         raise ValueError(f"{source} is nested more than {_DEEPEST} levels deep; download or save it again")
     return values
@@ -292,6 +294,14 @@ def read_json(text: str, source: str | Path) -> Any:
 def _is_deeper(value: Any, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner if isinstance(item, (dict, list)))
+
+
+def _has_lone_surrogate(values: Any) -> bool:
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A new method is a class with its configuration, registered by [`register_method`
 this package are imported here, which registers them.
 """
 
-from .base import EditMethod, get_method, register_method, state_shapes
+from .base import EditMethod, check_cost, get_method, register_method, state_shapes
 from .enn import EditableNetwork, EditableNetworkConfig
 from .fine_tuning import (
     BoundedFineTuning,
@@ -63,6 +63,7 @@ __all__ = [
     "WhitenedGradientConfig",
     "get_method",
     "register_method",
+    "check_cost",
     "state_shapes",
     "training_free_config",
 ]

@@ -141,6 +141,7 @@ class EditMethod(nn.Module):
         """Make all further edits `factor` times as strong."""
 
 
+_MOST_PASSES = 2_000  # of a saved configuration in one edit
 _METHODS: dict[str, type[EditMethod]] = {}
 _Method = TypeVar("_Method", bound=type[EditMethod])
 
@@ -223,6 +224,34 @@ def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) ->
     with torch.device("meta"):
         method = get_method(config.method)(config, shapes)
     return {name: tuple(value.shape) for name, value in method.state_dict().items()}
+
+
+def check_cost(config: EditorConfig, shapes: Sequence[tuple[int, int]], source: str) -> None:
+    """
+    Check that a saved configuration asks for no more memory and time in an edit than its base model warrants. What
+    the editor's own networks take is bounded by the size of their file.
+
+    Args:
+        config ([`EditorConfig`]): The configuration.
+        shapes (`Sequence[tuple[int, int]]`): `(d_out, d_in)` of each edited layer.
+        source (`str`): Where it came from, for the message.
+
+    Raises:
+        ValueError: Its rank is above that of the largest edited weight, or its search has too many passes.
+    """
+    rank, widest = getattr(config, "rank", 0), max((min(shape) for shape in shapes), default=0)
+    method = get_method(config.method)
+    if not method.trains and rank > widest:
+        raise ValueError(
+            f"{source} makes edits of rank {rank}, and no weight that it edits has more than {widest}; the file was "
+            f"altered, or is for another base model. EditorConfig(rank={widest}) is the most that has an effect"
+        )
+    passes = getattr(config, "num_steps", 1) * (1 + getattr(config, "kl_texts", 0))
+    if passes > _MOST_PASSES:
+        raise ValueError(
+            f"{source} asks for up to {passes} passes an edit (num_steps, times one and kl_texts), and a saved editor "
+            f"may ask for {_MOST_PASSES}; pass EditorConfig(num_steps=...) to EditableModel if you want so many"
+        )
 
 
 def registered_methods() -> Sequence[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 1
-_RECORD = struct.Struct("<16sqii")  # digest of the token ids, offset in elements, two lengths
+_FORMAT = 2
+_RECORD = struct.Struct("<16sqiiI")  # digest of the token ids, offset in elements, two lengths, checksum of the state
+
+_Place = tuple[int, int, int, int]  # offset in elements, two lengths, checksum
 
 
 class HiddenStateCache:
@@ -33,7 +36,8 @@ class HiddenStateCache:
 
     The name of a cache's folder is a hash of the cut and the weights below it, so that another model's states are
     never read. The key of a text is its token ids. States are bfloat16 (float16 for a float16 model). They are written
-    before their index entry, so that the cache stays usable if the process is killed.
+    before their index entry, so that the cache stays usable if the process is killed. Each has a checksum, which is
+    compared when the state is first used: one that was altered on the disk is computed anew.
 
     Args:
         split ([`SplitModel`]): The model and its cut.
@@ -56,7 +60,8 @@ class HiddenStateCache:
         self.dtype = torch.float16 if split.model.dtype == torch.float16 else torch.bfloat16
         self.folder = Path(folder).expanduser() / _key(split, self.dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._index: dict[bytes, tuple[int, int, int]] = {}
+        self._index: dict[bytes, _Place] = {}
+        self._checked: set[bytes] = set()
         self._widths = (0, 0)
         self._states = torch.zeros(0, dtype=self.dtype)
         with self._lock():
@@ -80,7 +85,7 @@ class HiddenStateCache:
         Args:
             rows ([`EncodedBatch`]): The texts, padded on the right.
         """
-        found = [self._index.get(_digest(ids)) for ids in token_ids(rows)]
+        found = [self._place(_digest(ids)) for ids in token_ids(rows)]
         missing = torch.tensor([place is None for place in found])
         if missing.all():
             return self.split.run_below(rows.inputs)
@@ -161,12 +166,14 @@ class HiddenStateCache:
                 break
             lengths = [part.shape[0] for part in parts] + [0] * (2 - len(parts))
             records.append((new[i][1], offset, *lengths))
-            states.write(_to_bytes(torch.cat([part.reshape(-1) for part in parts])))
+            content = _to_bytes(torch.cat([part.reshape(-1) for part in parts]))
+            records[-1] = (*records[-1], zlib.crc32(content))
+            states.write(content)
             offset += size
         states.flush()
         index.write(b"".join(_RECORD.pack(*record) for record in records))
         index.flush()
-        self._index.update({digest: (place, first, second) for digest, place, first, second in records})
+        self._index.update({record[0]: record[1:] for record in records})
         return len(records) == len(new)
 
     def _parts(self, state: HiddenState, row: int, ids: tuple[list[int], list[int]]) -> list[torch.Tensor]:
@@ -183,8 +190,24 @@ class HiddenStateCache:
             return rows.inputs["decoder_input_ids"].shape[1], source
         return source, 0
 
-    def _read(self, place: tuple[int, int, int], hidden: torch.Tensor, encoder: torch.Tensor) -> None:
-        offset, first, second = place
+    def _place(self, digest: bytes) -> _Place | None:
+        """Return the place of a state that is as it was written."""
+        place = self._index.get(digest)
+        if place is None or digest in self._checked:
+            return place
+        offset, first, second, checksum = place
+        state = self._states[offset : offset + first * self._widths[0] + second * self._widths[1]]
+        if zlib.crc32(_to_bytes(state)) != checksum:
+            logger.warning(
+                f"a hidden state in {self.folder} was altered on the disk and is computed anew; delete that folder"
+            )
+            del self._index[digest]
+            return None
+        self._checked.add(digest)
+        return place
+
+    def _read(self, place: _Place, hidden: torch.Tensor, encoder: torch.Tensor) -> None:
+        offset, first, second, _ = place
         middle = offset + first * self._widths[0]
         hidden[:first] = self._states[offset:middle].view(first, self._widths[0])
         if second:
@@ -207,13 +230,13 @@ class HiddenStateCache:
         available = states.stat().st_size // itemsize
         content = index.read_bytes()
         self._index, end, kept = {}, 0, 0
-        for digest, offset, first, second in _RECORD.iter_unpack(
+        for digest, offset, first, second, checksum in _RECORD.iter_unpack(
             content[: len(content) // _RECORD.size * _RECORD.size]
         ):
             stop = offset + first * self._widths[0] + second * self._widths[1]
             if offset != end or stop > available:
                 break
-            self._index[digest] = (offset, first, second)
+            self._index[digest] = (offset, first, second, checksum)
             end, kept = stop, kept + 1
         for path, size in ((index, kept * _RECORD.size), (states, end * itemsize)):
             if path.stat().st_size != size:

@@ -38,6 +38,7 @@ from .continuations import with_continuations
 from .examples import LOCAL_KINDS, Asking, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
 from .objective import EditingObjective
+from .soundness import FiniteGradients, check_loss, checkpoint_to_resume
 
 
 logger = logging.get_logger(__name__)
@@ -127,18 +128,27 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self._step_of_weights: int | None = None  # differs from the last step if the best weights were loaded
         if examples is not None:
             self.add_callback(_EpochCallback(examples))
+        self.add_callback(FiniteGradients(model.editor))
 
     # ---- training ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Train the editor, after setting its statistics if it has none yet. Arguments are those of `Trainer.train`.
 
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): The folder of a checkpoint, or `True` for the newest
+                one in the output folder that was written to its end.
+            args, kwargs: Other arguments of `Trainer.train`.
+
         Raises:
+            FileNotFoundError: There is no whole checkpoint to resume from.
+            FloatingPointError: A loss or a gradient is not finite. The editor has the weights of the step before.
             ValueError: The model carries edits, or a text of the training or evaluation data is empty or too long for
                 the model; the message names the text.
         """
         self._check_unedited("train")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if self.examples is not None:
             self._check_texts(self.examples.records, self.examples.questions)
         if self.eval_dataset is not None:
@@ -164,7 +174,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self._step_of_weights, self._first_step = None, 0
         self._measured.clear()
         with self._on_objective():
-            output = super().train(*args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         self._note_for_card()
         return output
 
@@ -217,8 +227,11 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             calls_per_batch=self.args.calls_per_batch,
             decay=self.args.decay,
         )
-        for name, value in {"edit": result.edit, **result.locality}.items():
-            self._parts.setdefault(f"loss_{name}", []).append(float(value.detach()))
+        parts = {"edit": result.edit, **result.locality}
+        values = {f"loss_{name}": float(value.detach()) for name, value in parts.items()}
+        check_loss({**values, "loss": float(result.loss.detach())}, self.state.global_step + 1)
+        for name, value in values.items():
+            self._parts.setdefault(name, []).append(value)
         return (result.loss, result) if return_outputs else result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.append_to_store import small_edit
+from support.edits import bits
 from support.models import RECORDS, all_logits, build_model, editable
 from support.paths import TESTS
 
-from hf_mend import Edit, EditStore
+from hf_mend import EditStore
 from hf_mend.edits.edit import active_edits
-from hf_mend.edits.log import EDIT, MAGIC, framed
-from hf_mend.edits.store import _packed
-
-
-def bits(edits) -> list:
-    return [(e.describe(), {n: (u.tolist(), v.tolist()) for n, (u, v) in e.updates.items()}) for e in edits]
 
 
 def test_what_is_appended_is_read_again_to_the_bit(tmp_path):
@@ -75,130 +67,6 @@ def test_compacting_leaves_what_is_there(tmp_path):
     other.append([small_edit("new")])
     assert store.refresh().ids == [f"e{i}" for i in range(15, 20)] + ["new"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["store", "store.lock"]
-
-
-def test_cut_at_every_byte_of_the_last_record(tmp_path):
-    path = tmp_path / "store"
-    store = EditStore(path)
-    store.append([small_edit("a", 1)])
-    whole = path.stat().st_size
-    store.append([small_edit("b", 2, layers=1)])
-    data = path.read_bytes()
-    for size in range(whole, len(data)):
-        path.write_bytes(data[:size])
-        assert bits(EditStore(path).edits) == bits([small_edit("a", 1)])
-        if size % 7 == 0 or size < whole + 30:
-            EditStore(path).append([small_edit("c", 3)])
-            assert bits(EditStore(path).edits) == bits([small_edit("a", 1), small_edit("c", 3)])
-    path.write_bytes(data[:whole] + bytes(len(data) - whole))  # room made, nothing written
-    assert EditStore(path).edits.ids == ["a"]
-    path.write_bytes(data)
-    assert EditStore(path).edits.ids == ["a", "b"]
-
-
-def test_cut_at_every_byte_of_the_first_records(tmp_path):
-    path = tmp_path / "store"
-    EditStore(path, {"architecture": "Some"}).append([small_edit("a", layers=1)])
-    data = path.read_bytes()
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
-        assert len(EditStore(path)) == 0
-        if size % 5 == 0 or size < 40:
-            store = EditStore(path, {"architecture": "Some"})
-            store.append([small_edit("b")])
-            assert EditStore(path).edits.ids == ["b"] and EditStore(path).base_fingerprint == {"architecture": "Some"}
-
-
-def test_every_flipped_byte_is_told_with_its_record(tmp_path):
-    path = tmp_path / "store"
-    store = EditStore(path)
-    store.append([small_edit("a", 1, layers=1)])
-    second = path.stat().st_size
-    store.append([small_edit("b", 2, layers=1)])
-    store.undo(["a"])
-    data, expected = path.read_bytes(), bits(store.edits)
-    told = 0
-    for place in range(len(data)):
-        altered = bytearray(data)
-        altered[place] ^= 1 << place % 8
-        path.write_bytes(altered)
-        try:
-            found = EditStore(path).edits
-        except ValueError as error:
-            told += 1
-            assert str(path) in str(error) and (place < len(MAGIC) or "record" in str(error))
-            if second <= place < second + 24:
-                assert f"record 2 at byte {second}" in str(error)
-        else:
-            assert bits(found) == expected, "a filling byte"
-    assert told >= len(data) - 3 * 7
-
-
-def test_a_damaged_store_is_not_appended_to(tmp_path):
-    path = tmp_path / "store"
-    store = EditStore(path)
-    store.append([small_edit("a", 1)])
-    store.append([small_edit("b", 2)])
-    data = bytearray(path.read_bytes())
-    data[-20] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="record 2 at byte [0-9]+: its [0-9]+ bytes do not fit their checksum"):
-        EditStore(path)
-    store._forget()
-    with pytest.raises(ValueError, match="checksum"):
-        store.append([small_edit("c")])
-    assert path.read_bytes() == data
-
-
-def payload_of(body: bytes = bytes(16), **changes: Any) -> bytes:
-    """A record's safetensors with a header that was altered: the factors of one layer, (1, 2) each."""
-    entry = {"dtype": "F32", "shape": [1, 2]}
-    entries = {"l.u": {**entry, "data_offsets": [0, 8]}, "l.v": {**entry, "data_offsets": [8, 16], **changes}}
-    described = json.dumps(Edit("a", "p", "t", {}).describe())
-    text = json.dumps({"__metadata__": {"edit": described}, **entries}).encode()
-    return len(text).to_bytes(8, "little") + text + body
-
-
-@pytest.mark.parametrize(
-    "payload, message",
-    [
-        (payload_of(data_offsets=[0, 8]), "not a whole safetensors file .*does not begin where"),
-        (payload_of(bytes(24), data_offsets=[16, 24]), "not a whole safetensors file .*does not begin where"),
-        (payload_of(bytes(12)), "not a whole safetensors file .*ends outside"),
-        (payload_of(bytes(24)), "not a whole safetensors file .its tensors take 16 bytes of 24"),
-        (payload_of(shape=[1, 3]), "not a whole safetensors file"),
-        (payload_of(shape=[2**40, 2**40]), "not a whole safetensors file"),
-        (payload_of(shape=[-1, 2]), "has the header"),
-        (payload_of(dtype="I32"), "has dtype 'I32'"),
-        (payload_of(data_offsets=[8]), "not a whole safetensors file"),
-        (payload_of(data_offsets="8"), "not a whole safetensors file"),
-        (payload_of(data_offsets=[8, 12]), "not a whole safetensors file"),
-        (b"x", "not a whole safetensors file"),
-        ((2**60).to_bytes(8, "little"), "not a whole safetensors file"),
-        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.ones(2, 2))})), "no pair"),
-        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1, 2), torch.full((1, 2), float("nan")))})), "NaN or infinity"),
-        (_packed(Edit("a", "p", "t", {"l": (torch.ones(1), torch.ones(1))})), "expected factors u and v"),
-        (_packed(Edit(3, "p", "t", {})), "does not describe an edit"),  # type: ignore[arg-type]
-    ],
-)
-def test_a_record_whose_checksum_fits_is_checked_too(tmp_path, payload, message):
-    path = tmp_path / "store"
-    EditStore(path).append([small_edit("a", 1)])
-    size = path.stat().st_size
-    with open(path, "ab") as file:
-        file.write(framed(EDIT, 2, payload))
-    with pytest.raises(ValueError, match=f"record 2 at byte {size}.*{message}"):
-        EditStore(path)
-
-
-def test_no_store(tmp_path):
-    path = tmp_path / "store"
-    path.write_text("something else, of some length")
-    with pytest.raises(ValueError, match="not an edit store"):
-        EditStore(path)
-    path.write_bytes(MAGIC + framed(EDIT, 0, _packed(small_edit("a"))))
-    with pytest.raises(ValueError, match="record 0"):
-        EditStore(path)
 
 
 def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
@@ -416,29 +284,16 @@ def test_a_large_store_is_mapped(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_thousand_edits(tmp_path):
+def test_fifty_thousand_edits(tmp_path):
     path = tmp_path / "store"
-    edits = [small_edit(f"e{i}", i) for i in range(10_000)]
+    edits = [small_edit(f"e{i}", i) for i in range(50_000)]
     EditStore(path).append(edits)
-    found = EditStore(path).edits
-    assert len(active_edits(found)) == 10_000 and bits(found[::997]) == bits(edits[::997])
-
-
-def test_the_file_is_as_its_description_says(tmp_path):
-    """Read by other code than the library's: the frame of records.py, safetensors inside."""
-    import struct
-
-    from safetensors.torch import load
-
-    path = tmp_path / "store"
-    EditStore(path).append([small_edit("a", 1), small_edit("b", 2)])
-    data = path.read_bytes()
-    start, seen = 8, []
-    while start < len(data):
-        kind, number, length, checksum, own = struct.unpack_from("<4sIQII", data, start)
-        payload = data[start + 24 : start + 24 + length]
-        assert zlib.crc32(payload) == checksum and zlib.crc32(data[start : start + 20]) == own and number == len(seen)
-        seen.append(json.loads(payload) if kind == b"NOTE" else load(payload))
-        start = (start + 24 + length + 7) // 8 * 8
-    assert seen[0]["format"] == "hf_mend edit store"
-    assert torch.equal(seen[2]["layer.1.v"], small_edit("b", 2).updates["layer.1"][1])
+    begin = time.process_time()
+    store = EditStore(path)
+    opened, begin = time.process_time() - begin, time.process_time()
+    for i in range(20):
+        store.append([small_edit(f"new{i}", i)])
+    appended = (time.process_time() - begin) / 20
+    found = store.edits
+    assert len(active_edits(found)) == 50_020 and bits(found[:50_000:997]) == bits(edits[::997])
+    assert opened < 5 and appended < 0.02, (opened, appended)

@@ -17,3 +17,8 @@ def random_edit(model, id="a", rank=3, seed=0, scale=0.05) -> Edit:
         for t in model.targets
     }
     return Edit(id, f"the prompt {id}", "the target", updates)
+
+
+def bits(edits) -> list:
+    """All of some edits, in values that can be compared."""
+    return [(e.describe(), {n: (u.tolist(), v.tolist()) for n, (u, v) in e.updates.items()}) for e in edits]

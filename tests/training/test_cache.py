@@ -152,3 +152,24 @@ def test_training_from_kept_states_is_training(tokenizer, tmp_path, monkeypatch,
     rows_run = counted(kept.model, monkeypatch)
     kept.train()
     assert rows_run == [1]  # the probe alone
+
+
+@pytest.mark.parametrize("value", [0x7F, 0x3F])
+def test_a_state_that_was_altered_on_the_disk_is_computed_anew(tokenizer, tmp_path, caplog, value):
+    model = make(tokenizer)
+    queries = [Query("the capital of peru is", "tokyo"), Query("the capital of spain is", "lima")]
+    cache = HiddenStateCache(model.split, tmp_path)
+    cache.fill(model.encoder, queries, progress=False)
+    states = cache.folder / "states.bin"
+    content = bytearray(states.read_bytes())
+    assert content[1] != value
+    content[0:2] = bytes([0xC0, value])  # as a bfloat16: NaN with 0x7f
+    states.write_bytes(content)
+    altered = HiddenStateCache(model.split, tmp_path)
+    rows = model.encoder(queries)
+    with caplog.at_level(logging.WARNING, "hf_mend"):
+        logging.getLogger("hf_mend").addHandler(caplog.handler)
+        kept = altered(rows).hidden
+        logging.getLogger("hf_mend").removeHandler(caplog.handler)
+    torch.testing.assert_close(kept, model.split.run_below(rows.inputs).hidden, atol=0.01, rtol=0.01)
+    assert len(altered) == 1
