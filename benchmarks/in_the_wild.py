@@ -1,7 +1,11 @@
 """
-Measures edits as people meet them: asked in every form, answered freely, each edit alone.
+Measures edits as people meet them: asked in every form, answered freely, each alone or beside others.
 
-    python benchmarks/in_the_wild.py --data DIR --editor model_cards/smollm2-135m-instruct-mend --limit 100
+    python benchmarks/in_the_wild.py --data DIR --editor model_cards/smollm2-135m-instruct --limit 100
+    python benchmarks/in_the_wild.py --data DIR --editor model_cards/smollm2-135m-instruct --limit 100 --kept 1000
+
+With `--kept N` the measured facts are edited in calls of ten and kept beside one another, with facts of
+facts_train.json up to N; a neighbour that another kept edit is about does not count.
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_test.json and nq_open_test.jsonl. Questions, prompts
 about the same subject and contexts are those that `benchmarks/train_editor_forms.py` holds out of training. Answers
@@ -26,6 +30,9 @@ from train_editor_forms import EXAMPLES, HELD_OUT_TEXTS
 from hf_mend import EditableModel, EditRecord, read_counterfact, read_questions
 from hf_mend.data.encoding import Encoder, Query
 from hf_mend.data.forms import FormTemplates, Surroundings, packaged_texts, with_forms
+
+
+CALL = 10
 
 
 @dataclass
@@ -112,23 +119,68 @@ def measure(model: EditableModel, records: Sequence[EditRecord], asked: Sequence
     for record, texts in zip(tqdm(records), asked, strict=True):
         before = {kind: [next_logits(model, query) for query in queries] for kind, queries in texts.stays.items()}
         result = model.edit(record.prompt, record.target)
-        values: dict[str, float | str] = {"took": float(bool(result.success))}
-        queries = [(kind, query) for kind, items in texts.said.items() for query in items]
-        for (kind, query), answer in zip(
-            queries, answers(model, [query for _, query in queries], tokens), strict=True
-        ):
-            values[kind] = float(is_right(answer, query))
-            values[f"{kind}: repeats"] = float(is_repeat(answer, query))
-            values[f"{kind}: answer"] = answer
-        for kind, items in texts.stays.items():
-            for query, old in zip(items, before[kind], strict=True):
-                new = next_logits(model, query)
-                values[kind] = float(new.argmax() == old.argmax())
-                values[f"{kind}: bits"] = float(torch.equal(new, old))
+        measured.append({"took": float(bool(result.success)), **_values(model, texts, before, tokens)})
         if result.id is not None:
             model.undo()
-        measured.append(values)
     return measured
+
+
+def _values(
+    model: EditableModel, texts: Asked, before: Mapping[str, Sequence[torch.Tensor]], tokens: int
+) -> dict[str, float | str]:
+    """What the model says to an edit's texts now, and how far it is what it was."""
+    values: dict[str, float | str] = {}
+    queries = [(kind, query) for kind, items in texts.said.items() for query in items]
+    for (kind, query), answer in zip(queries, answers(model, [query for _, query in queries], tokens), strict=True):
+        values[kind] = float(is_right(answer, query))
+        values[f"{kind}: repeats"] = float(is_repeat(answer, query))
+        values[f"{kind}: answer"] = answer
+    for kind, items in texts.stays.items():
+        for query, old in zip(items, before[kind], strict=True):
+            new = next_logits(model, query)
+            values[kind] = float(new.argmax() == old.argmax())
+            values[f"{kind}: bits"] = float(torch.equal(new, old))
+    return values
+
+
+def measure_together(
+    model: EditableModel,
+    records: Sequence[EditRecord],
+    asked: Sequence[Asked],
+    tokens: int,
+    more: Sequence[EditRecord],
+) -> list[dict]:
+    """All edits beside one another, and `more`: the same figures as `measure`."""
+    said_of = [known_subjects(record) for record in (*records, *more)]
+    measured: list[dict[str, float | str]] = []
+    before = []
+    for number, texts in enumerate(tqdm(asked, desc="Un-edited")):
+        subjects = set().union(*(said_of[:number] + said_of[number + 1 :]))
+        kept = {
+            kind: [query for query in queries if kind == "same subject" or not _is_about(query, subjects)]
+            for kind, queries in texts.stays.items()
+        }
+        texts.stays = {kind: queries for kind, queries in kept.items() if queries}
+        before.append(
+            {kind: [next_logits(model, query) for query in queries] for kind, queries in texts.stays.items()}
+        )
+    every = [*records, *more]
+    took: list[bool] = []
+    for start in tqdm(range(0, len(every), CALL), desc="Edits"):
+        part = [replace(record, paraphrases=[], neighborhood=[]) for record in every[start : start + CALL]]
+        took += [bool(result.success) for result in model.edit(part, check=start < len(records))]
+    for number, texts in enumerate(tqdm(asked, desc="Edited")):
+        measured.append({"took": float(took[number]), **_values(model, texts, before[number], tokens)})
+    return measured
+
+
+def known_subjects(record: EditRecord) -> set[str]:
+    """What an edit is about."""
+    return {record.subject} if record.subject else set()
+
+
+def _is_about(query: Query, subjects: set[str]) -> bool:
+    return any(subject in query.prompt for subject in subjects)
 
 
 def summary(measured: Sequence[Mapping[str, float | str]]) -> dict[str, float]:
@@ -163,6 +215,8 @@ def main() -> None:
     parser.add_argument("--facts", default="facts_test.json", help="a file of --data")
     parser.add_argument("--examples", action="store_true", help="measure on examples/data in its place")
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--kept", type=int, default=1, help="edits beside one another")
+    parser.add_argument("--strictness", type=float, default=0.0, help="added to the thresholds of the scope")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--hold-out", default="", help="relations to report apart")
     parser.add_argument("--results", type=Path, default=Path("build/in_the_wild"), help="table, without suffix")
@@ -176,7 +230,13 @@ def main() -> None:
     asked = [forms_of(record, around, questions, number) for number, record in enumerate(records)]
     base, tokenizer = load_base()
     model = EditableModel.from_pretrained(base, arguments.editor, tokenizer=tokenizer).eval()
-    measured = measure(model, records, asked, arguments.tokens)
+    if model.scope is not None:
+        model.scope_strictness = arguments.strictness
+    if arguments.kept > 1:
+        more = list(read_counterfact(arguments.data / "facts_train.json"))[: max(0, arguments.kept - len(records))]
+        measured = measure_together(model, records, asked, arguments.tokens, more)
+    else:
+        measured = measure(model, records, asked, arguments.tokens)
     groups = {"all": summary(measured)}
     held_out = [name for name in arguments.hold_out.split(",") if name]
     if held_out:
