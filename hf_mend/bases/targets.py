@@ -86,6 +86,24 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
     return found
 
 
+def layers_of_same_kind(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """
+    Return the layers that other blocks have under the same names as some layers have in theirs.
+
+    Args:
+        model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The layers' full names; those outside blocks count for nothing.
+    """
+    given, found = set(names), []
+    for block_list in block_lists(model):
+        start = f"{block_list.name}."
+        kinds = dict.fromkeys(name[len(start) :].partition(".")[2] for name in sorted(given) if name.startswith(start))
+        for index, block in enumerate(block_list.blocks):
+            linear = linear_layers(block)
+            found += [_target(block_list, index, kind) for kind in kinds if kind in linear]
+    return [target for target in found if target.name not in given]
+
+
 def block_lists(model: nn.Module) -> list[BlockList]:
     """
     Return the model's lists of transformer blocks that read text, in the order in which a forward pass runs them: one,

@@ -11,6 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+# Their kernels read the weight of these layers without running them, so PEFT refuses adapters of them.
+_MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_MAMBA_NAMES = frozenset({"conv1d", "out_proj"})
 _EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -56,6 +59,27 @@ def writable_weight(module: Any) -> torch.Tensor:
             "model unquantised and load_edits there"
         )
     return weight_matrix(module)
+
+
+def plain_parameter(model: nn.Module, layer: str, kind: str) -> torch.Tensor | None:
+    """
+    Return a layer's parameter, or `None` where the model has no such layer or the parameter is no plain tensor in
+    memory.
+
+    Args:
+        model (`nn.Module`): The base model.
+        layer (`str`): The layer's name.
+        kind (`str`): `"weight"` or `"bias"`.
+    """
+    module = dict(model.named_modules()).get(layer)
+    found = None if module is None else inner_layer(module)._parameters.get(kind)
+    plain = found is not None and type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta
+    return found if plain else None
+
+
+def equal_in_dtype(saved: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a saved tensor is a weight, in the weight's dtype."""
+    return saved.shape == weight.shape and torch.equal(saved.to(weight.dtype), weight.detach().cpu())
 
 
 def check_own_weight(model: nn.Module, layer: nn.Module) -> None:
@@ -141,6 +165,18 @@ def weight_matrix(module: Any) -> torch.Tensor:
 def stores_transposed(module: Any) -> bool:
     """Whether a layer stores its weight as `(d_in, d_out)`, as GPT-2's do; PEFT calls it `fan_in_fan_out`."""
     return isinstance(inner_layer(module), Conv1D)
+
+
+def refused_by_peft(model: Any, names: Iterable[str]) -> list[str]:
+    """
+    Return those of some layers for which PEFT refuses an adapter, in a model of Mamba's kind.
+
+    Args:
+        model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The layers' names.
+    """
+    of_mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
+    return [name for name in names if of_mamba and name.split(".")[-1] in _MAMBA_NAMES]
 
 
 def named_like_fused_experts(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from support.gradients import autograd_gradients, encoder_for, queries
 from support.models import RECORDS, VOCAB, all_logits, build_model, editable
 from support.multimodal import CONFIGS, beside, build
@@ -64,6 +65,33 @@ def test_an_edit_holds_beside_an_image_and_in_every_form(name, tokenizer, tmp_pa
     assert torch.equal(logits_beside(name, model), plain_beside)
     model.load_lora(tmp_path)
     assert torch.equal(logits_beside(name, model), edited_beside)
+
+
+OLD_NAMES = {
+    "Gemma3": ("language_model.model.", "model.language_model."),
+    "Qwen2VL": ("model.", "model.language_model."),
+    "Qwen2Audio": ("language_model.model.", "model.language_model."),
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_adapters_by_the_names_of_earlier_versions_of_transformers(name, tokenizer, tmp_path):
+    model = editable(build(name), tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=2)
+    edited = logits_beside(name, model)
+    model.save_lora(tmp_path)
+    model.undo_all()
+    old, new = OLD_NAMES[name]
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        weights = tmp_path / file
+        if file.endswith("json"):
+            weights.write_text(weights.read_text().replace(new, old))
+        else:
+            tensors = {key.replace(new, old): tensor for key, tensor in load_file(weights).items()}
+            save_file(tensors, weights)  # and without the note of the edits, as it would be from elsewhere
+    (edit,) = model.load_lora(tmp_path)
+    assert set(edit.updates) == {target.name for target in model.targets}
+    torch.testing.assert_close(logits_beside(name, model), edited, rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_model_needs_no_configuration(tokenizer):
