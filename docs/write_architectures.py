@@ -20,7 +20,8 @@ HEADER = """\
 Each of these is tested end to end on a tiny random model (`tests/bases/test_architectures.py`): the factors are
 autograd's weight gradient, a pass from the kept hidden state gives the full pass's logits, an edit changes the
 target's probability, an undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights
-give the same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
+give the same logits; it is edited without an editor, and an editor trains on it. Any other model with recognisable
+blocks works by the same rules, or by your `target_modules`.
 
 Models that read text beside images or sound (Gemma 3, LLaVA, PaliGemma, Idefics3 and SmolVLM, Qwen-VL, Qwen2-Audio and
 their like, `tests/bases/test_multimodal.py`) are edited in the blocks of their text model; an edit acts with and

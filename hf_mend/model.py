@@ -203,7 +203,13 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
         start = getattr(self.config, "decoder_start_token_id", None)
         start = getattr(generation, "decoder_start_token_id", None) if start is None else start
         forced = getattr(generation, "forced_bos_token_id", None)
-        return Encoder(self.tokenizer, bool(self.config.is_encoder_decoder), start, forced_bos_token_id=forced)
+        return Encoder(
+            self.tokenizer,
+            bool(self.config.is_encoder_decoder),
+            start,
+            forced_bos_token_id=forced,
+            num_embeddings=getattr(self.base_model.get_input_embeddings(), "num_embeddings", None),
+        )
 
     # ---- editing ----
 

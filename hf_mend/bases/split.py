@@ -224,7 +224,10 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        return (args[0][mask.to(args[0].device)].unsqueeze(0),)  # (1, chosen, width)
+        hidden, chosen = args[0], mask.to(args[0].device)
+        if hidden.dim() == 4:  # ProphetNet's streams, of which the first predicts the next token
+            return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
+        return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
 
     with _hook(model.get_output_embeddings().register_forward_pre_hook(select)):
         yield

@@ -91,6 +91,8 @@ class Encoder:
         decoder_start_token_id (`int`, *optional*): What an encoder-decoder model starts its answers with.
         pad_to (`int`, defaults to 1): Lengths are padded to a multiple of it.
         forced_bos_token_id (`int`, *optional*): What its `generate` forces after that, before the answer.
+        num_embeddings (`int`, *optional*): Number of rows of the model's embedding. Padding, which is masked, is
+            within it, whatever the tokenizer says.
 
     Raises:
         ValueError: An encoder-decoder model without a start of its answers.
@@ -103,6 +105,7 @@ class Encoder:
         decoder_start_token_id: int | None = None,
         pad_to: int = 1,
         forced_bos_token_id: int | None = None,
+        num_embeddings: int | None = None,
     ):
         if is_encoder_decoder and decoder_start_token_id is None:
             raise ValueError(
@@ -114,8 +117,9 @@ class Encoder:
         self.is_encoder_decoder = is_encoder_decoder
         self.decoder_start_token_id = decoder_start_token_id
         self.pad_to = pad_to
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id: int = 0 if pad is None else pad
+        self.num_embeddings = num_embeddings
+        padding = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and self._is_known(i)]
+        self.pad_token_id: int = padding[0] if padding else 0
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
 
@@ -141,13 +145,29 @@ class Encoder:
         """
         Token ids of the prompt and of the answer, white space around which does not count. An answer of none gives an
         empty list. Of a query with `after`, the answer belongs to what is read, and what follows it takes its place.
+
+        Raises:
+            ValueError: A token is none of the model's embedding.
         """
+        prompt, answer = self._prompt_ids(query), self._answer_ids(query)
+        unknown = next((i for i in (*prompt, *answer) if not self._is_known(i)), None)
+        if unknown is not None:
+            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            raise ValueError(
+                f"{query.prompt[:60]!r} holds the token {token!r} with the id {unknown}, and the model's embedding "
+                f"has {self.num_embeddings} rows, the tokenizer {len(self.tokenizer)} tokens; use the tokenizer that "
+                "belongs to the model, or call resize_token_embeddings on the base model before it is wrapped"
+            )
         if query.after is None:
-            return self._prompt_ids(query), self._answer_ids(query)
+            return prompt, answer
         after = self._ids(query.after) if isinstance(query.after, str) else list(query.after)
         if self.is_encoder_decoder:  # a decoder predicts what follows from the answer's own last token
-            return self._prompt_ids(query), self._answer_ids(query) + (after or [self._end])
-        return self._prompt_ids(query) + self._answer_ids(query), after
+            return prompt, answer + (after or [self._end])
+        return prompt + answer, after
+
+    def _is_known(self, token_id: int) -> bool:
+        """Whether the model's embedding has a row for a token."""
+        return self.num_embeddings is None or token_id < self.num_embeddings
 
     def shortened(self, query: Query, longest: int | None) -> Query:
         """
