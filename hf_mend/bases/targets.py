@@ -37,7 +37,7 @@ class Target:
 
     Args:
         name (`str`): Qualified name of the layer in the base model.
-        module (`nn.Module`): The layer, an `nn.Linear` or GPT-2's `Conv1D`.
+        module (`nn.Module`): The layer, an `nn.Linear`, GPT-2's `Conv1D` or a quantiser's.
         d_in (`int`): Width of the layer's input.
         d_out (`int`): Width of the layer's output.
         side (`str`): `"encoder"` or `"decoder"`.
@@ -132,9 +132,12 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     )
     chosen = [block_list for block_list in largest if block_list is not None]
     if not chosen:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        kinds = sorted({type(leaf).__name__ for one in lists for leaf in one.modules() if not [*leaf.children()]})
         raise ValueError(
             f"{type(model).__name__} has no list of transformer blocks that holds linear layers, so there is nothing "
-            "to edit; pass a causal or seq2seq language model from transformers"
+            f"to edit: its blocks hold {kinds[:8]}. Pass a causal or seq2seq language model from transformers, in "
+            "another quantisation if these are a quantiser's layers that do not state their widths"
         )
     return chosen
 

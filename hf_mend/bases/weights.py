@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 # Their kernels read the weight of these layers without running them, so PEFT refuses adapters of them.
 _MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _MAMBA_NAMES = frozenset({"conv1d", "out_proj"})
+_WIDTHS = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 _EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -23,12 +25,23 @@ def is_editable(module: nn.Module) -> bool:
 
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Return `(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    """
+    Return `(d_in, d_out)` of a linear layer, `None` for anything else.
+
+    A quantiser's layer counts, whether it is an `nn.Linear` (bitsandbytes, torchao) or a module of its own that states
+    its widths (GPTQ, AWQ, HQQ): an edit needs its input and the gradient of its output alone.
+    """
     module = inner_layer(module)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        return None  # a layer of another kind that computes with a plain weight
+    for first, second in _WIDTHS:
+        d_in, d_out = getattr(module, first, None), getattr(module, second, None)
+        if isinstance(d_in, int) and isinstance(d_out, int) and not [*module.children()]:
+            return d_in, d_out
     return None
 
 
@@ -45,7 +58,12 @@ def writable_weight(module: Any) -> torch.Tensor:
         TypeError: The weight is offloaded, quantised or sharded.
     """
     kind = type(module).__name__
-    weight: Any = inner_layer(module).weight
+    weight: Any = getattr(inner_layer(module), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(
+            f"a {kind} has no plain weight, so an edit cannot be merged into it; keep the edits beside the weight, "
+            "write them with save_lora, or load the base model unquantised and load_edits there"
+        )
     if weight.is_meta:
         raise TypeError(
             f"the weight of a {kind} is offloaded, so an edit cannot be merged into it; keep the edits beside the "
@@ -141,7 +159,9 @@ def device_of(module: Any) -> torch.device:
     Return the device on which a layer runs: that of its weight, or, offloaded, the one to which Accelerate brings it.
     """
     module = inner_layer(module)
-    weight: torch.Tensor = module.weight
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):  # a quantiser's layer, with tensors under other names
+        weight = next(itertools.chain(module.parameters(), module.buffers()))
     if weight.is_meta:
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
