@@ -34,7 +34,7 @@ from .hub.cards import CardNotes, write_card
 from .hub.files import WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
-from .methods import EditMethod, get_method, state_shapes, training_free_config
+from .methods import EditMethod, new_method, state_shapes, training_free_config
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ class EditableModel(PushesToHub, CarriesEdits, DelegatesToBase, PlacedWithBase):
             )
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
-        self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)
+        self.editor: EditMethod = new_method(editor_config, shapes)
         self.editor.to(self.edit_device)
         self._initial_editor: str | None = editor_id(self.editor, editor_config.method)
         self._base_state = BaseState(base_model)

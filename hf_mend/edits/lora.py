@@ -158,7 +158,10 @@ def write_lora(
     ranks = {name: len(u) for name, (u, _) in updates.items()}
     largest = max(ranks.values())
     uniform = zeros is not None
-    empty = {one.name: (torch.zeros(0, one.d_in), torch.zeros(0, one.d_out)) for one in zeros or ()}
+    empty = {
+        one.name: tuple(torch.zeros(0, width, dtype=torch.float32) for width in (one.d_in, one.d_out))
+        for one in zeros or ()
+    }
     tensors = {}
     for name, (u, v) in {**empty, **updates}.items():
         pad = (0, 0, 0, largest - len(u) if uniform else 0)
