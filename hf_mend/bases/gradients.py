@@ -96,6 +96,11 @@ def gradient_factors(
         positions (`torch.Tensor` of shape `(rows, seq)`, bool): The positions of the logits.
         loss_of (`Callable`): The logits there, `(positions, vocab)` -> the loss.
     """
+    if split.tokens_first and len(positions) > 1:
+        raise ValueError(
+            f"{type(split.model).__name__} runs its blocks with tokens before rows, so its gradients cannot be told "
+            "apart in a batch; edit with batch_size=1, and by a method that needs no training"
+        )
     if state is None:
         state = split.run_below(inputs)
     with (
@@ -154,7 +159,8 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
             if target.name in found:  # a second run is on other tokens, as PEGASUS-X's global ones
                 return
             mask = present[target.side]
-            x = args[0].reshape(mask.shape[0], -1, args[0].shape[-1])
+            x = args[0].transpose(0, 1) if split.tokens_first else args[0]
+            x = x.reshape(mask.shape[0], -1, x.shape[-1])
             x = x[:, : mask.shape[1]]  # LED pads its inputs, and ProphetNet's decoder has further streams behind them
             found[target.name] = x[mask.to(x.device)].float()
 

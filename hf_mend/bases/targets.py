@@ -110,7 +110,8 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     or in an encoder-decoder model the encoder's and the decoder's, which the model's outermost parts tell apart.
 
     A list is an outermost `nn.ModuleList` whose every element holds a linear layer. Towers that read images or sound
-    are left out, and of several lists of one kind, the one with the most weights is the text's.
+    are left out, and of several lists of one kind, the outermost is the text's, and of those the one with the most
+    weights.
 
     Args:
         model (`nn.Module`): A causal or seq2seq transformers model.
@@ -128,7 +129,7 @@ def block_lists(model: nn.Module) -> list[BlockList]:
             found.append(BlockList(_kind(model, name), name, module))
     of_text = _within_decoder(model, [one for one in found if _reads_text(model, one.name)])
     largest = (
-        max((one for one in of_text if one.kind == kind), key=_size, default=None) for kind in ("encoder", "decoder")
+        max((one for one in of_text if one.kind == kind), key=_rank, default=None) for kind in ("encoder", "decoder")
     )
     chosen = [block_list for block_list in largest if block_list is not None]
     if not chosen:
@@ -165,10 +166,10 @@ def _within_decoder(model: nn.Module, found: list[BlockList]) -> list[BlockList]
     return [block_list for block_list in found if block_list.blocks in blocks] or found
 
 
-def _size(block_list: BlockList) -> int:
-    """Return the number of weights in a list's linear layers."""
+def _rank(block_list: BlockList) -> tuple[int, int]:
+    """Return how near to the whole model a list is, and the number of weights in its linear layers."""
     widths = [layer_widths(layer) for block in block_list.blocks for layer in linear_layers(block).values()]
-    return sum(pair[0] * pair[1] for pair in widths if pair is not None)
+    return -block_list.name.count("."), sum(pair[0] * pair[1] for pair in widths if pair is not None)
 
 
 def mlp_layers(block: nn.Module) -> list[str]:

@@ -69,7 +69,13 @@ def _check_language_model(model: PreTrainedModel) -> None:
             f"{kind} needs {' and '.join(dict.fromkeys(others))}, not text alone, and a prompt to edit is text; pass "
             "a model that reads text, alone or beside images and sound"
         )
-    if model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Embedding):
+        raise ValueError(
+            f"{kind} makes its logits with its embedding instead of an output layer, where edits are looked at, so it "
+            "cannot be edited"
+        )
+    if head is None:
         raise ValueError(
             f"{kind} has no language head, so it says nothing that could be edited; load the base model with "
             "AutoModelForCausalLM or AutoModelForSeq2SeqLM, or pass the part of it that has one"

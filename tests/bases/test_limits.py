@@ -91,6 +91,21 @@ def test_a_base_without_a_limit_is_edited(tokenizer):
     assert config.max_position_embeddings == -1 and model.edit(RECORDS[0].prompt, RECORDS[0].target).steps > 0
 
 
+def test_rows_of_a_batch_are_not_mixed_up_where_blocks_run_with_tokens_before_rows(tokenizer):
+    config = AutoConfig.for_model("xlnet", vocab_size=160, d_model=32, n_layer=4, n_head=4, d_inner=48)
+    torch.manual_seed(0)
+    model = editable(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    prompts, targets = [record.prompt for record in RECORDS[:2]], [record.target for record in RECORDS[:2]]
+    with pytest.raises(ValueError, match="tokens before rows.* edit with batch_size=1"):
+        model.edit(prompts, targets, force=True)
+    with model.edited(prompts, targets, batch_size=1, max_steps=1, check=False, force=True):
+        together = [edit.updates for edit in model.edits[-2:]]
+    for prompt, target, updates in zip(prompts, targets, together, strict=True):
+        with model.edited(prompt, target, max_steps=1, check=False, force=True):
+            for name, pair in model.edits[-1].updates.items():
+                torch.testing.assert_close(pair, updates[name])
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bart"])
 def test_a_pad_token_past_the_embedding_is_masked_padding(architecture):
     tokenizer = make_tokenizer()

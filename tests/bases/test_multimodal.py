@@ -130,8 +130,17 @@ def test_a_new_model_needs_no_configuration(tokenizer):
             ),
             "needs input_features, not text alone",
         ),
+        (
+            lambda: transformers.FSMTForConditionalGeneration(
+                transformers.FSMTConfig(
+                    src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
+                    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8,
+                )
+            ),
+            "makes its logits with its embedding",
+        ),
     ],
-    ids=["no head", "classifier", "captions", "speech"],
+    ids=["no head", "classifier", "captions", "speech", "no output layer"],
 )  # fmt: skip
 def test_what_does_not_go_from_text_to_text_is_refused_and_left_as_it_was(make, message):
     base = make().train()

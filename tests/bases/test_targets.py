@@ -234,3 +234,5 @@ def test_a_decoder_made_of_a_bert_is_the_decoder(tokenizer):
 def test_of_several_lists_the_one_with_the_most_weights_is_chosen():
     model = torch.nn.ModuleDict({"small": tower(5), "layers": tower(8), "projections": tower(2)})
     assert [one.name for one in block_lists(model)] == ["layers"]
+    model = torch.nn.ModuleDict({"tower": torch.nn.ModuleDict({"layers": tower(9)}), "layers": tower(8)})
+    assert [one.name for one in block_lists(model)] == ["layers"]
