@@ -20,7 +20,12 @@ HEADER = """\
 Each of these is tested end to end on a tiny random model (`tests/bases/test_architectures.py`): the factors are
 autograd's weight gradient, a pass from the kept hidden state gives the full pass's logits, an edit changes the
 target's probability, an undo is exact to the bit, and saved edits, LoRA adapters in plain PEFT and merged weights
-give the same logits. Any other model with recognisable blocks works by the same rules, or by your `target_modules`.
+give the same logits; it is edited without an editor, and an editor trains on it. Any other model with recognisable
+blocks works by the same rules, or by your `target_modules`.
+
+Models that read text beside images or sound (Gemma 3, LLaVA, PaliGemma, Idefics3 and SmolVLM, Qwen-VL, Qwen2-Audio and
+their like, `tests/bases/test_multimodal.py`) are edited in the blocks of their text model; an edit acts with and
+without an image in the prompt. A model that needs an image or sound in every prompt is refused.
 
 This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
 
@@ -29,9 +34,11 @@ This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
 """
 
 FOOTER = """
-mixtral, qwen3_moe and gpt_oss hold their experts as 3-D parameters, which are not linear layers: attention's
-output projection is edited instead. In deepseek_v3, the dense blocks and the shared experts are edited. PEFT takes
-the shared experts' names for the fused experts', so it cannot load a LoRA adapter of them, and `save_lora` warns.
+An MLP's layers come first, then a mixer's (Mamba and its like), then attention's output projection; a router, a norm's
+scale, an adapter or one of many experts is never a default. mixtral, qwen3_moe and gpt_oss hold their experts as 3-D
+parameters, which are not linear layers: attention's output projection is edited instead. In deepseek_v3, the dense
+blocks and the shared experts are edited. PEFT takes the shared experts' names for the fused experts', so it cannot
+load a LoRA adapter of them, and `save_lora` warns.
 """
 
 

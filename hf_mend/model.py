@@ -37,7 +37,7 @@ from .hub.cards import CardNotes, write_card
 from .hub.files import WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
-from .methods import EditMethod, check_cost, get_method, state_shapes, training_free_config
+from .methods import EditMethod, check_cost, new_method, state_shapes, training_free_config
 from .scope.files import SCOPE_NAME, read_scope, write_scope
 from .scope.network import ScopeNetwork
 
@@ -79,7 +79,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             )
         self.targets = find_targets(base_model, editor_config)
         shapes = {target.name: target.shape for target in self.targets}
-        self.editor: EditMethod = get_method(editor_config.method)(editor_config, shapes)
+        self.editor: EditMethod = new_method(editor_config, shapes)
         self.editor.to(self.edit_device)
         self._initial_editor: str | None = editor_id(self.editor, editor_config.method)
         self._base_state = BaseState(base_model)
@@ -224,7 +224,13 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         start = getattr(self.config, "decoder_start_token_id", None)
         start = getattr(generation, "decoder_start_token_id", None) if start is None else start
         forced = getattr(generation, "forced_bos_token_id", None)
-        return Encoder(self.tokenizer, bool(self.config.is_encoder_decoder), start, forced_bos_token_id=forced)
+        return Encoder(
+            self.tokenizer,
+            bool(self.config.is_encoder_decoder),
+            start,
+            forced_bos_token_id=forced,
+            num_embeddings=getattr(self.base_model.get_input_embeddings(), "num_embeddings", None),
+        )
 
     # ---- editing ----
 

@@ -18,20 +18,20 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @contextmanager
-def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[torch.Tensor]]]:
+def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
     """
     Record the input and the output of each target layer in the passes within the context.
 
     The first target that a pass meets starts autograd's graph: no activation below it is kept. The context's value is
-    a dictionary from the layer's name to `[x, y]`, where `y` is part of the graph.
+    a dictionary from the layer's name to a pair `(x, y)` for each time that it ran, where `y` is part of the graph.
     """
-    record: dict[str, list[torch.Tensor]] = {}
+    record: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def make(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            record.setdefault(name, [args[0].detach().to(output.device), output])  # a recomputed pass comes second
+            record.setdefault(name, []).append((args[0].detach().to(output.device), output))
             return output.clone()  # Falcon adds to a layer's output in place
 
         return keep
@@ -96,6 +96,11 @@ def gradient_factors(
         positions (`torch.Tensor` of shape `(rows, seq)`, bool): The positions of the logits.
         loss_of (`Callable`): The logits there, `(positions, vocab)` -> the loss.
     """
+    if split.tokens_first and len(positions) > 1:
+        raise ValueError(
+            f"{type(split.model).__name__} runs its blocks with tokens before rows, so its gradients cannot be told "
+            "apart in a batch; edit with batch_size=1, and by a method that needs no training"
+        )
     if state is None:
         state = split.run_below(inputs)
     with (
@@ -106,25 +111,30 @@ def gradient_factors(
     ):
         logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
         loss = loss_of(logits)
-        names = [target.name for target in targets if target.name in record]
-        outputs = [record[name][1] for name in names]
+        # Before the backward pass, in which offloaded blocks run again. PEGASUS-X runs a layer on global tokens too.
+        runs = [(target.name, x, y) for target in targets for x, y in record.get(target.name, [])]
+        outputs = [y for _, _, y in runs]
         gradients = (
-            torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(names)
+            torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(runs)
         )
-    factors: Factors = {}
     rows = positions.shape[0]
-    for name, gradient in zip(names, gradients, strict=True):
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name, _, _ in runs}
+    for (name, x, _), gradient in zip(runs, gradients, strict=True):
         if gradient is None:
+            continue
+        x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
+        delta = gradient.reshape(rows, -1, gradient.shape[-1])
+        found[name].append(((x * (delta != 0).any(-1, keepdim=True)).float(), delta.float()))
+    factors: Factors = {}
+    for name, pairs in found.items():
+        if not pairs:
             raise ValueError(
                 f"no gradient reaches the layer {name!r}, so it cannot be edited: a layer above it passes none on, as "
                 "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose "
                 "other target_modules"
             )
-        x = record[name][0]
-        x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
-        delta = gradient.reshape(rows, -1, gradient.shape[-1])
-        x = x * (delta != 0).any(-1, keepdim=True)
-        factors[name] = (x.float(), delta.float())
+        x, delta = pairs[0] if len(pairs) == 1 else (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+        factors[name] = (x, delta)
     return factors, logits.detach()
 
 
@@ -146,8 +156,12 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
 
     def make(target: Target) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if target.name in found:  # a second run is on other tokens, as PEGASUS-X's global ones
+                return
             mask = present[target.side]
-            x = args[0].reshape(mask.shape[0], -1, args[0].shape[-1])
+            x = args[0].transpose(0, 1) if split.tokens_first else args[0]
+            x = x.reshape(mask.shape[0], -1, x.shape[-1])
+            x = x[:, : mask.shape[1]]  # LED pads its inputs, and ProphetNet's decoder has further streams behind them
             found[target.name] = x[mask.to(x.device)].float()
 
         return keep

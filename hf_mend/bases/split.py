@@ -24,6 +24,9 @@ logger = logging.get_logger(__name__)
 # Tolerated difference of two equal passes' logits, as a share of the largest: rounding only.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+# Their blocks take `(seq, rows, width)`, so that rows cannot be told apart in a layer's input.
+_TOKENS_FIRST = frozenset({"xlnet"})
+
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -73,6 +76,8 @@ class SplitModel:
         lists = {block_list.kind: block_list for block_list in block_lists(model)}
         self.blocks = lists[kind].blocks
         self.cuts_decoder_of_two = kind == "decoder" and "encoder" in lists
+        config: Any = model.config
+        self.tokens_first: bool = config.model_type in _TOKENS_FIRST
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
 
@@ -88,6 +93,9 @@ class SplitModel:
 
         Args:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments.
+
+        Raises:
+            ValueError: The model does not run that block on text.
         """
         found: dict[str, torch.Tensor] = {}
 
@@ -109,6 +117,11 @@ class SplitModel:
                 hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
             with suppress(_StopForwardError):
                 self.model(**inputs, use_cache=False)
+        if "hidden" not in found:
+            raise ValueError(
+                f"{type(self.model).__name__} does not run its edited block {self.block} on text; name others in "
+                "target_modules, or pass the part of it that is a language model"
+            )
         state = HiddenState(found["hidden"], found.get("encoder"))
         if self._resumes is None:
             self._resumes = True
@@ -226,7 +239,10 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        return (args[0][mask.to(args[0].device)].unsqueeze(0),)  # (1, chosen, width)
+        hidden, chosen = args[0], mask.to(args[0].device)
+        if hidden.dim() == 4:  # ProphetNet's streams, of which the first predicts the next token
+            return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
+        return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
 
     with _hook(model.get_output_embeddings().register_forward_pre_hook(select)):
         yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import EditorConfig
 from ..hub.files import shortened
@@ -15,10 +16,15 @@ from .patterns import expression
 from .weights import is_editable, layer_widths
 
 
-# Inside a block, every linear layer that is neither attention nor routing belongs to the MLP. That rule covers the
-# architectures of docs/architectures.md; names here are components of a module's name relative to its block.
+# Components of a layer's name within its block. They cover the architectures of docs/architectures.md and, as far as
+# their default configurations can be built, all language models of transformers.
 _ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
-_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+_MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|(?:^|\.)ff\d?\.|DenseReluDense|shared_expert", re.IGNORECASE)
+# What chooses, scales or shifts, and experts that a token may not be routed to: no default, whatever stands beside it.
+_AUXILIARY_NAME = re.compile(
+    r"(?:^|\.)(?:gate|\w*router\w*|\w+_(?:expert|message|input)_gate|\w*norm\w*|\w*position_bias|\w*adapter\w*"
+    r"|experts|expert_\d+)(?:\.|$)"
+)
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
@@ -29,7 +35,7 @@ class Target:
 
     Args:
         name (`str`): Qualified name of the layer in the base model.
-        module (`nn.Module`): The layer, an `nn.Linear` or GPT-2's `Conv1D`.
+        module (`nn.Module`): The layer, an `nn.Linear`, GPT-2's `Conv1D` or a quantiser's.
         d_in (`int`): Width of the layer's input.
         d_out (`int`): Width of the layer's output.
         side (`str`): `"encoder"` or `"decoder"`.
@@ -78,12 +84,32 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> list[Target]:
     return found
 
 
+def layers_of_same_kind(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """
+    Return the layers that other blocks have under the same names as some layers have in theirs.
+
+    Args:
+        model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The layers' full names; those outside blocks count for nothing.
+    """
+    given, found = set(names), []
+    for block_list in block_lists(model):
+        start = f"{block_list.name}."
+        kinds = dict.fromkeys(name[len(start) :].partition(".")[2] for name in sorted(given) if name.startswith(start))
+        for index, block in enumerate(block_list.blocks):
+            linear = linear_layers(block)
+            found += [_target(block_list, index, kind) for kind in kinds if kind in linear]
+    return [target for target in found if target.name not in given]
+
+
 def block_lists(model: nn.Module) -> list[BlockList]:
     """
-    Return the model's lists of transformer blocks, in the order in which a forward pass runs them.
+    Return the model's lists of transformer blocks that read text, in the order in which a forward pass runs them: one,
+    or in an encoder-decoder model the encoder's and the decoder's, which the model's outermost parts tell apart.
 
-    A list is the outermost `nn.ModuleList` whose every element holds a linear layer; in an encoder-decoder model the
-    name tells the two apart.
+    A list is an outermost `nn.ModuleList` whose every element holds a linear layer. Towers that read images or sound
+    are left out, and of several lists of one kind, the outermost is the text's, and of those the one with the most
+    weights.
 
     Args:
         model (`nn.Module`): A causal or seq2seq transformers model.
@@ -98,26 +124,76 @@ def block_lists(model: nn.Module) -> list[BlockList]:
         if any(name.startswith(block_list.name + ".") for block_list in found):
             continue
         if all(any(is_editable(child) for child in block.modules()) for block in module):
-            kind = "encoder" if "encoder" in name.split(".") else "decoder"
-            found.append(BlockList(kind, name, module))
-    if not found:
+            found.append(BlockList(_kind(model, name), name, module))
+    of_text = _within_decoder(model, [one for one in found if _reads_text(model, one.name)])
+    largest = (
+        max((one for one in of_text if one.kind == kind), key=_rank, default=None) for kind in ("encoder", "decoder")
+    )
+    chosen = [block_list for block_list in largest if block_list is not None]
+    if not chosen:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        kinds = sorted({type(leaf).__name__ for one in lists for leaf in one.modules() if not [*leaf.children()]})
         raise ValueError(
             f"{type(model).__name__} has no list of transformer blocks that holds linear layers, so there is nothing "
-            "to edit; pass a causal or seq2seq language model from transformers"
+            f"to edit: its blocks hold {kinds[:8]}. Pass a causal or seq2seq language model from transformers, in "
+            "another quantisation if these are a quantiser's layers that do not state their widths"
         )
-    return sorted(found, key=lambda block_list: block_list.kind != "encoder")
+    return chosen
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    """Return `"encoder"` or `"decoder"` for a list's name; a BERT that decodes has an `encoder` and is a decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
+        return "decoder"
+    sides = [part for part in name.split(".") if part.endswith(("encoder", "decoder"))]
+    return "encoder" if sides and sides[0].endswith("encoder") else "decoder"
+
+
+def _reads_text(model: nn.Module, name: str) -> bool:
+    """Whether none of the models around a list, the whole one aside, states that it reads something else than text."""
+    parts = name.split(".")
+    around: list[Any] = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    return all("text" in module.input_modalities for module in around if isinstance(module, PreTrainedModel))
+
+
+def _within_decoder(model: nn.Module, found: list[BlockList]) -> list[BlockList]:
+    """Return those of some lists that belong to the text decoder of a model without an encoder, if it names one."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return found
+    blocks = set(model.get_decoder().modules())
+    return [block_list for block_list in found if block_list.blocks in blocks] or found
+
+
+def _rank(block_list: BlockList) -> tuple[int, int]:
+    """Return how near to the whole model a list is, and the number of weights in its linear layers."""
+    widths = [layer_widths(layer) for block in block_list.blocks for layer in linear_layers(block).values()]
+    return -block_list.name.count("."), sum(pair[0] * pair[1] for pair in widths if pair is not None)
 
 
 def mlp_layers(block: nn.Module) -> list[str]:
     """
     Return the names, relative to the block, of its MLP's linear layers in the order of their definition.
 
-    A mixture of experts that holds them as 3-D parameters has no linear layer there: of such a block, the editable
-    layers are its shared expert's, or else its attention's output projection.
+    Where nothing is named like an MLP, that is every layer that is neither attention nor auxiliary: a router, a norm's
+    scale, an adapter, one of many experts. A mixture of experts that holds them as 3-D parameters has no linear layer
+    there: of such a block, the editable layers are its shared expert's, or else its attention's output projection.
     """
-    linear = list(linear_layers(block))
-    mlp = [n for n in linear if not _ATTENTION_NAME.search(n) and n.split(".")[-1] not in _ROUTER_NAMES]
-    return mlp or linear[-1:]
+    layers = linear_layers(block)
+    main = [name for name in layers if not _AUXILIARY_NAME.search(name)]
+    rest = [name for name in main if not _ATTENTION_NAME.search(name)]
+    mlp = [name for name in rest if _MLP_NAME.search(name)]
+    if mlp or rest:
+        return mlp or rest
+    ungated = [name for name in main if "gate" not in name.split(".")[-1]]
+    return [_last_layer(block, ungated or main)] if main else []
+
+
+def _last_layer(block: nn.Module, names: Sequence[str]) -> str:
+    """Return the last of some layers, in order of definition, that leads back to the width that they start from."""
+    widths = {name: layer_widths(block.get_submodule(name)) for name in names}
+    first = widths[names[0]]
+    back = [name for name in names if first is not None and (widths[name] or first)[1] == first[0]]
+    return back[-1] if back else names[-1]
 
 
 def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
@@ -174,8 +250,9 @@ def _named_choice(
             first = min(first, depth - 1)
             blocks = list(range(first, max(last, first + 1)))
         for index in blocks:
-            names = mlp_layers(block_list.blocks[index])
-            for name in names if choice == "paper" else names[-1:]:
+            block = block_list.blocks[index]
+            names = mlp_layers(block)
+            for name in names if choice == "paper" or not names else [_last_layer(block, names)]:
                 yield _target(block_list, index, name)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 
@@ -20,7 +22,8 @@ def plain_base(model: Any) -> Any:
         model (`nn.Module`): A transformers model, `torch.compile`'s wrapper of one, or a `PeftModel`.
 
     Raises:
-        ValueError: The model was compiled in place, or has a learned prompt instead of layers; it cannot carry edits.
+        ValueError: The model was compiled in place, has a learned prompt instead of layers, or does not go from text
+            to text; it cannot carry edits.
     """
     if hasattr(model, "_orig_mod"):
         logger.warning(
@@ -41,6 +44,8 @@ def plain_base(model: Any) -> Any:
                 f"{name or type(module).__name__!r} was compiled in place and would not see the edits; load the base "
                 "model without compile(), and compile what merge_and_unload() returns"
             )
+    if isinstance(model, PreTrainedModel):
+        _check_language_model(model)
     return model
 
 
@@ -59,6 +64,39 @@ def hidden_width(model: Any) -> int:
             "of the EditorConfig"
         )
     return width
+
+
+def _check_language_model(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: The model has no language head, or reads more than text or something else.
+    """
+    kind = type(model).__name__
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if model.config.is_encoder_decoder:
+        needed.append(model.main_input_name)
+    others = [name for name in needed if name != "input_ids"]
+    if others:
+        raise ValueError(
+            f"{kind} needs {' and '.join(dict.fromkeys(others))}, not text alone, and a prompt to edit is text; pass "
+            "a model that reads text, alone or beside images and sound"
+        )
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Embedding):
+        raise ValueError(
+            f"{kind} makes its logits with its embedding instead of an output layer, where edits are looked at, so it "
+            "cannot be edited"
+        )
+    if head is None:
+        raise ValueError(
+            f"{kind} has no language head, so it says nothing that could be edited; load the base model with "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM, or pass the part of it that has one"
+        )
 
 
 class BaseState:

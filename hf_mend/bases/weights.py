@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+# Their kernels read the weight of these layers without running them, so PEFT refuses adapters of them.
+_MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_MAMBA_NAMES = frozenset({"conv1d", "out_proj"})
+_WIDTHS = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 _EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -20,12 +25,23 @@ def is_editable(module: nn.Module) -> bool:
 
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Return `(d_in, d_out)` of a linear layer, `None` for anything else. Quantised linears subclass `nn.Linear`."""
+    """
+    Return `(d_in, d_out)` of a linear layer, `None` for anything else.
+
+    A quantiser's layer counts, whether it is an `nn.Linear` (bitsandbytes, torchao) or a module of its own that states
+    its widths (GPTQ, AWQ, HQQ): an edit needs its input and the gradient of its output alone.
+    """
     module = inner_layer(module)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        return None  # a layer of another kind that computes with a plain weight
+    for first, second in _WIDTHS:
+        d_in, d_out = getattr(module, first, None), getattr(module, second, None)
+        if isinstance(d_in, int) and isinstance(d_out, int) and not [*module.children()]:
+            return d_in, d_out
     return None
 
 
@@ -42,7 +58,12 @@ def writable_weight(module: Any) -> torch.Tensor:
         TypeError: The weight is offloaded, quantised or sharded.
     """
     kind = type(module).__name__
-    weight: Any = inner_layer(module).weight
+    weight: Any = getattr(inner_layer(module), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(
+            f"a {kind} has no plain weight, so an edit cannot be merged into it; keep the edits beside the weight, "
+            "write them with save_lora, or load the base model unquantised and load_edits there"
+        )
     if weight.is_meta:
         raise TypeError(
             f"the weight of a {kind} is offloaded, so an edit cannot be merged into it; keep the edits beside the "
@@ -56,6 +77,27 @@ def writable_weight(module: Any) -> torch.Tensor:
             "model unquantised and load_edits there"
         )
     return weight_matrix(module)
+
+
+def plain_parameter(model: nn.Module, layer: str, kind: str) -> torch.Tensor | None:
+    """
+    Return a layer's parameter, or `None` where the model has no such layer or the parameter is no plain tensor in
+    memory.
+
+    Args:
+        model (`nn.Module`): The base model.
+        layer (`str`): The layer's name.
+        kind (`str`): `"weight"` or `"bias"`.
+    """
+    module = dict(model.named_modules()).get(layer)
+    found = None if module is None else inner_layer(module)._parameters.get(kind)
+    plain = found is not None and type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta
+    return found if plain else None
+
+
+def equal_in_dtype(saved: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a saved tensor is a weight, in the weight's dtype."""
+    return saved.shape == weight.shape and torch.equal(saved.to(weight.dtype), weight.detach().cpu())
 
 
 def check_own_weight(model: nn.Module, layer: nn.Module) -> None:
@@ -117,7 +159,9 @@ def device_of(module: Any) -> torch.device:
     Return the device on which a layer runs: that of its weight, or, offloaded, the one to which Accelerate brings it.
     """
     module = inner_layer(module)
-    weight: torch.Tensor = module.weight
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):  # a quantiser's layer, with tensors under other names
+        weight = next(itertools.chain(module.parameters(), module.buffers()))
     if weight.is_meta:
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
@@ -141,6 +185,18 @@ def weight_matrix(module: Any) -> torch.Tensor:
 def stores_transposed(module: Any) -> bool:
     """Whether a layer stores its weight as `(d_in, d_out)`, as GPT-2's do; PEFT calls it `fan_in_fan_out`."""
     return isinstance(inner_layer(module), Conv1D)
+
+
+def refused_by_peft(model: Any, names: Iterable[str]) -> list[str]:
+    """
+    Return those of some layers for which PEFT refuses an adapter, in a model of Mamba's kind.
+
+    Args:
+        model (`nn.Module`): The base model.
+        names (`Iterable[str]`): The layers' names.
+    """
+    of_mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
+    return [name for name in names if of_mamba and name.split(".")[-1] in _MAMBA_NAMES]
 
 
 def named_like_fused_experts(model: nn.Module, names: Iterable[str]) -> list[str]:

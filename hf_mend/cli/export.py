@@ -10,7 +10,7 @@ import typer
 from .common import AsJson, BaseModel, DeviceMap, Dtype, Report, TrustRemoteCode, plural
 
 
-def export(  # typer makes an argument or option of each of the nine parameters
+def export(  # typer makes an argument or option of each of the ten parameters
     edits: Annotated[str, typer.Argument(help="Saved edits: a folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
@@ -19,8 +19,11 @@ def export(  # typer makes an argument or option of each of the nine parameters
     ] = "lora",
     base_model: BaseModel = None,
     uniform_rank: Annotated[
-        bool, typer.Option("--uniform-rank", help="Pad an adapter's layers to one rank, as some servers want it.")
-    ] = False,
+        bool, typer.Option(help="One rank for all of an adapter's layers, and every block's, as servers want it.")
+    ] = True,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Highest rank of an adapter's layer; those above it are truncated by SVD.")
+    ] = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -31,24 +34,29 @@ def export(  # typer makes an argument or option of each of the nine parameters
 
     \b
     Example:
-      hf-mend export my-edits my-adapter --base-model openai-community/gpt2
+      hf-mend export my-edits my-adapter --base-model openai-community/gpt2 --max-rank 64
       hf-mend export my-edits my-model --to merged --base-model openai-community/gpt2
     """
     if to not in ("lora", "merged"):
         raise ValueError(f"--to is {to!r}, expected lora or merged")
+    if max_rank is not None and to != "lora":
+        raise ValueError(f"--max-rank {max_rank} goes with --to lora; weights have no rank to keep to")
     from ..auto import load_edited
 
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     count = len(model.edits)
     if count == 0:
         raise ValueError(f"{edits} holds no edit; make one with hf-mend edit ... --save {edits}")
+    error = 0.0
     if to == "lora":
-        model.save_lora(output, uniform_rank=uniform_rank)
+        error = model.save_lora(output, uniform_rank=uniform_rank, max_rank=max_rank)
         text = f"{plural(count, 'edit')} as a LoRA adapter in {output}; PeftModel.from_pretrained(base, ...) loads it"
+        if error:
+            text += f"\nTruncated to rank {max_rank}: the largest relative error of a layer is {error:.3g}"
     else:
         tokenizer = model.tokenizer
         model.merge_and_unload().save_pretrained(output)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
         text = f"The model with {plural(count, 'edit')} in its weights is in {output}"
-    return Report({"edits": count, "to": to, "output": str(output)}, text)
+    return Report({"edits": count, "to": to, "output": str(output), **({"error": error} if max_rank else {})}, text)

@@ -122,6 +122,8 @@ class Encoder:
         decoder_start_token_id (`int`, *optional*): What an encoder-decoder model starts its answers with.
         pad_to (`int`, defaults to 1): Lengths are padded to a multiple of it.
         forced_bos_token_id (`int`, *optional*): What its `generate` forces after that, before the answer.
+        num_embeddings (`int`, *optional*): Number of rows of the model's embedding. Padding, which is masked, is
+            within it, whatever the tokenizer says.
 
     Raises:
         ValueError: An encoder-decoder model without a start of its answers.
@@ -134,6 +136,7 @@ class Encoder:
         decoder_start_token_id: int | None = None,
         pad_to: int = 1,
         forced_bos_token_id: int | None = None,
+        num_embeddings: int | None = None,
     ):
         if is_encoder_decoder and decoder_start_token_id is None:
             raise ValueError(
@@ -145,8 +148,9 @@ class Encoder:
         self.is_encoder_decoder = is_encoder_decoder
         self.decoder_start_token_id = decoder_start_token_id
         self.pad_to = pad_to
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id: int = 0 if pad is None else pad
+        self.num_embeddings = num_embeddings
+        padding = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and self._is_known(i)]
+        self.pad_token_id: int = padding[0] if padding else 0
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
 
@@ -181,10 +185,19 @@ class Encoder:
         answer belongs to what is read, and what follows it takes its place.
 
         Raises:
-            ValueError: The chat template refuses the chat or leaves the prompt out.
+            ValueError: The chat template refuses the chat or leaves the prompt out, or a token is none of the model's
+                embedding.
         """
         text, separator = self._begun(query)
         prompt, answer = self._read_ids(text, special=not query.chat), self._answer_ids(query, text, separator)
+        unknown = next((i for i in (*prompt, *answer) if not self._is_known(i)), None)
+        if unknown is not None:
+            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            raise ValueError(
+                f"{query.prompt[:60]!r} holds the token {token!r} with the id {unknown}, and the model's embedding "
+                f"has {self.num_embeddings} rows, the tokenizer {len(self.tokenizer)} tokens; use the tokenizer that "
+                "belongs to the model, or call resize_token_embeddings on the base model before it is wrapped"
+            )
         if query.after is None:
             return prompt, answer
         after = self._ids(query.after) if isinstance(query.after, str) else list(query.after)
@@ -195,6 +208,10 @@ class Encoder:
     def text(self, query: Query) -> str:
         """The prompt as the model reads it, up to where the answer begins."""
         return self._begun(query)[0]
+
+    def _is_known(self, token_id: int) -> bool:
+        """Whether the model's embedding has a row for a token."""
+        return self.num_embeddings is None or token_id < self.num_embeddings
 
     def shortened(self, query: Query, longest: int | None) -> Query:
         """

@@ -121,7 +121,7 @@ class _Progress:
     # The row's residuals when its group said most targets, the number of targets said then (-1 before any step), and
     # the steps until then.
     top: dict[str, torch.Tensor] = field(default_factory=dict)
-    top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    top_said: torch.Tensor = field(default_factory=lambda: torch.tensor(-1.0, dtype=torch.float32))
     top_steps: torch.Tensor = field(default_factory=lambda: torch.tensor(0))
 
 
@@ -141,7 +141,11 @@ class AcceptByGroup(AcceptAll):
         super().__init__(batches, proposer)
         self.group_size = group_size
         self.progress = [
-            _Progress(torch.tensor(batch.before.log_probability), torch.zeros(batch.rows.facts)) for batch in batches
+            _Progress(
+                torch.tensor(batch.before.log_probability, dtype=torch.float32),
+                torch.zeros(batch.rows.facts, dtype=torch.float32),
+            )
+            for batch in batches
         ]
 
     @property
@@ -171,7 +175,7 @@ class AcceptByGroup(AcceptAll):
         Keep the steps that led nearer to their targets, try others again at half their length, up to `_HALVINGS`
         times, and mark the rows that want more.
         """
-        level = torch.tensor(batch.current_answers.log_probability)
+        level = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
         worse = (progress.tried > 0) & ~(level > progress.level)
         again = worse & (progress.tried <= _HALVINGS)
         for name, residual in batch.residuals.items():
@@ -188,7 +192,7 @@ class AcceptByGroup(AcceptAll):
         """Revert rows that are less sure of their targets in the end to their best step."""
         found = False
         for batch, progress in zip(self.batches, self.progress, strict=True):
-            level = torch.tensor(batch.current_answers.log_probability)
+            level = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
             missed = _unsure(batch) & torch.tensor(batch.steps).bool() & (level < progress.level)
             for name, residual in batch.residuals.items():
                 batch.residuals[name] = torch.where(per_row(missed, residual), progress.best[name], residual)
@@ -197,12 +201,14 @@ class AcceptByGroup(AcceptAll):
 
     def _said_by_group(self) -> list[torch.Tensor]:
         """Return, for each row, the number of targets that its group says, counted by their probabilities."""
-        said = [torch.tensor(batch.current_answers.log_probability).exp() for batch in self.batches]
+        said = [
+            torch.tensor(batch.current_answers.log_probability, dtype=torch.float32).exp() for batch in self.batches
+        ]
         if self.group_size is None:
             return [sum(values.sum() for values in said) + torch.zeros_like(values) for values in said]
         groups = [torch.arange(len(values)) // self.group_size for values in said]
         return [
-            torch.zeros(int(group[-1]) + 1).index_add(0, group, values)[group]
+            torch.zeros(int(group[-1]) + 1, dtype=torch.float32).index_add(0, group, values)[group]
             for group, values in zip(groups, said, strict=True)
         ]
 

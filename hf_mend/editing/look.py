@@ -46,7 +46,7 @@ class BatchLook:
         factors, logits = self.context.trace(rows, self.hidden.rows(requests), (beside, updates))
         check_finite("gradient", factors)
         answers = score_targets(rows, logits)
-        return Seen(answers.all_correct, torch.tensor(answers.min_log_probability), factors)
+        return Seen(answers.all_correct, torch.tensor(answers.min_log_probability, dtype=torch.float32), factors)
 
     def places(self, layer: str) -> torch.Tensor:
         side = next(target.side for target in self.context.targets if target.name == layer)

@@ -133,7 +133,7 @@ class FromGradient(Proposer):
             # The fall of a row's loss by its whole step, were it linear.
             falls = [(batch.factors[name][1].to(d) * d).sum((1, 2)).cpu() for name, (_, d) in updates.items()]
             fall = -torch.stack(falls).sum(0)
-            log_probability = torch.tensor(batch.current_answers.log_probability)
+            log_probability = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
             shares = torch.where(batch.wanted & (fall > 0), -log_probability / fall, 0.0)
         moves = shares > 0
         scaled = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.fingerprint import check_edits_base, check_same_base, fingerprint_of
-from ..bases.targets import Target
+from ..bases.targets import Target, layers_of_same_kind
 from ..config import EditorConfig
 from ..data.deprecation import renamed_method
 from ..hub.files import EDITS_NAME
@@ -19,7 +19,7 @@ from .collection import Edits, with_enabled
 from .compression import Compression, compressed
 from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked, warn_of_no_scope
 from .edits_file import read_edits_file, write_edits_file
-from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_fused_experts, write_lora
+from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_unloadable, write_lora
 from .low_rank import truncated
 from .packing import uncollected
 from .store import EditStore
@@ -234,7 +234,7 @@ class CarriesEdits:
         self,
         save_directory: str | Path,
         edits: Sequence[Edit] | None = None,
-        uniform_rank: bool = False,
+        uniform_rank: bool = True,
         max_rank: int | None = None,
     ) -> float:
         """
@@ -243,7 +243,9 @@ class CarriesEdits:
         Args:
             save_directory (`str` or `Path`): The folder.
             edits (`Sequence[Edit]`, *optional*): The edits to write; all that the model carries by default.
-            uniform_rank (`bool`, defaults to `False`): Pad all layers to one rank, as some servers require.
+            uniform_rank (`bool`, defaults to `True`): Pad all layers to one rank, and write zeros for the layers of
+                the same names in other blocks. Inference servers require it: some drop a kind of layer that is not in
+                all blocks, or scale all layers by one rank. Without it, the file is smaller, and exact in PEFT alone.
             max_rank (`int`, *optional*): The highest rank of a layer; layers above it are truncated to it by SVD.
 
         Returns:
@@ -263,14 +265,14 @@ class CarriesEdits:
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
             updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
             edits = []  # their rows are no longer apart
-        warn_of_fused_experts(self.base_model, updates)
+        warn_of_unloadable(self.base_model, updates)
         write_lora(
             save_directory,
             self.targets,
             updates,
             self.editor_config.task_type,
             self.editor_config.base_model_name_or_path,
-            uniform_rank,
+            layers_of_same_kind(self.base_model, updates) if uniform_rank else None,
             edits,
         )
         return error
@@ -295,7 +297,8 @@ class CarriesEdits:
         """
         self._check_usable()
         files = find_files(lora_name_or_path, [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME], **hub_kwargs)
-        return self._add(read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME]), lora_name_or_path)
+        edits = read_lora(files[ADAPTER_CONFIG_NAME], files[ADAPTER_WEIGHTS_NAME], self.base_model)
+        return self._add(edits, lora_name_or_path)
 
     def _add(self, edits: list[Edit], source: str | Path) -> list[Edit]:
         self._active.check_fit(edits, source)

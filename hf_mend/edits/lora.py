@@ -17,9 +17,16 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
+from ..bases.names import current_names
 from ..bases.patterns import MATCHING_SECONDS, expression, is_literal
 from ..bases.targets import Target
-from ..bases.weights import named_like_fused_experts, stores_transposed
+from ..bases.weights import (
+    equal_in_dtype,
+    named_like_fused_experts,
+    plain_parameter,
+    refused_by_peft,
+    stores_transposed,
+)
 from ..hub.atomic import replaced_folder
 from ..hub.files import read_json, read_json_file, read_tensors, shortened, write_tensors
 from .edit import Edit, active_edits, is_description
@@ -32,6 +39,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _LONGEST_PATTERNS = 1_000_000  # characters
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_WEIGHT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+?)(?:\.base_layer)?\.(?P<kind>weight|bias)")
 _SIDES = {"A": (".lora_A.", ".lora_B."), "B": (".lora_B.", ".lora_A.")}
 _MORE_THAN_LORA = {
     "use_dora": "DoRA rescales the whole weight",
@@ -44,6 +52,25 @@ _MORE_THAN_LORA = {
     "layer_replication": "it repeats layers",
     "alora_invocation_tokens": "it acts at some tokens alone",
 }
+# Fields that every version of PEFT knows; the others are written where they differ from PEFT's own default.
+_FIRST_FIELDS = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "fan_in_fan_out",
+        "bias",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+    ]
+)
 # Fields that leave an adapter the product of two thin matrices; adapters that set any other are refused.
 _PLAIN_FIELDS = frozenset(
     [
@@ -76,14 +103,22 @@ _PLAIN_FIELDS = frozenset(
 )
 
 
-def warn_of_fused_experts(base_model: nn.Module, names: Iterable[str]) -> None:
+def warn_of_unloadable(base_model: nn.Module, names: Iterable[str]) -> None:
     """
-    Warn where PEFT would map an adapter of some layers onto fused experts (see [`named_like_fused_experts`]).
+    Warn where PEFT cannot load an adapter of some layers, or would map it onto fused experts (see
+    [`refused_by_peft`] and [`named_like_fused_experts`]).
 
     Args:
         base_model (`nn.Module`): The base model.
         names (`Iterable[str]`): The exported layers.
     """
+    refused = refused_by_peft(base_model, names)
+    if refused:
+        logger.warning(
+            f"PEFT loads no adapter of {refused[0]!r} in a {type(base_model).__name__}, whose kernels pass the layer "
+            "by, so this one is of use to load_lora alone. Keep it with save_edits, merge it, or choose other "
+            "target_modules"
+        )
     ambiguous = named_like_fused_experts(base_model, names)
     if ambiguous:
         logger.warning(
@@ -99,13 +134,14 @@ def write_lora(
     updates: Mapping[str, Update],
     task_type: str | None,
     base_model_name_or_path: str | None,
-    uniform_rank: bool = False,
+    zeros: Sequence[Target] | None = None,
     edits: Sequence[Edit] = (),
 ) -> None:
     """
     Write `adapter_config.json` and `adapter_model.safetensors`, all or nothing.
 
-    An update `v^T u` is LoRA's `B A` with `A = u`, `B = v^T` and scale 1. Layers without an update are left out.
+    An update `v^T u` is LoRA's `B A` with `A = u`, `B = v^T` and scale 1. Layers without an update are left out, or
+    written as zeros.
 
     Args:
         folder (`str` or `Path`): The folder to write.
@@ -113,7 +149,8 @@ def write_lora(
         updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)`.
         task_type (`str`, *optional*): `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`.
         base_model_name_or_path (`str`, *optional*): The base model's name.
-        uniform_rank (`bool`, defaults to `False`): Pad all layers with zeros to one rank, as some servers require.
+        zeros (`Sequence[Target]`, *optional*): Layers to write as zeros, as servers require that stack a kind of layer
+            over all blocks; all layers have one rank then. Without it, each layer has the rank of its update.
         edits (`Sequence[Edit]`): The edits whose rows, one below another, the updates are; noted for [`read_lora`].
 
     Raises:
@@ -124,20 +161,24 @@ def write_lora(
         raise ValueError("there is no edit to write as a LoRA adapter; make one first")
     ranks = {name: len(u) for name, (u, _) in updates.items()}
     largest = max(ranks.values())
+    uniform = zeros is not None
+    empty = {
+        one.name: tuple(torch.zeros(0, width, dtype=torch.float32) for width in (one.d_in, one.d_out))
+        for one in zeros or ()
+    }
     tensors = {}
-    for name, (u, v) in updates.items():
-        missing = largest - ranks[name] if uniform_rank else 0
-        pad = (0, 0, 0, missing)
+    for name, (u, v) in {**empty, **updates}.items():
+        pad = (0, 0, 0, largest - len(u) if uniform else 0)
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(u, pad)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(v, pad).T
     # Keys of a pattern are regular expressions; alpha equal to the rank makes LoRA's scale 1.
-    pattern = {} if uniform_rank else {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    pattern = {} if uniform else {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=dict(pattern),
         alpha_pattern=dict(pattern),
-        target_modules=sorted(updates),
+        target_modules=sorted({**empty, **updates}),
         fan_in_fan_out=any(stores_transposed(target.module) for target in targets),
         task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
@@ -152,16 +193,29 @@ def write_lora(
     ]
     with replaced_folder(folder) as work:
         config.save_pretrained(str(work))
+        _leave_defaults_out(work / ADAPTER_CONFIG_NAME)
         write_tensors(work / ADAPTER_WEIGHTS_NAME, tensors, {"edits": json.dumps(entries)} if edits else {})
 
 
-def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
+def _leave_defaults_out(path: Path) -> None:
+    """Remove what an older PEFT may not know from an adapter's configuration, unless it says something."""
+    known = LoraConfig().to_dict()
+    kept = {
+        name: value
+        for name, value in read_json_file(path).items()
+        if name in _FIRST_FIELDS or (name != "peft_version" and value != known.get(name))
+    }
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_lora(config_path: str | Path, weights_path: str | Path, base_model: nn.Module) -> list[Edit]:
     """
     Read a LoRA adapter as edits: those that [`write_lora`] noted, or, of any other adapter, one without a prompt.
 
     Args:
         config_path (`str` or `Path`): `adapter_config.json`.
         weights_path (`str` or `Path`): `adapter_model.safetensors`.
+        base_model (`nn.Module`): The model that the adapter is for. Layers get the names that they have there.
 
     Raises:
         ValueError: A file is damaged, or the adapter is more than low-rank updates of linear layers; the message names
@@ -170,6 +224,7 @@ def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
     config = read_json_file(config_path)
     scale_of = _scales(config, config_path)
     tensors, metadata = read_tensors(weights_path)
+    tensors = _without_own_weights(_plain_names(tensors), base_model, weights_path)
     updates: dict[str, Update] = {}
     for name in sorted(tensors):
         found = _TENSOR_NAME.fullmatch(name)
@@ -192,9 +247,47 @@ def read_lora(config_path: str | Path, weights_path: str | Path) -> list[Edit]:
         updates[found["layer"]] = (a.float().contiguous(), v if scale == 1 else v * scale)
     if not updates:
         raise ValueError(f"{weights_path} holds no tensor; download or save it again")
-    return _noted_edits(metadata, updates, weights_path) or [
-        Edit(uuid.uuid4().hex[:12], "", "", updates, {"lora": shortened(Path(config_path).parent.name)})
-    ]
+    edits = _noted_edits(metadata, updates, weights_path)
+    if not edits:
+        acting = {name: pair for name, pair in updates.items() if pair[1].any()} or updates
+        edits = [Edit(uuid.uuid4().hex[:12], "", "", acting, {"lora": shortened(Path(config_path).parent.name)})]
+    names = current_names(base_model, updates)
+    for edit in edits:
+        edit.updates = {names[name]: pair for name, pair in edit.updates.items()}
+    return edits
+
+
+def _plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by the names that PEFT saves: without a compiled model's part, and the default adapter's."""
+    return {
+        re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", name.replace("_orig_mod.", "")): value
+        for name, value in tensors.items()
+    }
+
+
+def _without_own_weights(
+    tensors: Mapping[str, torch.Tensor], base_model: nn.Module, source: str | Path
+) -> dict[str, torch.Tensor]:
+    """
+    Return the tensors without the base model's own weights, which PEFT saves beside an adapter of an output layer.
+
+    Raises:
+        ValueError: Such a weight is another than the base model's.
+    """
+    own = {name: found for name in tensors if (found := _WEIGHT_NAME.fullmatch(name)) and ".lora_" not in name}
+    layers = current_names(base_model, {found["layer"] for found in own.values()})
+    left = dict(tensors)
+    for name, found in own.items():
+        layer = layers[found["layer"]]
+        weight = plain_parameter(base_model, layer, found["kind"])
+        if weight is None:
+            continue
+        if not equal_in_dtype(left.pop(name), weight):
+            raise ValueError(
+                f"{source} brings a {found['kind']} of {shortened(layer)} that differs from the base model's, which "
+                "an edit cannot hold; load it with PEFT, merge it, and edit the merged model"
+            )
+    return left
 
 
 def _scales(config: Mapping[str, Any], source: str | Path) -> Callable[[str], tuple[int, float]]:

@@ -234,7 +234,10 @@ def _under_edits(
     """Return a context with the rows under their group's edits, and the base delta where one acts."""
     updates = together(found.updates, group_size)
     groups = torch.arange(len(found.steps)) // group_size
-    acts = torch.zeros(len(groups)).index_add(0, groups, torch.tensor(found.steps).float())[groups] > 0
+    acts = (
+        torch.zeros(len(groups), dtype=torch.float32).index_add(0, groups, torch.tensor(found.steps).float())[groups]
+        > 0
+    )
 
     def edited(owner: torch.Tensor) -> AbstractContextManager[None]:
         base_delta = _where(acts[owner], context.method.base_delta())

@@ -49,7 +49,7 @@ def bootstrap_interval(
     if draws < 1:
         raise ValueError(f"draws is {draws}, expected at least 1")
     draw = torch.Generator().manual_seed(seed)
-    weight = torch.ones(len(values)) if weights is None else torch.tensor(weights)
+    weight = torch.tensor([1.0] * len(values) if weights is None else weights, dtype=torch.float32)
     weighted = torch.tensor(values, dtype=torch.float64) * weight
     means: list[float] = []
     while len(means) < draws:

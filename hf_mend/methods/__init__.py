@@ -5,7 +5,7 @@ A new method is a class with its configuration, registered by [`register_method`
 this package are imported here, which registers them.
 """
 
-from .base import EditMethod, check_cost, get_method, register_method, state_shapes
+from .base import EditMethod, check_cost, get_method, new_method, register_method, state_shapes
 from .enn import EditableNetwork, EditableNetworkConfig
 from .fine_tuning import (
     BoundedFineTuning,
@@ -62,6 +62,7 @@ __all__ = [
     "WhitenedGradient",
     "WhitenedGradientConfig",
     "get_method",
+    "new_method",
     "register_method",
     "check_cost",
     "state_shapes",

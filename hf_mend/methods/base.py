@@ -209,6 +209,26 @@ def get_method(name: str) -> type[EditMethod]:
     return _METHODS[name]
 
 
+def new_method(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) -> EditMethod:
+    """
+    Return a new method, whose tensors are in float32 whatever torch's default dtype is: many scripts set bfloat16 to
+    load models in half the memory.
+
+    Args:
+        config ([`EditorConfig`]): The editor's configuration.
+        shapes (`Mapping[str, tuple[int, int]]`): Layer name -> `(d_out, d_in)`.
+
+    Raises:
+        ValueError: No method has the name `config.method`.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return get_method(config.method)(config, shapes)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def state_shapes(config: EditorConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
     """
     Return the names and shapes of the tensors in an editor's file, without allocating them: a configuration may

@@ -50,7 +50,7 @@ class LoraPerEdit(GradientSearch):
         for name, (d_out, d_in) in self.shapes.items():
             x = factors[name][0]
             bound = 1 / math.sqrt(d_in)  # kaiming_uniform_(a=sqrt(5)), as in PEFT
-            a = torch.empty(self.config.rank, d_in).uniform_(-bound, bound, generator=generator)
+            a = torch.empty(self.config.rank, d_in, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             a = a.to(x.device, x.dtype).repeat(len(x), 1, 1)  # every edit starts from the same
             parameters[name] = [a, torch.zeros(len(x), d_out, self.config.rank, dtype=x.dtype, device=x.device)]
         return parameters

@@ -231,7 +231,7 @@ class LayerGroup(nn.Module):
 
     def _input_scale(self) -> torch.Tensor:
         if not self.config.normalize:
-            return torch.ones(1, 1, device=self.whiten_scale.device)
+            return torch.ones(1, 1, device=self.whiten_scale.device, dtype=torch.float32)
         return torch.stack([stats.variance.sqrt() + 1e-8 for stats in self.x_stats])
 
     def observe_inputs(self, index: int, x: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..bases.limits import longest_input
 from ..bases.weights import device_of
 from ..data.encoding import Encoder, Query, length_batches
 from .examples import TrainingExamples
@@ -31,7 +32,7 @@ def with_continuations(  # what is drawn, by whom it is continued, and how: each
 ) -> TrainingExamples:
     """
     Lets the un-edited model go on, greedily, behind the texts that the draws of some epochs give, and keeps that in
-    `examples.continuations`. What is known already is not computed again.
+    `examples.continuations`. What is known already is not computed again, and texts that leave no room are left out.
 
     Behind prompt and target, the edited model is then held to the un-edited one token by token, so that it stops or
     goes on as that would. Without this function, other text stands behind the target in its place.
@@ -57,14 +58,19 @@ def with_continuations(  # what is drawn, by whom it is continued, and how: each
     for epoch, index in order:
         local = examples.texts(index, epoch).local
         wanted.update(dict.fromkeys(query for kind in kinds for query in local[kind] if query not in known))
+    encoder: Encoder = model.encoder
+    longest = longest_input(model.base_model.config)
     missing: list[Query] = []
+    pairs: list[tuple[list[int], list[int]]] = []
     for query in wanted:
         if (kept := keys.get(_key(query))) is not None:
             known[query] = kept
-        else:
+            continue
+        pair = encoder.tokens(replace(query, after=() if query.after is not None else None))
+        length = max(map(len, pair)) if encoder.is_encoder_decoder else sum(map(len, pair))
+        if longest is None or length + tokens <= longest:
             missing.append(query)
-    encoder: Encoder = model.encoder
-    pairs = [encoder.tokens(replace(query, after=() if query.after is not None else None)) for query in missing]
+            pairs.append(pair)
     bar = tqdm(total=len(missing), desc="Continuations", disable=not progress)
     for chunk in length_batches([len(prompt) + len(answer) for prompt, answer in pairs], 64, 4096):
         said = _greedy(model.base_model, encoder, [pairs[i] for i in chunk], tokens)

@@ -158,7 +158,7 @@ def _two_stage_loss(
     groups = {name: [compacted(pair) for pair in zip(u, v, strict=True)] for name, (u, v) in updates.items()}
     leaves = {name: [(_leaf(u), _leaf(v)) for u, v in pairs] for name, pairs in groups.items()}
     beside = {name: (_leaf(u), _leaf(v)) for name, (u, v) in base_delta.items()}
-    value, edit = torch.zeros(()), torch.zeros(())
+    value = edit = torch.zeros((), dtype=torch.float32)
     locality: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts):
         owners = [(number * micro_batch_size + i) // size for i in range(len(part))]
@@ -169,7 +169,7 @@ def _two_stage_loss(
             (loss.loss * share).backward()
         value, edit = value + loss.loss.detach() * share, edit + loss.edit.detach() * share
         for kind, divergence in loss.locality.items():
-            locality[kind] = locality.get(kind, torch.zeros(())) + divergence.detach() * share
+            locality[kind] = locality.get(kind, torch.zeros((), dtype=torch.float32)) + divergence.detach() * share
     ends = [pair for pairs in groups.values() for pair in pairs] + [*base_delta.values()]
     starts = [pair for pairs in leaves.values() for pair in pairs] + [*beside.values()]
     for pair, begun in zip(ends, starts, strict=True):

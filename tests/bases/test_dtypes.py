@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from safetensors.torch import load_file
+from support.models import RECORDS, all_logits, build_model, editable, fitting, small_config
 from support.training import QUESTIONS, arguments, losses
 
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
+from hf_mend.methods.base import registered_methods
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -139,3 +144,52 @@ def test_a_float64_base_is_merged_in_float64(tokenizer):
     model.merge_and_unload()
     left = layer.weight - before - (v.T @ u).double()
     torch.testing.assert_close(left, fine, rtol=0, atol=1e-14)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As scripts set it that load models in half the memory."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+DEFAULTS = [torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS, ids=["bfloat16", "float64"])
+@pytest.mark.parametrize("method", registered_methods())
+def test_edits_do_not_depend_on_torchs_default_dtype(tokenizer, tmp_path, method, dtype):
+    prompts, targets = [record.prompt for record in RECORDS[:3]], [record.target for record in RECORDS[:3]]
+    found = []
+    for number, default in enumerate((torch.float32, dtype)):
+        base = build_model("llama")
+        with default_dtype(default):
+            torch.manual_seed(1)
+            config = small_config(method, **fitting(method, num_steps=3, kl_texts=2))
+            model = EditableModel(base, config, tokenizer).eval()
+            results = model.edit(prompts, targets, max_steps=2)
+            model.save_lora(tmp_path / str(number))
+            found.append(([dict(edit.updates) for edit in model.edits], [r.probability_after for r in results]))
+            assert {value.dtype for value in model.editor.state_dict().values()} <= {torch.float32, torch.int64}
+    assert found[0][1] == found[1][1]
+    for ours, theirs in zip(*(edits for edits, _ in found), strict=True):
+        for name, pair in ours.items():
+            assert all(torch.equal(one, other) for one, other in zip(pair, theirs[name], strict=True))
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "1" / "adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS, ids=["bfloat16", "float64"])
+def test_training_does_not_depend_on_torchs_default_dtype(tokenizer, tmp_path, dtype):
+    found = []
+    for default in (torch.float32, dtype):
+        base = build_model("llama")
+        with default_dtype(default):
+            torch.manual_seed(0)
+            model = get_editable_model(base, small_config(), tokenizer)
+            trainer = EditorTrainer(model, arguments(tmp_path, max_steps=2), RECORDS, questions=QUESTIONS)
+            trainer.train()
+            found.append(model.editor.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 import torch
-from support.models import CAUSAL, RECORDS, SEQ2SEQ, VOCAB, all_logits, editable, initialize
+from support.models import CAUSAL, RECORDS, SEQ2SEQ, VOCAB, all_logits, build_model, editable, initialize
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_mend import EditableModel
@@ -86,3 +87,90 @@ def test_a_base_that_ran_before_it_was_wrapped(tokenizer, tmp_path):
         base(input_ids=torch.tensor([[5, 6, 7]]))
     result = editable(base, tokenizer).edit(PROMPT, TARGET, max_steps=2)
     assert result.probability_after > result.probability_before
+
+
+class PackedLinear(nn.Module):
+    """A quantiser's layer that is no `nn.Linear`: eight-bit integers and scales, as those of AWQ and GPTQ."""
+
+    names = ("in_features", "out_features")
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        for name, width in zip(self.names, (layer.in_features, layer.out_features), strict=True):
+            setattr(self, name, width)
+        scales = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("qweight", (layer.weight.detach() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+
+    def dequantized(self) -> torch.Tensor:
+        return self.qweight.float() * self.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.dequantized())
+
+
+class OldPackedLinear(PackedLinear):
+    names = ("infeatures", "outfeatures")
+
+
+class WithoutGradient(PackedLinear):
+    """For a kernel that has no backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
+class WithoutWidths(PackedLinear):
+    names = ("columns", "rows")
+
+
+def packed(kind: type[PackedLinear]):
+    """A model whose blocks hold a quantiser's layers, and the plain model of the same values."""
+    base, plain = build_model("llama"), build_model("llama")
+    for name, layer in list(base.model.layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            replaced = kind(layer)
+            setattr(base.model.layers.get_submodule(parent), own, replaced)
+            plain.model.layers.get_submodule(name).weight.data = replaced.dequantized()
+    return base, plain
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, OldPackedLinear])
+def test_a_quantisers_own_layers_are_edited_as_plain_ones_of_the_same_values(tokenizer, tmp_path, kind):
+    base, plain = packed(kind)
+    ours, theirs = editable(base, tokenizer), editable(plain, tokenizer)
+    before = all_logits(ours, tokenizer)
+    torch.testing.assert_close(before, all_logits(theirs, tokenizer))
+    for model in (ours, theirs):
+        assert model.edit(PROMPT, TARGET, max_steps=2).steps == 2
+    edited = all_logits(ours, tokenizer)
+    assert not torch.equal(edited, before)
+    torch.testing.assert_close(edited, all_logits(theirs, tokenizer), rtol=1e-4, atol=1e-5)
+    ours.save_edits(tmp_path / "edits")
+    ours.save_lora(tmp_path / "lora")
+    with pytest.raises(TypeError, match=rf"a {kind.__name__} has no plain weight.*save_lora.*unquantised"):
+        ours.merge_and_unload()
+    assert torch.equal(all_logits(ours, tokenizer), edited)
+    ours.undo()
+    assert torch.equal(all_logits(ours, tokenizer), before)
+    ours.load_edits(tmp_path / "edits")
+    assert torch.equal(all_logits(ours, tokenizer), edited)
+    theirs.undo()
+    theirs.load_lora(tmp_path / "lora")
+    torch.testing.assert_close(all_logits(theirs, tokenizer), edited, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_and_placement_of_a_quantisers_own_layers(tokenizer):
+    model = EditableModel(packed(PackedLinear)[0], tokenizer=tokenizer)
+    assert model.edit_device == torch.device("cpu")
+    result = model.edit(PROMPT, TARGET)
+    assert result.probability_after > result.probability_before
+
+
+def test_layers_that_pass_no_gradient_or_state_no_widths_are_refused_by_name(tokenizer):
+    model = editable(packed(WithoutGradient)[0], tokenizer)
+    with pytest.raises(ValueError, match="no gradient reaches the layer .*another quantisation"):
+        model.edit(PROMPT, TARGET)
+    with pytest.raises(ValueError, match=r"nothing to edit: its blocks hold \[.*'WithoutWidths'\].*quantisation"):
+        EditableModel(packed(WithoutWidths)[0], tokenizer=tokenizer)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import RECORDS, build_model, small_config
+from support.models import RECORDS, all_logits, build_model, initialize, small_config
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-from hf_mend import EditorConfig
+from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.targets import block_lists, find_targets, lowest_block, mlp_layers, named_layers
 
 
@@ -145,3 +146,93 @@ def test_layers_are_found_by_name_in_a_block_or_not(llama):
     found = named_layers(llama, ["lm_head", "model.layers.3.mlp.up_proj", "model.norm", "up_proj"])
     assert [(t.name, t.shape) for t in found] == [("model.layers.3.mlp.up_proj", (48, 32)), ("lm_head", (160, 32))]
     assert named_layers(llama, []) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # What chooses, scales or shifts is never an MLP's, at any depth of its name.
+        (["self_attn.q_proj", "self_attn.o_proj", "mlp.router.layer", "mlp.gate.down.fc"], ["self_attn.o_proj"]),
+        (["self_attn.o_proj", "self_attn.relative_position_bias.linear", "self_attn.gate_proj",
+          "mlp_message_gate.message_gate_proj"], ["self_attn.o_proj"]),
+        (["input_layernorm.mlp.fc2", "attn.o", "mlp.up", "ada_norm.linear"], ["mlp.up"]),
+        # Of many experts a token sees few.
+        (["attn.o", "ffn.experts.expert_0.fc1", "ffn.experts.expert_1.fc2", "ffn.router.classifier"], ["attn.o"]),
+        # A mixer and its small projections stand behind an MLP, wherever they are defined, and for themselves alone.
+        (["feed_forward.up_proj", "feed_forward.down_proj", "mamba.in_proj", "mamba.out_proj"],
+         ["feed_forward.up_proj", "feed_forward.down_proj"]),
+        (["mixer.in_proj", "mixer.out_proj"], ["mixer.in_proj", "mixer.out_proj"]),
+        (["intermediate.dense", "output.dense", "output.adapter_modules.en.dense"],
+         ["intermediate.dense", "output.dense"]),
+        (["mlp.gate"], []),
+    ],
+)  # fmt: skip
+def test_the_layers_of_unusual_blocks(names, expected):
+    assert mlp_layers(block(*names)) == expected
+
+
+def wide_block(**widths: tuple[int, int]) -> torch.nn.Module:
+    """A block with an MLP of layers of these widths."""
+    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({k: torch.nn.Linear(*v) for k, v in widths.items()})})
+
+
+def test_the_default_is_the_matrix_back_to_the_hidden_width_wherever_it_is_defined():
+    blocks = torch.nn.ModuleList([wide_block(gate_proj=(4, 6), down_proj=(6, 4), up_proj=(4, 6)) for _ in range(4)])
+    model = torch.nn.ModuleDict({"layers": blocks})
+    assert [t.name for t in find_targets(model, EditorConfig())] == ["layers.2.mlp.down_proj"]
+
+
+CAUSAL_CONFIGS = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 160,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "layer"),
+    [
+        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.layers.2.self_attn.o_proj"),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+         "model.layers.2.self_attention.kv_proj"),
+        ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1,
+                       "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16},
+         "model.layers.2.feed_forward.down_proj"),
+        ("bamba", {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+                   "mamba_expand": 2, "mamba_chunk_size": 16, "attn_layer_indices": [1]},
+         "model.layers.2.feed_forward.down_proj"),
+        ("mamba", {"state_size": 8, "time_step_rank": 4}, "backbone.layers.2.mixer.out_proj"),
+        ("bert", {"is_decoder": True}, "bert.encoder.layer.2.output.dense"),
+    ],
+)  # fmt: skip
+def test_mixtures_and_hybrids_are_edited_in_their_default_layer(tokenizer, model_type, settings, layer):
+    config = AutoConfig.for_model(model_type, **{**CAUSAL_CONFIGS, **settings})
+    torch.manual_seed(0)
+    model = EditableModel(initialize(AutoModelForCausalLM.from_config(config).eval()), tokenizer=tokenizer)
+    assert [(target.name, target.side) for target in model.targets] == [(layer, "decoder")]
+    plain = all_logits(model, tokenizer)
+    result = model.edit(RECORDS[0].prompt, RECORDS[0].target)
+    assert result.probability_after > result.probability_before
+    model.undo()
+    assert torch.equal(all_logits(model, tokenizer), plain)
+
+
+def test_a_decoder_made_of_a_bert_is_the_decoder(tokenizer):
+    sizes = {key: value for key, value in CAUSAL_CONFIGS.items() if key != "num_key_value_heads"}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(**sizes), BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    )
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model = EditableModel(initialize(EncoderDecoderModel(config=config).eval()), tokenizer=tokenizer)
+    assert [(target.side, target.name) for target in model.targets] == [
+        ("encoder", "encoder.encoder.layer.2.output.dense"), ("decoder", "decoder.bert.encoder.layer.2.output.dense"),
+    ]  # fmt: skip
+    result = model.edit(RECORDS[0].prompt, RECORDS[0].target)
+    assert result.probability_after > result.probability_before
+
+
+def test_of_several_lists_the_one_with_the_most_weights_is_chosen():
+    model = torch.nn.ModuleDict({"small": tower(5), "layers": tower(8), "projections": tower(2)})
+    assert [one.name for one in block_lists(model)] == ["layers"]
+    model = torch.nn.ModuleDict({"tower": torch.nn.ModuleDict({"layers": tower(9)}), "layers": tower(8)})
+    assert [one.name for one in block_lists(model)] == ["layers"]

@@ -443,6 +443,19 @@ def test_edits_are_exported_as_an_adapter_without_the_editor(world, kept, tmp_pa
     assert "rank" in invoke("info", tmp_path / "adapter").stdout
 
 
+def test_an_adapter_of_a_highest_rank(world, kept, tmp_path):
+    from safetensors.torch import load_file
+
+    arguments = ("export", kept, tmp_path / "adapter", "-m", world / "base", "--max-rank", 1)
+    told = invoke(*arguments)
+    assert told.exit_code == 0 and "Truncated to rank 1: the largest relative error of a layer is 0." in told.stdout
+    assert 0 < json.loads(invoke(*arguments, "--json").stdout)["error"] < 1
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {1}
+    refused = invoke("export", kept, tmp_path / "x", "-m", world / "base", "--to", "merged", "--max-rank", 1)
+    assert refused.exit_code != 0 and "--max-rank 1 goes with --to lora" in refused.stderr
+
+
 def test_edits_are_merged_into_a_plain_model(world, kept, tmp_path):
     done = invoke("export", kept, tmp_path / "merged", "--to", "merged", "-m", world / "base")
     assert done.exit_code == 0, done.stderr

@@ -8,7 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.models import RECORDS, all_logits, build_model, editable
+from support.models import RECORDS, VOCAB, all_logits, build_model, editable, initialize
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_mend import EditableModel
 
 
 @pytest.mark.parametrize("uniform_rank", [False, True])
@@ -124,7 +127,7 @@ def test_what_is_more_than_lora_is_refused(llama, tokenizer, tmp_path, options, 
     model = editable(llama, tokenizer)
     with pytest.raises(ValueError, match=message):
         model.load_lora(tmp_path)
-    if "bias" in options:  # of which this model has none
+    if not options.get("use_dora"):  # no bias in this model, and its own whole layer brings nothing else
         return
     # Also where the configuration hides it.
     hidden = {"use_dora": False, "bias": "none", "modules_to_save": None}
@@ -210,3 +213,127 @@ def test_an_adapter_on_a_tied_output_layer_is_not_merged_into_the_embedding(toke
         model.merge_and_unload()
     assert torch.equal(model.base_model.transformer.wte.weight, embedding)
     assert torch.equal(all_logits(model, tokenizer), loaded)
+
+
+def scales_by_one_alpha(folder):
+    """The scale of each tensor where one alpha is divided by each tensor's own rank, as in llama.cpp."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {alpha / len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+
+
+def stacked_kinds(folder, blocks: int):
+    """The kinds of layer that a server keeps that stacks each kind over all blocks."""
+    names = load_file(folder / "adapter_model.safetensors")
+    kinds = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    return {kind for kind in kinds if all(any(f".{i}." in n and f".{kind}.lora_A" in n for n in names)
+                                          for i in range(blocks))}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["default", "paper"])
+def test_servers_that_stack_layers_or_know_one_rank_take_the_adapter(llama, tokenizer, tmp_path, choice):
+    model = editable(llama, tokenizer, target_modules=choice, layers_to_transform=None)
+    model.edit([r.prompt for r in RECORDS[:2]], [r.target for r in RECORDS[:2]], max_steps=2)
+    del model._active.edits[0].updates[model.targets[0].name]  # a layer of another rank
+    model._active.replace(model.edits)
+    expected = all_logits(model, tokenizer)
+    model.save_lora(tmp_path / "servers")
+    model.save_lora(tmp_path / "small", uniform_rank=False)
+    kinds = {target.name.split(".")[-1] for target in model.targets}
+    assert stacked_kinds(tmp_path / "servers", 4) == kinds and stacked_kinds(tmp_path / "small", 4) == set()
+    assert scales_by_one_alpha(tmp_path / "servers") == {1.0}
+    for folder in ("servers", "small"):
+        peft = PeftModel.from_pretrained(build_model("llama"), str(tmp_path / folder)).eval()
+        torch.testing.assert_close(all_logits(peft, tokenizer), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_of_zeros_are_no_part_of_an_edit(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=2)
+    model.save_lora(tmp_path, max_rank=1)
+    again = editable(build_model("llama"), tokenizer)
+    (edit,) = again.load_lora(tmp_path)
+    assert set(edit.updates) == {target.name for target in model.targets}
+
+
+# The fields that PEFT 0.3 knew.
+FIRST_FIELDS = {
+    "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "target_modules",
+    "task_type",
+}  # fmt: skip
+
+
+def test_the_configuration_holds_no_field_that_an_older_peft_does_not_know(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.edit([r.prompt for r in RECORDS[:2]], [r.target for r in RECORDS[:2]], max_steps=2)
+    del model._active.edits[0].updates[model.targets[0].name]
+    model._active.replace(model.edits)
+    model.save_lora(tmp_path / "servers")
+    assert json.loads((tmp_path / "servers" / "adapter_config.json").read_text()).keys() == FIRST_FIELDS
+    model.save_lora(tmp_path / "small", uniform_rank=False)
+    fields = json.loads((tmp_path / "small" / "adapter_config.json").read_text()).keys()
+    assert fields == FIRST_FIELDS | {"rank_pattern", "alpha_pattern"}  # which say something
+
+
+def test_peft_refuses_what_mambas_kernels_pass_by_and_save_lora_says_so(tokenizer, tmp_path, caplog):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=4, state_size=8, time_step_rank=4,
+                                  vocab_size=VOCAB, pad_token_id=0)  # fmt: skip
+    base = initialize(AutoModelForCausalLM.from_config(config).eval())
+    model = EditableModel(base, tokenizer=tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target)
+    edited = all_logits(model, tokenizer)
+    model.save_lora(tmp_path)
+    assert "PEFT loads no adapter of 'backbone.layers.2.mixer.out_proj' in a MambaForCausalLM" in caplog.text
+    model.undo_all()
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    model.load_lora(tmp_path)
+    assert torch.equal(all_logits(model, tokenizer), edited)
+
+
+def output_layer_adapter(folder):
+    """An adapter of PEFT's on an output layer, whose weight it saves too, and the logits under it."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["down_proj", "lm_head"], init_lora_weights=False)
+    peft = get_peft_model(build_model("llama"), config).eval()
+    peft.save_pretrained(folder)
+    return peft
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_layers_own_weight_beside_an_adapter(llama, tokenizer, tmp_path, dtype):
+    expected = all_logits(output_layer_adapter(tmp_path), tokenizer)
+    weights = tmp_path / "adapter_model.safetensors"
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(weights)
+    model = editable(llama.to(dtype), tokenizer)
+    (edit,) = model.load_lora(tmp_path)
+    assert "lm_head" in edit.updates
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    torch.testing.assert_close(all_logits(model, tokenizer).float(), expected, rtol=tolerance, atol=tolerance)
+    tensors = load_file(weights)
+    tensors["base_model.model.lm_head.base_layer.weight"][3, 5] += 1
+    save_file(tensors, weights)
+    model.undo_all()
+    with pytest.raises(ValueError, match="brings a weight of 'lm_head' that differs from the base model's"):
+        model.load_lora(tmp_path)
+    assert model.edits == []
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
+        lambda name: "_orig_mod." + name,
+    ],
+)
+def test_names_of_compiled_models_and_of_raw_state_dicts(llama, tokenizer, tmp_path, rename):
+    peft, chosen = foreign_adapter("llama", tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(weights).items()}, weights)
+    model = editable(llama, tokenizer)
+    (edit,) = model.load_lora(tmp_path)
+    assert set(edit.updates) == set(chosen)
+    torch.testing.assert_close(all_logits(model, tokenizer), all_logits(peft, tokenizer), rtol=1e-3, atol=1e-4)

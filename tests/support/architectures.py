@@ -75,6 +75,15 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "led": ("led", {**{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
                     "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64,
                     "attention_window": 16}),
+    "pegasus_x": ("pegasus_x", {**_BART, "decoder_start_token_id": 0, "block_size": 16, "num_global_tokens": 4}),
+    "prophetnet": ("prophetnet", {
+        "hidden_size": 32, "num_encoder_layers": 4, "num_decoder_layers": 4, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64, "decoder_start_token_id": 0}),
+    "seamless_m4t": ("seamless_m4t", {
+        "hidden_size": 32, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+        "decoder_start_token_id": 2}),
 }  # fmt: skip
 
 
