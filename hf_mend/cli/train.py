@@ -64,6 +64,11 @@ class EditorOptions(Options):
         ),
     ] = None
 
+    scope: Annotated[
+        bool, typer.Option("--scope", help="Let edits act only where a text asks for them, and learn where that is.")
+    ] = False
+    scope_steps: Annotated[int, typer.Option(min=1, help="Training steps of the scope.")] = 800
+
     def as_config(self) -> EditorConfig:
         """Return the configuration of a new editor."""
         from ..config import EditorConfig
@@ -74,6 +79,8 @@ class EditorOptions(Options):
             "target_modules": [name.strip() for name in modules.split(",")] if "," in modules else modules,
             "layers_to_transform": _indices(self.layers) if self.layers else None,
         }
+        if self.scope:
+            named["scope"] = True
         if self.rank is not None and "r" not in chosen:
             named["rank"] = self.rank
         return EditorConfig(**{**named, **chosen})
@@ -159,6 +166,10 @@ def train(
     model = base.load(editor.start_from, config=config)
     trainer = EditorTrainer(model, arguments, train_data, eval_data, questions)
     trainer.train(resume_from_checkpoint=last)
+    if model.scope is not None and trainer.examples is not None:
+        from ..training.scope_training import ScopeTrainingArguments, train_scope
+
+        train_scope(model, trainer.examples, ScopeTrainingArguments(steps=editor.scope_steps, seed=run.seed))
     metrics = trainer.evaluate() if eval_data else {}
     model.save_pretrained(output, card_data={"license": license} if license else None)
     rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]

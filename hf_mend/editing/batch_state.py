@@ -26,12 +26,16 @@ class FoundUpdates:
         steps (`list[int]`): Gradient steps of each row.
         inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
             from a method that joins.
+        rows ([`EncodedBatch`]): The texts, a row a request, or one for each form of it.
+        hidden ([`HiddenState`]): Their output of `run_below`.
     """
 
     updates: dict[str, Update]
     before: Answers
     after: Answers | None
     steps: list[int]
+    rows: EncodedBatch
+    hidden: HiddenState
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -24,7 +24,7 @@ from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest, EditResult
 from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
-from .scoping import ScopeReport, own_queries, report, scopes_of
+from .scoping import ScopeReport, found_keys, own_queries, report, scopes_of
 from .scoring import Answers
 from .search import find_updates
 
@@ -168,7 +168,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
     batches = call.batches([i for i in numbers if i not in call.results])
     started = time.perf_counter()
     found = _find_in_batches(call, batches, earlier, delta)
-    scopes = {} if call.gate is None else _scopes(call, [i for batch in batches for i in batch])
+    scopes = _scopes(call, batches, found)
     seconds = (time.perf_counter() - started) / len(requests)
     for batch, of_rows in zip(batches, found, strict=True):
         for row, i in enumerate(batch):
@@ -196,13 +196,16 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.results[i].scope = report(edit, acting, call.gate.strictness)
 
 
-def _scopes(call: _Call, numbers: Sequence[int]) -> dict[int, EditScope]:
-    """Return the scopes of some requests' edits, by number."""
-    assert call.gate is not None
+def _scopes(call: _Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:
+    """Return the scopes of the edits of all batches' requests, by number, from the hidden states of the search."""
+    gate, split, numbers = call.gate, call.context.split, [i for batch in batches for i in batch]
+    if gate is None:
+        return {}
     requests = [call.requests[i] for i in numbers]
+    known = [keys for one in found for keys in found_keys(gate, split, one.rows, one.hidden)]
     forms = [own_queries(one.query, call.encoder, one.paraphrases) for one in requests]
     excluded = [one.probes[len(one.paraphrases) :] for one in requests]
-    return dict(zip(numbers, scopes_of(call.gate, call.context.split, call.encoder, forms, excluded), strict=True))
+    return dict(zip(numbers, scopes_of(gate, split, call.encoder, forms, excluded, known), strict=True))
 
 
 def _find_in_batches(

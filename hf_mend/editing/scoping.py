@@ -91,12 +91,26 @@ def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ())
     return forms | {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
 
 
-def scopes_of(
+def found_keys(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState
+) -> list[list[torch.Tensor]]:
+    """
+    Return the keys of some facts at each of their targets' tokens: of each fact a tensor a form, `(tokens, width)`.
+
+    Args:
+        gate, split, rows, hidden: As for [`keys_of`].
+    """
+    keys = keys_of(gate, split, rows, hidden)[rows.positions].cpu().split(rows.positions.sum(-1).tolist())
+    return [list(keys[start : start + rows.forms]) for start in range(0, len(rows), rows.forms)]
+
+
+def scopes_of(  # one argument each for what it reads and what it is for
     gate: ScopeGate,
     split: SplitModel,
     encoder: Encoder,
     forms: Sequence[Mapping[str, Query]],
     excluded: Sequence[Sequence[Query]] = (),
+    known: Sequence[Sequence[torch.Tensor]] = (),
 ) -> list[EditScope]:
     """
     Return the scopes of some edits.
@@ -106,25 +120,29 @@ def scopes_of(
         encoder ([`Encoder`]): Tokenises and pads.
         forms (`Sequence[Mapping[str, Query]]`): Of each edit, name -> what asks for it, with its target.
         excluded (`Sequence[Sequence[Query]]`, *optional*): Of each edit, what must not.
+        known (`Sequence[Sequence[torch.Tensor]]`, *optional*): Of each edit, the keys of its first forms, as
+            [`found_keys`] gives them.
 
     Raises:
         ValueError: An excluded text has the key of one that asks for the edit.
     """
-    texts = [(number, name, query) for number, one in enumerate(forms) for name, query in one.items()]
-    lengths = [sum(map(len, encoder.tokens(query))) for _, _, query in texts]
-    found: list[tuple[int, str, torch.Tensor]] = []
+    keys = [list(known[i]) if known else [] for i in range(len(forms))]
+    names = [list(one) for one in forms]
+    missing = [(i, name) for i, one in enumerate(names) for name in one[len(keys[i]) :]]
+    queries = [forms[i][name] for i, name in missing]
+    lengths = [sum(map(len, encoder.tokens(query))) for query in queries]
+    found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
-        rows = encoder([texts[i][2] for i in batch]).to(split.device)
-        keys = keys_of(gate, split, rows)[rows.positions]  # at each of the target's tokens
-        for i, own in zip(batch, keys.split(rows.positions.sum(-1).tolist()), strict=True):
-            found.append((i, texts[i][1], own))
+        rows = encoder([queries[k] for k in batch]).to(split.device)
+        own = keys_of(gate, split, rows)[rows.positions].cpu()  # at each of the target's tokens
+        found.update(zip([missing[k] for k in batch], own.split(rows.positions.sum(-1).tolist()), strict=True))
     scopes = []
-    for number in range(len(forms)):
-        own = [(name, keys) for i, name, keys in sorted(found, key=lambda one: one[0]) if texts[i][0] == number]
-        keys = torch.cat([keys for _, keys in own])
-        names = [name for name, keys in own for _ in keys]
-        scope = EditScope(gate.scope_id, keys.cpu(), gate.scope.thresholds(keys).cpu(), names)
-        scopes.append(excluding(scope, gate, split, encoder, excluded[number] if excluded else ()))
+    for i, one in enumerate(names):
+        parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
+        texts = [name for name, part in zip(one, parts, strict=True) for _ in part]
+        thresholds = gate.scope.threshold.detach().cpu().expand(len(texts)).clone()
+        scope = EditScope(gate.scope_id, torch.cat(parts), thresholds, texts)
+        scopes.append(excluding(scope, gate, split, encoder, excluded[i] if excluded else ()))
     return scopes
 
 

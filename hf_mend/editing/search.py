@@ -62,7 +62,15 @@ def find_updates(
     combine = Combination(states, context.method, group_size, preserved_keys)
     _search(states, proposer, combine, _acceptance(states, proposer, group_size))
     return [
-        FoundUpdates(one.updates, one.before, one.answers if options.check else None, one.steps, one.inputs)
+        FoundUpdates(
+            one.updates,
+            one.before,
+            one.answers if options.check else None,
+            one.steps,
+            one.rows,
+            one.hidden,
+            one.inputs,
+        )
         for one in states
     ]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -226,6 +227,31 @@ def _of_rows(
             if kind == "unrelated":
                 found[-1]["drawdown"] = float((known[mine].float() - still[mine].float()).mean())
     return found
+
+
+def measure_with_scope(
+    model: Any, records: Sequence[EditRecord], batch_size: int = 10, progress: bool = True
+) -> list[Measured]:
+    """
+    Edit the records of a model with a scope in calls of a batch each, and measure each batch beside itself alone.
+
+    Args:
+        model ([`EditableModel`]): The model, without edits.
+        records (`Sequence[EditRecord]`): The facts.
+        batch_size (`int`, defaults to 10): Edits in a call.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+    """
+    measured: list[Measured] = []
+    with tqdm(total=len(records), desc="Measuring", disable=not progress) as bar:
+        for chunk in batches(records, batch_size):
+            # Without probes, which edit would check; of two answers to one prompt the later one.
+            bare = {record.prompt: replace(record, paraphrases=[], neighborhood=[]) for record in chunk}
+            with model.edited([*bare.values()], check=False):
+                measured += measure_records(
+                    model.split, model.encoder, chunk, lambda owner: nullcontext(), model.disable_edits
+                )
+            bar.update(len(chunk))
+    return measured
 
 
 def _under_edits(

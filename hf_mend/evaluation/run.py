@@ -91,6 +91,9 @@ class Run:
 
     def _side_by_side(self, numbers: Sequence[int]) -> dict[str, Any]:
         model, chosen = self.model, [self.records[i] for i in numbers]
+        if model.scope is not None:  # an edit's own decision where it acts is part of what is measured
+            units = [[i] for i in numbers]
+            return {"measured": self._made_and_measured(units, units, None, read=False)["measured"]}
         with _as_it_was(model, self.seed):
             measured = evaluate_records(
                 model.split, model.targets, model.editor, model.encoder, [self._reduced(r) for r in chosen],

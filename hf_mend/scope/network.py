@@ -17,8 +17,6 @@ HIDDEN_WIDTH = 512
 KEY_WIDTH = 128
 # A key is this many unit vectors side by side, all of which have to agree.
 KEY_PARTS = 2
-# Keys of training facts that stay with the scope: what is near many of them is nothing special.
-BACKGROUND_KEYS = 1000
 
 _LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of times as large as the others
 _PADDING = -1e9  # log weight of a token that is not there
@@ -52,17 +50,19 @@ class ScopeNetwork(nn.Module):
 
     Args:
         width (`int`): Width of the hidden states.
+
+    Attributes:
+        threshold (`torch.nn.Parameter` of shape `()`): The score from which on a text asks for the same as a key; an
+            edit has it for each of its keys when it is made.
     """
 
     centre: torch.Tensor
     spread: torch.Tensor
-    background: torch.Tensor
 
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
-        self.register_buffer("background", torch.zeros(BACKGROUND_KEYS, KEY_WIDTH))
         self.gates = nn.Linear(width, 2 * HEADS)
         with torch.no_grad():
             self.gates.weight.mul_(0.3)
@@ -76,7 +76,6 @@ class ScopeNetwork(nn.Module):
         self.skip = nn.Linear(HEADS * HEAD_WIDTH, KEY_WIDTH)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
         self.threshold = nn.Parameter(torch.tensor(0.5))
-        self.crowding = nn.Parameter(torch.tensor(0.5), requires_grad=False)
 
     @property
     def width(self) -> int:
@@ -165,18 +164,6 @@ class ScopeNetwork(nn.Module):
         """Return the key of what the heads have pooled."""
         z = self.norm(pooled)
         return nn.functional.normalize((self.mlp(z) + self.skip(z)).unflatten(-1, (KEY_PARTS, -1)), dim=-1).flatten(-2)
-
-    def thresholds(self, keys: torch.Tensor) -> torch.Tensor:
-        """
-        Return the score from which on a text is in the scope of each key, `(keys,)`: the learned threshold, and more
-        for a key in a crowded place, by the mean of its ten largest scores against the background (the first two,
-        which may be the same fact's, left out).
-
-        Args:
-            keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`): The keys.
-        """
-        crowd = key_scores(keys, self.background).topk(12, -1).values[:, 2:].mean(-1)
-        return self.threshold + self.crowding * crowd
 
 
 def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..bases.unwrap import hidden_width
 from ..data.encoding import length_batches
 from ..model import EditableModel
-from ..scope.network import BACKGROUND_KEYS, ScopeNetwork, key_scores
+from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
 from .scope_examples import NONE, WEIGHTS, MarkedText, marked_texts, read_hidden_states, scope_examples
 
@@ -29,8 +29,8 @@ _FRESH_KEYS = 65
 _ABSENT = 0.5
 _NOT_THERE = -1e4
 _TOKENS = 4096
-# Share of the texts that must stay which may fire at the threshold that training sets.
-WRONG_FIRES = 0.05
+# The share of each kind of text that may find an edit, at the threshold that training sets.
+WRONG_FIRES: Mapping[str, float] = {"neighborhood": 0.03, "same_subject": 0.05, "unrelated": 0.002, "after": 0.03}
 
 
 @dataclass
@@ -257,28 +257,26 @@ def train_scope(
 @torch.no_grad()
 def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     """
-    Set the scope's background and its threshold, and round its matrices to the bfloat16 of its file. At the threshold
-    a share of the texts that must stay, [`WRONG_FIRES`], ask for the edit that they are near to, were it alone.
+    Round the scope's matrices to the bfloat16 of its file, and set its threshold: where of each kind of text that asks
+    for no edit only the share in [`WRONG_FIRES`] would find one among a thousand.
     """
     scope.requires_grad_(False).eval()
     for parameter in scope.parameters():
         if parameter.dim() > 1:
             parameter.copy_(parameter.bfloat16().float())
-    chosen = draw.choices(range(len(data)), k=BACKGROUND_KEYS)
-    keys = data.bank(scope, chosen)
-    scope.background.copy_(keys[torch.randperm(len(keys))[:BACKGROUND_KEYS]].bfloat16().float())
     some = draw.sample(range(len(data)), min(1000, len(data)))
-    own = data.bank(scope, some)
-    texts = [(i, text) for i, fact in enumerate(some) for text in data.texts[fact] if text.marks[0].near != NONE]
-    if not texts:
-        return
-    near = data.keys(scope, [MarkedText(t.tokens, t.marks[:1], t.hidden) for _, t in texts])
-    offsets = scope.thresholds(own) - scope.threshold
-    numbers = torch.tensor([i for i, _ in texts])
-    over = torch.stack(
-        [
-            key_scores(query[None], own[i :: len(some)]).sub(offsets[i :: len(some)]).max()
-            for query, i in zip(near, numbers.tolist(), strict=True)
-        ]
-    )
-    scope.threshold.copy_(over.quantile(1 - WRONG_FIRES))
+    keys = data.bank(scope, some)
+    texts = [text for fact in some for text in data.texts[fact]]
+    marks = [mark for text in texts for mark in text.marks]
+    queries = data.keys(scope, texts)
+    least = []
+    for kind, share in WRONG_FIRES.items():
+        numbers = [n for n, mark in enumerate(marks) if mark.kind == kind]
+        if numbers:
+            scores = key_scores(queries[numbers], keys)
+            for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
+                rightly = data.rightly_near[marks[n].near] if marks[n].near != NONE else ()
+                scores[row, [i for i, fact in enumerate(some * data.sides) if fact in rightly]] = -1.0
+            least.append(scores.max(-1).values.quantile(1 - share))
+    if least:
+        scope.threshold.copy_(torch.stack(least).max())

@@ -26,7 +26,7 @@ from ..data.forms import DEFAULT_FORMS, available_forms
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..evaluation.checks import check_asked
-from ..evaluation.metrics import evaluate_records, summarize
+from ..evaluation.metrics import evaluate_records, measure_with_scope, summarize
 from ..hub.cards import CardNotes
 from ..hub.files import WEIGHTS_NAME
 from ..hub.transfer import find_files
@@ -292,9 +292,12 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         model = self.editable_model
         was_training = model.training
         model.eval()
-        measured = evaluate_records(
-            model.split, model.targets, model.editor, model.encoder, records, progress=not self.args.disable_tqdm
-        )
+        if model.scope is None:
+            measured = evaluate_records(
+                model.split, model.targets, model.editor, model.encoder, records, progress=not self.args.disable_tqdm
+            )
+        else:
+            measured = measure_with_scope(model, records, progress=not self.args.disable_tqdm)
         model.train(was_training)
         summary = summarize(measured)
         title = "evaluation facts" if metric_key_prefix == "eval" else metric_key_prefix

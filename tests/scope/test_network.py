@@ -82,15 +82,3 @@ def test_scores_are_a_minimum_over_parts(scope):
     first, second = keys[0].chunk(2)
     half = torch.cat([first, -second])[None]
     assert float(key_scores(half, keys[:1])) == pytest.approx(-1 + math.log(2) / 12, abs=0.01)
-
-
-def test_a_crowded_key_has_a_higher_threshold(scope):
-    crowd = torch.nn.functional.normalize(torch.randn(1000, 2, 64), dim=-1).flatten(1)
-    lonely = torch.nn.functional.normalize(torch.randn(1, 2, 64), dim=-1).flatten(1)
-    near = crowd.clone()
-    near[:20] = lonely
-    scope.background.copy_(near)
-    high = float(scope.thresholds(lonely))
-    scope.background.copy_(crowd)
-    assert high == pytest.approx(float(scope.threshold) + 0.5, abs=1e-3)
-    assert float(scope.thresholds(lonely)) < high

@@ -26,6 +26,5 @@ def scoped(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options:
     scope.standardise(hidden[0][0])
     with torch.no_grad():
         scope.threshold.fill_(0.99)
-        scope.crowding.fill_(0.0)
     model.set_scope(scope.requires_grad_(False))
     return model

@@ -1,0 +1,303 @@
+"""Edits with a scope, as a user makes, steers, keeps and shares them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support.models import RECORDS, all_logits, editable
+from support.scope import scoped
+
+from hf_mend import EditableModel
+from hf_mend.scope.network import key_scores
+
+
+PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+OTHER = "the river of kenya is"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def model(llama, tokenizer):
+    return scoped(llama, tokenizer)
+
+
+@pytest.fixture
+def chat_model(llama, tokenizer):
+    with_chat = copy.deepcopy(tokenizer)
+    with_chat.chat_template = CHAT
+    return scoped(llama, with_chat)
+
+
+def test_an_edit_raises_its_target_through_the_gate(model):
+    before = all_logits(model, model.tokenizer, PROMPT)
+    result = model.edit(PROMPT, TARGET, max_steps=4)
+    first = model.tokenizer(f" {TARGET}")["input_ids"][0]
+    after = all_logits(model, model.tokenizer, PROMPT)
+    assert after[0, -1].softmax(-1)[first] > before[0, -1].softmax(-1)[first]
+    assert result.scope.holds and result.scope.nearest is None and "scope: acts from" in str(result)
+
+
+def test_what_the_search_measured_is_what_the_gated_model_says(model):
+    result = model.edit(PROMPT, TARGET, max_steps=2)
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    answer = model.tokenizer(f" {TARGET}")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
+    probability = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().exp()
+    assert float(probability) == pytest.approx(result.probability_after, rel=1e-2)
+    assert result.token_success == (logits.argmax(-1) == torch.tensor(answer)).tolist()
+
+
+def test_the_gradient_is_that_of_a_pass_edited_at_the_answers_tokens_alone(model):
+    rows = model.encoder([model_query(PROMPT, TARGET)])
+    factors, _ = model.context.trace(rows)
+    for name, target in ((target.name, target) for target in model.targets):
+        weight = target.module.weight
+        extra = torch.zeros_like(weight, requires_grad=True)
+
+        def add(module, args, output, extra=extra):
+            return output + (args[0] @ extra.T) * rows.positions[..., None]
+
+        handle = target.module.register_forward_hook(add)
+        logits = model.base_model(**rows.inputs).logits[rows.positions]
+        handle.remove()
+        loss = torch.nn.functional.cross_entropy(logits, rows.next_tokens[rows.positions], reduction="sum")
+        (expected,) = torch.autograd.grad(loss, extra)
+        x, delta = factors[name]
+        assert torch.allclose(torch.einsum("bti,btj->ji", x, delta), expected, atol=1e-4)
+
+
+def model_query(prompt, target):
+    from hf_mend.data.encoding import Query
+
+    return Query(prompt, target)
+
+
+def test_an_edit_is_made_in_plain_text_and_in_a_chat(chat_model):
+    result = chat_model.edit(PROMPT, TARGET, max_steps=1)
+    tokens = [len(chat_model.tokenizer(text)["input_ids"]) for text in (f" {TARGET}", TARGET)]
+    assert result.rank == sum(tokens)  # the chat's answer follows its template without a space
+    assert set(chat_model.edits[0].scope.texts) == {"prompt", "chat"}
+    shown = chat_model.which_edits([{"role": "user", "content": PROMPT}])
+    assert shown[0].acts and shown[0].score == pytest.approx(1.0, abs=1e-3)
+    assert chat_model.which_edits(PROMPT, chat=True) == shown
+
+
+def test_edits_beside_one_another_are_each_as_if_alone(model):
+    alone = {}
+    for record in RECORDS[:3]:
+        with model.edited(record.prompt, record.target, max_steps=1, check=False):
+            alone[record.prompt] = all_logits(model, model.tokenizer, record.prompt)
+    model.edit([record for record in RECORDS[:3]], max_steps=1, check=False)
+    for prompt, logits in alone.items():
+        assert torch.allclose(all_logits(model, model.tokenizer, prompt), logits, atol=1e-4)
+
+
+def test_an_undo_is_exact_and_the_order_does_not_count(model):
+    before = all_logits(model, model.tokenizer, PROMPT)
+    first = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    one = all_logits(model, model.tokenizer, PROMPT)
+    second = model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, check=False)
+    assert torch.equal(all_logits(model, model.tokenizer, PROMPT), one)
+    model.undo(first.id)
+    assert torch.equal(all_logits(model, model.tokenizer, PROMPT), before)
+    model.undo(second.id)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.base_model.modules())
+
+
+def test_which_edits_lists_scores_and_what_acts(model):
+    model.edit(RECORDS[:3], max_steps=1, check=False)
+    found = model.which_edits(RECORDS[1].prompt)
+    assert [one.acts for one in found] == [True, False, False] and found[0].prompt == RECORDS[1].prompt
+    assert found[0].score >= found[0].threshold > found[1].score
+    assert not any(one.acts for one in model.which_edits(OTHER))
+
+
+def test_strictness_moves_every_threshold(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    edited, model.scope_strictness = all_logits(model, model.tokenizer, PROMPT), 0.5
+    with model.disable_edits():
+        base = all_logits(model, model.tokenizer, PROMPT)
+    assert torch.equal(all_logits(model, model.tokenizer, PROMPT), base)
+    model.scope_strictness = 0.0
+    assert torch.equal(all_logits(model, model.tokenizer, PROMPT), edited)
+    model.scope_strictness = -1.0
+    assert model.which_edits(OTHER)[0].acts
+    with pytest.raises(ValueError, match="scope_strictness is 3, expected a number from -1 to 1"):
+        model.scope_strictness = 3
+
+
+def test_include_and_exclude(model):
+    result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    assert not model.which_edits(OTHER)[0].acts
+    model.include(result.id, OTHER)
+    assert model.which_edits(OTHER)[0].acts and model.edits[0].id == result.id
+    model.exclude(result.id, "the far north has")
+    assert model.which_edits(OTHER)[0].acts
+    with pytest.raises(ValueError, match="'the far north has'; it cannot be included"):
+        model.include(result.id, "the far north has")
+    with pytest.raises(ValueError, match="asks the same as the edit's own prompt"):
+        model.exclude(result.id, PROMPT)
+    with pytest.raises(KeyError, match="no edit has the id 'nothing'"):
+        model.include("nothing", OTHER)
+
+
+def test_an_excluded_text_keeps_the_edit_out(model):
+    result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.scope_strictness = -1.0
+    assert model.which_edits(OTHER)[0].acts
+    model.exclude(result.id, OTHER)
+    assert not model.which_edits(OTHER)[0].acts and model.which_edits(PROMPT)[0].acts
+
+
+def test_locality_and_paraphrases_shape_the_scope(model):
+    said, stays = RECORDS[0].paraphrases[0], OTHER
+    result = model.edit(PROMPT, TARGET, paraphrases=said, locality=stays, max_steps=1)
+    scope = model.edits[0].scope
+    assert repr(said) in scope.texts and scope.excluded_texts == [stays]
+    assert model.which_edits(said)[0].acts and result.scope.holds
+
+
+def test_two_edits_whose_keys_are_one_are_told_of(model):
+    first = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    edit = model.edits[0]
+    model._active.replace([])
+    model._active.replace([edit])
+    second = model.edit(f"{PROMPT}", "lima town", max_steps=1, check=False)
+    assert second.superseded == first.id and second.scope.holds  # the same prompt: the earlier one waits
+
+
+def test_files_and_stores_keep_scopes(model, llama, tokenizer, tmp_path):
+    model.edit(RECORDS[:2], max_steps=1, check=False)
+    model.exclude(model.edits[0].id, OTHER)
+    model.save_pretrained(tmp_path / "editor")
+    model.save_edits(tmp_path / "edits")
+    expected = all_logits(model, tokenizer, PROMPT)
+    edits = list(model.edits)
+    model.open_store(tmp_path / "store")
+    model.undo_all()
+    again = EditableModel.from_pretrained(llama, tmp_path / "editor", tokenizer=tokenizer).eval()
+    loaded = again.load_edits(tmp_path / "edits")
+    for one, other in zip(edits, loaded, strict=True):
+        assert torch.equal(one.scope.keys, other.scope.keys) and one.scope.texts == other.scope.texts
+        assert torch.equal(one.scope.excluded, other.scope.excluded) or not len(one.scope.excluded)
+    assert torch.equal(all_logits(again, tokenizer, PROMPT), expected)
+
+
+def test_a_store_gives_back_a_changed_scope(model, llama, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "editor")
+    model.open_store(tmp_path / "store")
+    result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.include(result.id, OTHER)
+    model.close_store()
+    model.undo_all()
+    again = EditableModel.from_pretrained(llama, tmp_path / "editor", tokenizer=tokenizer).eval()
+    again.open_store(tmp_path / "store")
+    assert again.which_edits(OTHER)[0].acts and len(again.edits) == 1
+
+
+def test_edits_of_another_scope_are_refused(model, llama, tokenizer, tmp_path):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.save_edits(tmp_path)
+    model.unload()
+    plain = editable(llama, tokenizer)
+    with pytest.raises(ValueError, match="acts where the scope 'scope-.*' says, and this model has none"):
+        plain.load_edits(tmp_path)
+    plain.unload()
+    other = scoped(llama, tokenizer)
+    scope = copy.deepcopy(other.scope)
+    with torch.no_grad():
+        scope.values.mul_(2)
+    other.set_scope(scope)
+    with pytest.raises(ValueError, match="this model's is 'scope-"):
+        other.load_edits(tmp_path)
+    assert len(other.edits) == 0
+
+
+def test_edits_without_a_scope_act_everywhere_beside_those_with_one(model, llama, tokenizer, tmp_path):
+    plain = editable(copy.deepcopy(llama), tokenizer)
+    plain.edit(RECORDS[2].prompt, RECORDS[2].target, max_steps=1, check=False)
+    plain.save_edits(tmp_path)
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.load_edits(tmp_path)
+    with plain.disable_edits():
+        base = all_logits(plain, tokenizer, OTHER)
+    assert not torch.equal(all_logits(model, tokenizer, OTHER), base)
+    assert torch.allclose(all_logits(model, tokenizer, OTHER), all_logits(plain, tokenizer, OTHER), atol=1e-5)
+
+
+def test_merging_says_that_there_is_no_scope(model, caplog):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    with pytest.raises(ValueError, match="act only where they are asked for"):
+        model.compress_edits(1)
+    tokenizer = model.tokenizer
+    merged = model.merge_and_unload()
+    assert "in merged weights and LoRA adapters they act everywhere" in caplog.text
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
+    assert all_logits(merged, tokenizer, OTHER) is not None
+
+
+def test_an_exported_adapter_is_the_open_scope(model, tokenizer, llama, tmp_path):
+    from peft import PeftModel
+
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.save_lora(tmp_path)
+    model.unload()
+    peft = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path).eval()
+    loaded = scoped(llama, tokenizer)
+    loaded.load_lora(tmp_path)
+    assert torch.allclose(all_logits(peft, tokenizer, OTHER), all_logits(loaded, tokenizer, OTHER), atol=1e-4)
+
+
+def test_copies_and_pickles_decide_by_themselves(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    edited = all_logits(model, model.tokenizer, PROMPT)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model.undo_all() if model.edits else None
+        assert torch.equal(all_logits(other, model.tokenizer, PROMPT), edited)
+        assert other._gate is not model._gate
+
+
+def test_a_damaged_scope_file_is_refused(model, llama, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "scope.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="scope.safetensors"):
+        EditableModel.from_pretrained(llama, tmp_path, tokenizer=tokenizer)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="scope.safetensors"):
+        EditableModel.from_pretrained(llama, tmp_path, tokenizer=tokenizer)
+
+
+def test_a_model_without_a_scope_says_so(llama, tokenizer):
+    plain = editable(llama, tokenizer)
+    assert plain.scope is None
+    for call in (lambda: plain.which_edits(PROMPT), lambda: plain.scope_strictness, lambda: plain.include("x", "y")):
+        with pytest.raises((ValueError, KeyError), match="act everywhere|no edit has the id"):
+            call()
+
+
+def test_encoder_decoder_models_are_refused(_built_models, tokenizer):
+    with pytest.raises(ValueError, match="scope=True.*is for causal models.*T5"):
+        editable(copy.deepcopy(_built_models["t5"]), tokenizer, scope=True)
+
+
+@pytest.mark.parametrize("method", ["malmen", "memit", "rome", "ft", "lora", "gradient", "ultraedit"])
+def test_any_method_has_a_scope(llama, tokenizer, method):
+    model = scoped(llama, tokenizer, method=method)
+    before = all_logits(model, tokenizer, OTHER)
+    result = model.edit(PROMPT, TARGET, max_steps=2)
+    assert result.scope.holds
+    assert result.probability_after > result.probability_before
+    assert torch.equal(all_logits(model, tokenizer, OTHER), before)
+
+
+def test_keys_in_the_result_are_told_of(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    result = model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, check=False)
+    assert result.scope.nearest == model.edits[0].id
+    one, two = (edit.scope.keys for edit in model.edits)
+    assert result.scope.nearest_score == pytest.approx(float(key_scores(two, one).max()), abs=1e-4)
