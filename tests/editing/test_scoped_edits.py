@@ -16,7 +16,10 @@ from hf_mend.scope.network import key_scores
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
 OTHER = "the river of kenya is"
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture
