@@ -64,8 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     return parse_with_data(parser)
 
 
-def training_records(arguments: argparse.Namespace, held_out: list[str]) -> list[EditRecord]:
-    """The facts of both folders in a random order, with the forms of asking that training may see."""
+def training_records(arguments: argparse.Namespace, held_out: list[str], mixed: bool = True) -> list[EditRecord]:
+    """
+    The facts of both folders in a random order, with the forms of asking that training may see. Mixed, some have
+    neighbours in place of prompts about the same subject.
+    """
     packaged = FormTemplates.load().split()[0].relations
     templates = FormTemplates({name: forms for name, forms in packaged.items() if name not in held_out})
     facts = [
@@ -81,7 +84,7 @@ def training_records(arguments: argparse.Namespace, held_out: list[str]) -> list
     # What has nothing to do with an edit is kept apart by its scope.
     return [
         replace(record, same_subject=record.neighborhood)
-        if record.neighborhood and draw.random() < NEIGHBOURS
+        if mixed and record.neighborhood and draw.random() < NEIGHBOURS
         else record
         for record in records
     ]

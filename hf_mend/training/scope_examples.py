@@ -23,11 +23,11 @@ WEIGHTS: Mapping[str, float] = {
     "chat": 1.0,
     "said": 1.0,
     "answer": 0.6,
-    "after": 0.5,
-    "inside": 0.25,
+    "after": 0.7,
+    "inside": 0.3,
     "neighborhood": 1.0,
     "same_subject": 1.0,
-    "unrelated": 0.4,
+    "unrelated": 1.0,
 }
 _TAIL_TOKENS = 8
 _LONGEST = 400

@@ -18,13 +18,17 @@ from ..data.encoding import length_batches
 from ..model import EditableModel
 from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
-from .scope_examples import NONE, WEIGHTS, MarkedText, marked_texts, read_hidden_states, scope_examples
+from .scope_examples import NONE, WEIGHTS, Mark, MarkedText, marked_texts, read_hidden_states, scope_examples
 
 
 logger = logging.get_logger(__name__)
 
 # Steps after which the keys of all facts are computed anew.
 _FRESH_KEYS = 65
+# Other facts among whose keys a step's have to be found.
+_OTHER_FACTS = 2000
+# Kinds of texts that give a fact's keys, in the order of the bank.
+_SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
 _ABSENT = 0.5
 _NOT_THERE = -1e4
@@ -155,9 +159,11 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     return ScopeTexts(kept, same, near)
 
 
-def scope_loss(scope: ScopeNetwork, data: ScopeTexts, facts: Sequence[int], bank: torch.Tensor) -> torch.Tensor:
+def scope_loss(
+    scope: ScopeNetwork, data: ScopeTexts, facts: Sequence[int], bank: torch.Tensor, others: Sequence[int] = ()
+) -> torch.Tensor:
     """
-    Return the loss of some facts' texts: cross-entropy over the keys of all facts and "none".
+    Return the loss of some facts' texts: cross-entropy over the keys of these and other facts and "none".
 
     At a mark that asks for a fact one of its keys must be found, and "none" where these are left out; at the others
     "none". The texts that must stay serve as keys of others too: what asks for a fact must not ask for them.
@@ -166,37 +172,47 @@ def scope_loss(scope: ScopeNetwork, data: ScopeTexts, facts: Sequence[int], bank
         scope ([`ScopeNetwork`]): The scope.
         data ([`ScopeTexts`]): The texts.
         facts (`Sequence[int]`): The facts of the step.
-        bank (`torch.Tensor` of shape `(sides * facts, KEY_WIDTH)`): The keys of all facts, a few steps old.
+        bank (`torch.Tensor` of shape `(sides * all facts, KEY_WIDTH)`): The keys of all facts, a few steps old.
+        others (`Sequence[int]`, *optional*): Other facts whose keys may be found too.
     """
     texts = [text for fact in facts for text in data.texts[fact]]
     marks = [mark for text in texts for mark in text.marks]
     queries = data.keys(scope, texts)
-    count, sides = len(data), data.sides
-    own = [n for n, mark in enumerate(marks) if mark.kind in ("prompt", "chat")]
-    side_of = {"prompt": 0, "chat": 1}
-    columns = torch.tensor([side_of[marks[n].kind] * count + marks[n].fact for n in own])
+    shown = [*dict.fromkeys([*facts, *others])]
+    column, count, sides = {fact: i for i, fact in enumerate(shown)}, len(shown), data.sides
+    stale = torch.cat([bank[torch.tensor(shown) + side * len(data)] for side in range(sides)])
+    own = [n for n, mark in enumerate(marks) if mark.kind in _SIDES]
+    fresh = torch.tensor([_SIDES.index(marks[n].kind) * count + column[marks[n].fact] for n in own])
     stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
-    keys = torch.cat([bank.index_copy(0, columns, queries[own]), queries[stays]])
+    keys = torch.cat([stale.index_copy(0, fresh, queries[own]), queries[stays]])
     logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
-    masked = torch.zeros_like(logits, dtype=torch.bool)
-    for column, n in enumerate(stays):
-        masked[n, sides * count + column] = True
-    for n, mark in enumerate(marks):
-        others = data.same_fact[mark.fact] if mark.fact != NONE else []
-        others = data.rightly_near[mark.near] if mark.near != NONE else others
-        for other in others:
-            masked[n, other : sides * count : count] = True
-        if mark.kind == "chat":  # is itself that key
-            masked[n, count + mark.fact] = True
-    logits = logits.masked_fill(masked, _NOT_THERE)
+    logits = logits.masked_fill(_not_counted(data, marks, column, stays), _NOT_THERE)
     none = logits.new_zeros(len(marks), 1)
-    asked = torch.tensor([mark.fact for mark in marks])
+    asked = torch.tensor([column.get(mark.fact, NONE) for mark in marks])
     wanted = asked.clamp(min=0)[:, None] + count * torch.arange(sides)  # (marks, sides)
     whole = torch.cat([logits, none], 1).logsumexp(1)
     without = torch.cat([logits.scatter(1, wanted, _NOT_THERE), none], 1).logsumexp(1)
     found = whole - logits.gather(1, wanted).logsumexp(1) + _ABSENT * without
     weights = torch.tensor([WEIGHTS[mark.kind] for mark in marks])
     return (torch.where(asked != NONE, found, whole) * weights).sum() / weights.sum()
+
+
+def _not_counted(
+    data: ScopeTexts, marks: Sequence[Mark], column: Mapping[int, int], stays: Sequence[int]
+) -> torch.Tensor:
+    """Return which keys do not count at a mark, `(marks, keys)`: its own text's, and facts that it may ask for too."""
+    count, sides = len(column), data.sides
+    masked = torch.zeros(len(marks), sides * count + len(stays), dtype=torch.bool)
+    for place, n in enumerate(stays):
+        masked[n, sides * count + place] = True
+    for n, mark in enumerate(marks):
+        others = data.same_fact[mark.fact] if mark.fact != NONE else ()
+        for other in data.rightly_near[mark.near] if mark.near != NONE else others:
+            if other in column:
+                masked[n, column[other] : sides * count : count] = True
+        if mark.kind == "chat":
+            masked[n, count + column[mark.fact]] = True
+    return masked
 
 
 def train_scope(
@@ -240,7 +256,8 @@ def train_scope(
         if len(order) < args.facts_per_step:
             order = draw.sample(every, len(data))
         facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
-        loss = scope_loss(scope, data, facts, bank)
+        others = draw.sample(every, min(len(data), _OTHER_FACTS))
+        loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()
         loss.backward()
         if not math.isfinite(float(loss.detach())):
