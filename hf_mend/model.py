@@ -103,6 +103,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self.card_notes = CardNotes()
         self._spent: str | None = None
         self._store: EditStore | None = None
+        self.eval()
 
     # ---- loading and saving the editor ----
 
@@ -202,10 +203,6 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         load_whole_state(self.editor, tensors)
 
     # ---- running ----
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's forward pass under the active edits."""
-        return self.base_model(*args, **kwargs)
 
     @property
     def encoder(self) -> Encoder:

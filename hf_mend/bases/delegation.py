@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,33 @@ def known_to_pipelines(cls: type) -> None:
         names.append(cls.__name__)
 
 
+class _NoGradient(torch.autograd.Function):
+    """A loss that says why it has no gradient, where it would otherwise be an error about `grad_fn`."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "the loss of an EditableModel has no gradient, as its base model is frozen; train its editor with "
+            "EditorTrainer in place of Trainer or a loop of your own, or fine-tune model.unload()"
+        )
+
+
+def _refusing_backward(outputs: Any) -> Any:
+    """Return the outputs of a forward pass whose loss has no gradient with one that says so; others as they are."""
+    loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    if loss is None or loss.requires_grad:  # an adapter's parameters, or those of a base that was unfrozen
+        return outputs
+    loss = _NoGradient.apply(loss, torch.zeros((), requires_grad=True))
+    if isinstance(outputs, tuple):
+        return (loss, *outputs[1:])
+    outputs.loss = loss
+    return outputs
+
+
 class DelegatesToBase:
     """
     The methods of [`EditableModel`] that delegate to the base model, under the active edits. Each is defined by name:
@@ -31,6 +59,24 @@ class DelegatesToBase:
 
     base_model: Any
     config: Any
+    training: bool
+
+    # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
+    def forward(
+        self, *args: Any, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        """
+        Run the base model's forward pass under the active edits.
+
+        Args:
+            args, input_ids, attention_mask, labels, kwargs: As for the base model.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        given = {name: value for name, value in named.items() if value is not None}
+        outputs = self.base_model(*args, **given, **kwargs)
+        if labels is not None and self.training and torch.is_grad_enabled():
+            return _refusing_backward(outputs)
+        return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's `generate` under the active edits."""
@@ -67,6 +113,19 @@ class DelegatesToBase:
     def main_input_name(self) -> str:
         """The name of the base model's main input, such as `"input_ids"`."""
         return str(self.base_model.main_input_name)
+
+    @property
+    def loss_type(self) -> str | None:
+        """The name of the base model's loss, by which `Trainer` counts labels."""
+        return cast("str | None", self.base_model.loss_type)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's forward pass takes a loss's arguments, such as `num_items_in_batch`."""
+        if hasattr(self.base_model, "accepts_loss_kwargs"):
+            return bool(self.base_model.accepts_loss_kwargs)
+        parameters = inspect.signature(self.base_model.forward).parameters.values()
+        return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
     @property
     def input_modalities(self) -> str | tuple[str, ...]:
