@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Report, with_options
 from .evaluate import OUTPUT, EvaluationOptions, measure, without_folder
 
@@ -45,6 +46,7 @@ def compare(
         if title in titles:
             raise ValueError(f"two of the names are called {title!r}; give them titles: title=name")
         titles[title] = name
+    check_writable(output)
     records, arguments = options.read(data)
     from ..evaluation.reports import comparison_table, write_report, write_results
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Options, Report, Revision, as_fields, check_file, with_options
 
 
@@ -118,6 +119,8 @@ def evaluate(
     """
     if card and not (Path(editor) / "editor_config.json").is_file():
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
+    for folder in [*([] if output is None else [output]), *([Path(editor)] if card else [])]:
+        check_writable(folder)
     records, arguments = options.read(data)
     result = measure(editor, editor, records, arguments, options.config, base, revision, output)
     from ..evaluation.reports import metrics_table, write_results

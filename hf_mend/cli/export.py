@@ -37,7 +37,9 @@ def export(  # typer makes an argument or option of each of the nine parameters
     if to not in ("lora", "merged"):
         raise ValueError(f"--to is {to!r}, expected lora or merged")
     from ..auto import load_edited
+    from ..hub.atomic import check_writable
 
+    check_writable(output)
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     count = len(model.edits)
     if count == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from support.models import RECORDS, all_logits, build_model, editable, small_config
@@ -61,6 +61,28 @@ def test_an_editor_goes_to_the_hub_and_comes_back(hub, model, tokenizer, tmp_pat
         assert (tmp_path / "local" / name).read_bytes() == repository.files()[name]
     assert 'AutoEditableModel.from_pretrained("me/editor")' in repository.files()["README.md"].decode()
     assert same_editor(load("me/editor", tokenizer), model)
+
+
+def test_edits_and_tags_go_along_where_asked(hub, llama, tokenizer, caplog):
+    model = editable(llama, tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
+    model.push_to_hub("me/editor", card_data={"tags": ["one"]}, tags="two")
+    assert set(hub.repositories["me/editor"].files()) == EDITOR_FILES
+    assert "carries edits (1), which are not saved" in caplog.text
+    assert {"one", "two", "model-editing"} <= set(ModelCard.load("me/editor").data.tags)
+    model.push_to_hub("me/editor", edits=True)
+    assert set(hub.repositories["me/editor"].files()) == EDITOR_FILES | {"edits.safetensors"}
+    other = load("me/editor", tokenizer)
+    assert [edit.target for edit in other.load_edits("me/editor")] == [RECORDS[0].target]
+
+
+def test_saving_and_pushing_in_one_call(hub, model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "my-editor", push_to_hub=True, commit_message="both", private=True)
+    repository = hub.repositories["me/my-editor"]
+    assert repository.private and "both" in repository.messages.values()
+    assert same_editor(load(tmp_path / "my-editor", tokenizer), load("me/my-editor", tokenizer))
+    model.save_pretrained(tmp_path / "my-editor", push_to_hub=True, repo_id="me/other")
+    assert "me/other" in hub.repositories
 
 
 def test_a_name_without_a_user_is_the_users_own(hub, model):
