@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 from transformers.utils import logging
 
 from .atomic import recover_folder
@@ -150,6 +150,20 @@ class _Repository:
                 f"{where} has no {name}; it is not what save_pretrained or save_edits writes: {error}"
             )
         return OSError(f"{name} of {where} could not be downloaded ({_brief(error)}); nothing was loaded, try again")
+
+
+def is_reachable() -> bool:
+    """
+    Return whether the Hub answers, by one short request: where it does not, each download tries for half a minute. With
+    `HF_HUB_OFFLINE` nothing is asked, and the answer is `False`.
+    """
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(HfApi().endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 def commit_of(path: Path) -> str | None:

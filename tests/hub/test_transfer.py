@@ -6,19 +6,22 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from support.models import RECORDS, all_logits, build_model, editable, small_config
 from support.paths import TESTS
 
 from hf_mend import AutoEditableModel, EditableModel, get_editable_model
+from hf_mend.hub.transfer import is_reachable
 
 
 EDITOR_FILES = {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
@@ -407,6 +410,18 @@ def test_another_process_with_its_cache_and_no_network(hub, model, tokenizer, tm
     assert cached == f"sum {float(sum(value.double().sum() for value in model.editor.state_dict().values()))}"
     assert re.search("^FileNotFoundError .*me/other.*is not in the cache.*HF_HUB_OFFLINE", other)
     assert len(hub.requests) == asked, "offline means offline"
+
+
+def test_one_short_request_tells_whether_the_hub_answers(hub, monkeypatch):
+    assert is_reachable() and len(hub.requests) == 1
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    assert not is_reachable() and len(hub.requests) == 1
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a second try"))
+        assert not is_reachable()
 
 
 # ---- what a stranger's repository may try ----
