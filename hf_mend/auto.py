@@ -138,8 +138,8 @@ def _load_base(place: str, load: Callable[..., Any], shared: Mapping[str, Any]) 
         if not shared.get("local_files_only"):
             tried.append(f"the Hub at {HfApi().endpoint}{', which cannot be reached' if cut_off else ''}")
         raise OSError(
-            f"the base model {place} could not be loaded; tried {', '.join(tried)}. If it is elsewhere, name its folder "
-            f"by base_model_name_or_path (--base-model). {error}"
+            f"the base model {place} could not be loaded; tried {', '.join(tried)}. If it is elsewhere, name its "
+            f"folder by base_model_name_or_path (--base-model). {error}"
         ) from error
 
 

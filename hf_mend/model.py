@@ -70,6 +70,11 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
     ):
         super().__init__()
         editor_config = training_free_config() if editor_config is None else editor_config
+        if not isinstance(editor_config, EditorConfig):
+            raise TypeError(
+                f"editor_config is {shown(str(editor_config))}, a {type(editor_config).__name__}; expected an "
+                "EditorConfig, such as EditorConfig(method='mend')"
+            )
         base_model = plain_base(base_model)
         keep_gradients(base_model)
         if others := len(acting_edits(base_model)):

@@ -24,6 +24,33 @@ def known_to_pipelines(cls: type) -> None:
         names.append(cls.__name__)
 
 
+# What generation with an assistant asks of the assistant, beside its public methods.
+_ASKED_OF_ASSISTANTS = {
+    "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_model_inputs",
+    "_supports_logits_to_keep",
+}
+_ADAPTERS = (
+    "adapters go onto the base model before it is wrapped (a PeftModel can be wrapped), and load_lora adds an adapter "
+    "as an edit"
+)
+# What people know from transformers and PEFT -> what to call in its place.
+_INSTEAD = {
+    "load_adapter": _ADAPTERS,
+    "add_adapter": _ADAPTERS,
+    "set_adapter": _ADAPTERS,
+    "delete_adapter": _ADAPTERS,
+    "enable_adapters": "enable_edit(id) lets an edit act",
+    "disable_adapters": "disable_edits() is a context without edits, and disable_edit(id) is for one",
+    "disable_adapter": "disable_edits() is a context without edits, and disable_edit(id) is for one",
+    "active_adapters": "edits.active has the edits that act",
+    "active_adapter": "edits.active has the edits that act",
+    "print_trainable_parameters": "model.editor has the parameters that are trained",
+    "merge_adapter": "merge_and_unload() writes the edits into the weights",
+    "unmerge_adapter": "edits are exactly undone by undo(), as they are never in the weights",
+}
+
+
 class _NoGradient(torch.autograd.Function):
     """A loss that says why it has no gradient, where it would otherwise be an error about `grad_fn`."""
 
@@ -60,6 +87,22 @@ class DelegatesToBase:
     base_model: Any
     config: Any
     training: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """
+        Raises:
+            AttributeError: There is no such attribute; the message says what to call instead.
+        """
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError as error:
+            base = self.__dict__.get("_modules", {}).get("base_model")
+            if name in _ASKED_OF_ASSISTANTS and base is not None:
+                return getattr(base, name)
+            instead = _INSTEAD.get(name)
+            if instead is None and not name.startswith("_") and hasattr(base, name):
+                instead = f"model.base_model.{name} is the base model's"
+            raise AttributeError(f"{error}; {instead}" if instead else str(error)) from None
 
     # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
     def forward(
@@ -206,6 +249,10 @@ class DelegatesToBase:
     def enable_input_require_grads(self) -> None:
         """Have the base model's embeddings require a gradient, for adapters that are trained above them."""
         self.base_model.enable_input_require_grads()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set how the base model computes attention, which leaves its edits as they are."""
+        self.base_model.set_attn_implementation(*args, **kwargs)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """

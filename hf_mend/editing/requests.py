@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..data.display import shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import Edit, same_prompt
+from ..hub.files import shortened
 from .scoping import ScopeReport
 from .scoring import Answers
 
@@ -249,7 +250,7 @@ def _as_requests(
     prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
 ) -> list[EditRequest]:
     said, stays = _texts(paraphrases, "paraphrases"), _texts(locality, "locality")
-    prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
+    prompts = _listed(prompt, "prompt", (str, EditRecord))
     if not prompts:
         raise ValueError("there is no prompt: the list is empty")
     if all(isinstance(item, EditRecord) for item in prompts):
@@ -271,7 +272,7 @@ def _as_requests(
             )
             for r in prompts
         ]
-    targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
+    targets = [] if target is None else _listed(target, "target", (str,))
     if len(prompts) != len(targets):
         raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")
     for item in [*prompts, *targets]:
@@ -285,9 +286,24 @@ def _as_requests(
     return [EditRequest(p, t, chat, said, stays) for p, t in zip(prompts, targets, strict=True)]
 
 
+def _listed(value: Any, name: str, kinds: tuple[type, ...]) -> list[Any]:
+    """
+    Return a list of values; one alone is a list of one.
+
+    Raises:
+        TypeError: It is neither such a value nor a list.
+    """
+    if isinstance(value, kinds):
+        return [value]
+    if isinstance(value, (Mapping, bytes)) or not isinstance(value, Iterable):
+        texts = "text, EditRecord or list of either" if EditRecord in kinds else "text or list of texts"
+        raise TypeError(f"{name} is {shortened(value)}, a {type(value).__name__}; expected a {texts}")
+    return list(value)
+
+
 def _texts(value: str | Sequence[str], name: str) -> list[str]:
     """Return a list of texts; a text alone is a list of one."""
-    texts = [value] if isinstance(value, str) else list(value)
+    texts = _listed(value, name, (str,))
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"{name} is a list of texts; it holds a {type(text).__name__}")

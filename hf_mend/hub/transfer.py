@@ -154,8 +154,8 @@ class _Repository:
 
 def is_reachable() -> bool:
     """
-    Return whether the Hub answers, by one short request: where it does not, each download tries for half a minute. With
-    `HF_HUB_OFFLINE` nothing is asked, and the answer is `False`.
+    Return whether the Hub answers, by one short request: where it does not, each download tries for half a minute.
+    With `HF_HUB_OFFLINE` nothing is asked, and the answer is `False`.
     """
     if constants.is_offline_mode():
         return False
