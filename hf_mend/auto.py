@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import (
@@ -270,6 +271,7 @@ def _for_transformers(
             raise ValueError(f"the dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
         kwargs["dtype"] = dtype
     if device_map is not None:
+        _check_device(device_map)
         kwargs["device_map"] = device_map
     if quantization is not None:
         if quantization not in ("4bit", "8bit"):
@@ -277,3 +279,19 @@ def _for_transformers(
         bits = {"load_in_4bit": quantization == "4bit", "load_in_8bit": quantization == "8bit"}
         kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
     return kwargs
+
+
+def _check_device(device_map: str) -> None:
+    """
+    Raises:
+        ValueError: The device map is neither one of accelerate's nor a device that this machine has.
+    """
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(
+            f"the device map is {device_map!r}, which is no device here ({str(error).splitlines()[0]}); give auto, "
+            "cpu, or a device that this machine has"
+        ) from error

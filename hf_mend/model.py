@@ -344,7 +344,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         for result in results:
             if result.success is False:
                 logger.warning(
-                    f"edit {result.id} did not take: {shown(result.prompt)} -> {shown(result.target)}; see its result"
+                    f"{f'edit {result.id}' if result.id else 'an edit'} did not take: {shown(result.prompt)} -> "
+                    f"{shown(result.target)}; see its result"
                 )
         return results[0] if single else results
 

@@ -37,7 +37,7 @@ def export(  # typer makes an argument or option of each of the nine parameters
     if to not in ("lora", "merged"):
         raise ValueError(f"--to is {to!r}, expected lora or merged")
     from ..auto import load_edited
-    from ..hub.atomic import check_writable
+    from ..hub.atomic import check_writable, replaced_folder
 
     check_writable(output)
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -49,8 +49,11 @@ def export(  # typer makes an argument or option of each of the nine parameters
         text = f"{plural(count, 'edit')} as a LoRA adapter in {output}; PeftModel.from_pretrained(base, ...) loads it"
     else:
         tokenizer = model.tokenizer
-        model.merge_and_unload().save_pretrained(output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        with replaced_folder(output) as work:
+            model.merge_and_unload().save_pretrained(work)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
+            for file in (path for path in work.iterdir() if path.is_file()):
+                file.chmod(0o644)  # safetensors' own is for the user alone
         text = f"The model with {plural(count, 'edit')} in its weights is in {output}"
     return Report({"edits": count, "to": to, "output": str(output)}, text)

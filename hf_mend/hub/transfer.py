@@ -62,11 +62,21 @@ def find_files(
         OSError: A download failed.
     """
     folder = Path(name_or_path)
+    check_is_no_file(folder)
     recover_folder(folder)
     if folder.is_dir():
         return {name: _in_folder(folder / (subfolder or ""), name) for name in names}
     source = _Repository(str(name_or_path), subfolder, revision, hub_kwargs)
     return {name: source.find(name) for name in names}
+
+
+def check_is_no_file(path: Path) -> None:
+    """
+    Raises:
+        NotADirectoryError: The path is a file's, which the Hub would be asked for as a repository.
+    """
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file; give the folder that holds it, {path.parent}")
 
 
 def _in_folder(folder: Path, name: str) -> Path:
@@ -296,7 +306,7 @@ def push_folder(
     except Exception as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        raise OSError(f"nothing was pushed to {repo_id}: {_brief(cause)}. {_advice(status, repo_id)}") from error
+        raise OSError(f"the push to {repo_id} failed: {_brief(cause)}. {_advice(status, repo_id)}") from error
 
 
 def _operations(

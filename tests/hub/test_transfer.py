@@ -339,7 +339,7 @@ def test_edits_are_not_lost_either(hub, llama, tokenizer, caplog):
     model = editable(llama, tokenizer)
     model.edit(RECORDS[0].prompt, RECORDS[0].target)
     hub.fail("PUT /lfs/", drop_after=50, times=99)
-    with pytest.raises(OSError, match="nothing was pushed to me/edits"):
+    with pytest.raises(OSError, match="the push to me/edits failed"):
         model.push_edits_to_hub("me/edits")
     assert len(model.edits) == 1
     folder = re.search(r"whole in (\S+): push again", caplog.text)[1]
