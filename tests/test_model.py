@@ -103,7 +103,7 @@ def test_edits_are_not_left_behind_unsaid(llama, tokenizer, tmp_path, caplog):
     model = editable(llama, tokenizer)
     model.save_pretrained(tmp_path / "editor")
     assert "carries edits" not in caplog.text
-    model.edit(PROMPT, TARGET, max_steps=1)
+    model.edit(PROMPT, TARGET, max_steps=60)
     model.save_pretrained(tmp_path / "editor")
     assert "carries edits (1), which are not saved" in caplog.text and "edits=True" in caplog.text
     caplog.clear()
@@ -117,7 +117,7 @@ def test_edits_are_not_left_behind_unsaid(llama, tokenizer, tmp_path, caplog):
     assert torch.equal(all_logits(again, tokenizer), all_logits(model, tokenizer))
     with_store = editable(build_model("llama"), tokenizer)
     with_store.open_store(tmp_path / "store")
-    with_store.edit(PROMPT, TARGET, max_steps=1)
+    with_store.edit(PROMPT, TARGET, max_steps=60)
     with_store.save_pretrained(tmp_path / "stored")
     assert "carries edits" not in caplog.text, "the store has them"
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..bases.limits import longest_input
 from ..data.chat import is_in
 from ..data.checks import check_query
-from ..data.display import shown
+from ..data.display import html_table, shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import Edit, same_prompt
@@ -173,13 +173,22 @@ class EditResult:
             probes.append(Probe(query.prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
         self.paraphrases, self.locality = probes[: len(request.paraphrases)], probes[len(request.paraphrases) :]
 
-    def __str__(self) -> str:
+    @property
+    def _state(self) -> str:
         if self.already_known:
-            state = "already the model's answer, nothing changed"
-        else:
-            state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
+            return "already the model's answer, nothing changed"
+        return {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
+
+    def __repr__(self) -> str:
+        return f"EditResult({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}: {self._state})"
+
+    def _repr_html_(self) -> str:
+        title, *lines = str(self).splitlines()
+        return html_table(title, [(line.strip(),) for line in lines])
+
+    def __str__(self) -> str:
         lines = [
-            f"Edit {self.id or '(none)'}: {state}",
+            f"Edit {self.id or '(none)'}: {self._state}",
             f"  {shown(self.prompt)} -> {shown(self.target)}",
             f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
             f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",

@@ -327,7 +327,7 @@ def test_a_wrong_dtype_is_told_before_torch_is_imported():
 
 def test_long_texts_are_shortened_in_print(world, tmp_path):
     model = editable(build_model("llama"), make_tokenizer())
-    edit = model.edit(PROMPT, TARGET, max_steps=1)
+    edit = model.edit(PROMPT, TARGET, max_steps=60)
     model.edits[0].prompt = "river " * 500
     model.save_edits(tmp_path)
     shown = invoke("info", tmp_path)

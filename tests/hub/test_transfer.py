@@ -68,7 +68,7 @@ def test_an_editor_goes_to_the_hub_and_comes_back(hub, model, tokenizer, tmp_pat
 
 def test_edits_and_tags_go_along_where_asked(hub, llama, tokenizer, caplog):
     model = editable(llama, tokenizer)
-    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=60)
     model.push_to_hub("me/editor", card_data={"tags": ["one"]}, tags="two")
     assert set(hub.repositories["me/editor"].files()) == EDITOR_FILES
     assert "carries edits (1), which are not saved" in caplog.text
