@@ -366,6 +366,9 @@ def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode in (0, 1), done.stderr
     assert json.loads(done.stdout)["prompt"] == PROMPT
+    quiet = subprocess.run([*command[:3], "info", str(world / "editor")], capture_output=True, text=True, check=False,
+                           env=environment)  # fmt: skip
+    assert quiet.stderr == "", "what other libraries say at import is no part of the answer"
     wrong = subprocess.run([*command[:3], "train", "none.json", "-o", "x"], capture_output=True, text=True,
                            check=False, env=environment)  # fmt: skip
     assert (wrong.returncode, wrong.stdout) == (2, "")

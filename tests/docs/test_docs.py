@@ -148,9 +148,9 @@ def run_make(words: list[str], said: str | None) -> None:
 
 def run_pip(words: list[str], said: str | None) -> None:
     assert words[:2] == ["install", "-e"], words
-    source = (ROOT / "setup.py").read_text()
+    source = (ROOT / "pyproject.toml").read_text()
     for extra in re.findall(r"[\w-]+", words[2].partition("[")[2]):
-        assert f'"{extra}": [' in source, f"setup.py has no extra {extra}"
+        assert f"\n{extra} = [" in source, f"pyproject.toml has no extra {extra}"
 
 
 def run_python(words: list[str], said: str | None) -> None:
