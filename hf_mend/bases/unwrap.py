@@ -8,8 +8,6 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from ..hub.files import shortened
-
 
 logger = logging.get_logger(__name__)
 
@@ -22,14 +20,9 @@ def plain_base(model: Any) -> Any:
         model (`nn.Module`): A transformers model, `torch.compile`'s wrapper of one, or a `PeftModel`.
 
     Raises:
-        TypeError: It is no model, for example a model's name.
         ValueError: The model was compiled in place, or has a learned prompt instead of layers; it cannot carry edits.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"base_model is {shortened(model, 80)}, a {type(model).__name__}; expected a model that transformers has "
-            "loaded, such as AutoModelForCausalLM.from_pretrained(name), or AutoEditableModel, which loads by name"
-        )
+    _check_is_model(model)
     if hasattr(model, "_orig_mod"):
         logger.warning(
             "edits run in the model that was compiled, not in its compiled form, which would not see them; to have "
@@ -50,6 +43,18 @@ def plain_base(model: Any) -> Any:
                 "model without compile(), and compile what merge_and_unload() returns"
             )
     return model
+
+
+def _check_is_model(model: Any) -> None:
+    """
+    Raises:
+        TypeError: It is no model, for example a model's name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"base_model is {str(model)[:80]!r}, a {type(model).__name__}; expected a model that transformers has "
+            "loaded, such as AutoModelForCausalLM.from_pretrained(name), or AutoEditableModel, which loads by name"
+        )
 
 
 def hidden_width(model: Any) -> int:
