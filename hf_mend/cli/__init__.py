@@ -8,6 +8,7 @@ registered below.
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -60,6 +61,12 @@ def options(
     """
 
 
+# Libraries that say at import what they cannot speed up on this machine, which is nothing to a command's user.
+_NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
 def main() -> None:
     """Run `hf-mend` or `python -m hf_mend`."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()

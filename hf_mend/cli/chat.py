@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..data.display import shown
 from .common import AsJson, Editor, ModelOptions, Report, Revision, one_line, real_stdout, with_options
 
 
@@ -129,11 +130,11 @@ class Session:
 
     def _undo(self, edit_id: str) -> Turn:
         gone = self.model.undo(edit_id or None)
-        return Turn({"undone": gone.describe()}, f"undone: {gone.id}  {gone.prompt!r} -> {gone.target!r}")
+        return Turn({"undone": gone.describe()}, f"undone: {gone.id}  {shown(gone.prompt)} -> {shown(gone.target)}")
 
     def _list(self, _: str) -> Turn:
         edits = self.model.edits
-        lines = [f"{edit.id}  {edit.prompt!r} -> {edit.target!r}" for edit in edits]
+        lines = [f"{edit.id}  {shown(edit.prompt)} -> {shown(edit.target)}" for edit in edits]
         return Turn({"edits": [edit.describe() for edit in edits]}, "\n".join(lines) or "no edits yet")
 
     def _save(self, folder: str) -> Turn:

@@ -47,8 +47,30 @@ Editor = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="The editor's revision on the Hub.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Where the model goes: auto, cpu, cuda:0, ...")]
-Dtype = Annotated[str | None, typer.Option(help="The model's dtype: auto, float32, bfloat16 or float16.")]
-Quantization = Annotated[str | None, typer.Option(help="Load the model quantised: 4bit or 8bit.")]
+
+
+def _one_of(what: str, *names: str) -> Callable[[str | None], str | None]:
+    """Return a check of an option's value, which is made before anything slow is imported."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise ValueError(f"the {what} is {value!r}, expected {', '.join(names[:-1])} or {names[-1]}")
+        return value
+
+    return check
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="The model's dtype: auto, float32, bfloat16 or float16.",
+        callback=_one_of("dtype", "auto", "float32", "bfloat16", "float16"),
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Load the model quantised: 4bit or 8bit.", callback=_one_of("quantization", "4bit", "8bit")),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code on this machine.")
 ]

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Report, with_options
-from .evaluate import OUTPUT, EvaluationOptions, measure, without_folder
+from .evaluate import OUTPUT, EvaluationOptions, as_given, base_words, measure, without_folder
 
 
 @with_options
@@ -45,6 +46,7 @@ def compare(
         if title in titles:
             raise ValueError(f"two of the names are called {title!r}; give them titles: title=name")
         titles[title] = name
+    check_writable(output)
     records, arguments = options.read(data)
     from ..evaluation.reports import comparison_table, write_report, write_results
 
@@ -52,9 +54,9 @@ def compare(
     results = [
         measure(name, title, records, arguments, chosen[name], base, None, output) for title, name in titles.items()
     ]
-    shown = [f"{title}={without_folder(name)}" for title, name in titles.items()]
-    words = options.words(without_folder(data))
-    command = shlex.join(["hf-mend", "compare", *shown, "--data", *words, "--output", output.name])
+    shown = [f"{title}={as_given(name)}" for title, name in titles.items()]
+    words = [*options.words(as_given(data)), *base_words(base), "--output", as_given(str(output))]
+    command = shlex.join(["hf-mend", "compare", *shown, "--data", *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": results}
     text = comparison_table(results)
     places = [*write_results(output, document, text), *write_report(output, document)]

@@ -18,7 +18,7 @@ from ..edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ..hub.cards import CARD_NAME
 from ..hub.files import EDITS_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
-from ..hub.transfer import check_download, find_files
+from ..hub.transfer import check_download, check_is_no_file, find_files
 
 
 _SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]
@@ -69,9 +69,11 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: The name is neither a folder nor a repository.
+        NotADirectoryError: It is a file's.
         OSError: The Hub refused the download or could not be reached.
         ValueError: A downloaded file is damaged.
     """
+    check_is_no_file(Path(name))
     if Path(name).is_dir():
         return Path(name)
     try:

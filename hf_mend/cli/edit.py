@@ -46,7 +46,9 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     ] = OnConflict.last,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn in the chat template.")] = False,
     edits: Annotated[str | None, typer.Option(help="Edits to make first: a folder or a Hub id.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Folder to keep all edits in.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder to keep all edits in; those that it holds are made first, and stay.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="The most gradient steps of an edit.")] = None,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -72,6 +74,8 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
     asked |= {"paraphrases": paraphrase or [], "locality": locality or []}
     options: dict[str, Any] = {"chat": chat} | ({} if max_steps is None else {"max_steps": max_steps})
+    if save is not None:
+        edits = _with_those_of(save, edits)
     data: Any = None if facts is None else read_edits(facts, on_conflict=on_conflict.value, **columns.named())
     model = base.load(editor, revision)
     if edits is not None:
@@ -89,6 +93,28 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
         model.save_edits(save)
         report.text += f"\n{plural(len(model.edits), 'edit')} saved in {save}"
     return report
+
+
+def _with_those_of(save: Path, edits: str | None) -> str | None:
+    """
+    Return the edits to make first, which are those of the folder that is written, as far as it holds any.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: It holds edits, and others are to be made first.
+    """
+    from ..edits.edits_file import has_edits
+    from ..hub.atomic import check_writable
+
+    check_writable(save)
+    if not has_edits(save):
+        return edits
+    if edits is not None and Path(edits).resolve() != save.resolve():
+        raise ValueError(
+            f"{save} holds edits, which those of --edits {edits} would replace; leave --edits out to add to them, or "
+            "give --save a new folder"
+        )
+    return str(save)
 
 
 def _report_of_one(result: EditResult) -> Report:

@@ -154,15 +154,30 @@ def save_what_took(model: EditableModel, rows: Sequence[Row], folder: Path) -> s
             model.undo(row.result.id)
     model.save_edits(folder)
     rest = [row for row in rows if row.state in (_MISSED, _REFUSED)]
+    # What an earlier file left there stays, until it is asked for again.
+    asked = {row.record.prompt for row in rows}
+    left = [record for record in _rest_of(folder) if record.prompt not in asked]
     text = f"{sum(row.state == _TOOK for row in rows)} of {plural(len(rows), 'edit')} saved in {folder}"
     made = {row.result.id for row in rows if row.result is not None}
     earlier = sum(edit.id not in made and not edit.is_base_delta for edit in model.edits)
     if earlier:
         text += f", beside {earlier} made earlier"
+    if left:
+        text += f"; {len(left)} of earlier files are still in {folder / REST_NAME}"
     if rest:
         notes = [{**row.record.metadata, "where": row.record.where, "why": row.why} for row in rest]
         kept = (replace(row.record, metadata=note) for row, note in zip(rest, notes, strict=True))
-        write_edits(folder / REST_NAME, kept)
+        write_edits(folder / REST_NAME, [*left, *kept])
         return f"{text}; the {len(rest)} that did not take are in {folder / REST_NAME}"
-    (folder / REST_NAME).unlink(missing_ok=True)
+    if left:
+        write_edits(folder / REST_NAME, left)
+    else:
+        (folder / REST_NAME).unlink(missing_ok=True)
     return text
+
+
+def _rest_of(folder: Path) -> list[EditRecord]:
+    from ..data.readers import read_edits
+
+    file = folder / REST_NAME
+    return list(read_edits(file)) if file.is_file() and file.stat().st_size else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Options, Report, Revision, as_fields, check_file, with_options
 
 
@@ -80,12 +81,12 @@ class EvaluationOptions(Options):
         return records, arguments | {name: getattr(self, name) for name in names}
 
     def words(self, data: str) -> list[str]:
-        """Return the options that differ from their defaults as words of a shell command; files without folders."""
+        """Return the options that differ from their defaults as words of a shell command."""
         words = [data]
         for item in fields(self):
             value = getattr(self, item.name)
             for part in value if isinstance(value, list) else [] if value == item.default else [value]:
-                name = part.name if isinstance(part, Path) else str(part)
+                name = as_given(str(part)) if isinstance(part, Path) else str(part)
                 words += [f"--{item.name.replace('_', '-')}", name]
         return words
 
@@ -118,11 +119,14 @@ def evaluate(
     """
     if card and not (Path(editor) / "editor_config.json").is_file():
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
+    for folder in [*([] if output is None else [output]), *([Path(editor)] if card else [])]:
+        check_writable(folder)
     records, arguments = options.read(data)
     result = measure(editor, editor, records, arguments, options.config, base, revision, output)
     from ..evaluation.reports import metrics_table, write_results
 
-    command = shlex.join(["hf-mend", "eval", without_folder(editor), *options.words(without_folder(data))])
+    words = [*options.words(as_given(data)), *base_words(base)]
+    command = shlex.join(["hf-mend", "eval", as_given(editor), *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": [result]}
     text = metrics_table(result)
     places = []
@@ -205,6 +209,24 @@ def without_folder(name: str) -> str:
     Return a local file's name without its folders, which have no meaning on other machines; return other names as is.
     """
     return Path(name).name if Path(name).exists() else name
+
+
+def as_given(name: str) -> str:
+    """
+    Return a file's name for a command that is to be run again: a relative path as it is, and of an absolute one, which
+    has no meaning on other machines, the name alone.
+    """
+    return without_folder(name) if Path(name).is_absolute() else name
+
+
+def base_words(base: ModelOptions) -> list[str]:
+    """Return the options of the base model that were given as words of a shell command."""
+    words = []
+    for item in fields(base):
+        value = getattr(base, item.name)
+        if value != item.default:
+            words += [f"--{item.name.replace('_', '-')}", *([] if value is True else [as_given(str(value))])]
+    return words
 
 
 def _counts(text: str) -> list[int]:

@@ -42,7 +42,9 @@ def export(  # typer makes an argument or option of each of the ten parameters
     if max_rank is not None and to != "lora":
         raise ValueError(f"--max-rank {max_rank} goes with --to lora; weights have no rank to keep to")
     from ..auto import load_edited
+    from ..hub.atomic import check_writable, replaced_folder
 
+    check_writable(output)
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
     count = len(model.edits)
     if count == 0:
@@ -55,8 +57,11 @@ def export(  # typer makes an argument or option of each of the ten parameters
             text += f"\nTruncated to rank {max_rank}: the largest relative error of a layer is {error:.3g}"
     else:
         tokenizer = model.tokenizer
-        model.merge_and_unload().save_pretrained(output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        with replaced_folder(output) as work:
+            model.merge_and_unload().save_pretrained(work)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
+            for file in (path for path in work.iterdir() if path.is_file()):
+                file.chmod(0o644)  # safetensors' own is for the user alone
         text = f"The model with {plural(count, 'edit')} in its weights is in {output}"
     return Report({"edits": count, "to": to, "output": str(output), **({"error": error} if max_rank else {})}, text)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..data.display import shown
 from ..hub.text import on_one_line
 from .common import AsJson, Report, Revision, plural
 
@@ -92,7 +93,7 @@ def _method(name: str) -> Report:
 
 def _edits(contents: Contents) -> tuple[dict[str, object], list[str]]:
     edits = [{**edit.describe(), "rank": edit.rank, "layers": sorted(edit.updates)} for edit in contents.edits]
-    lines = [f"  {on_one_line(edit.id)}  {edit.prompt!r} -> {edit.target!r}" for edit in contents.edits]
+    lines = [f"  {on_one_line(edit.id)}  {shown(edit.prompt)} -> {shown(edit.target)}" for edit in contents.edits]
     return {"edits": edits}, lines
 
 

@@ -28,6 +28,7 @@ def push(
     """
     import shutil
 
+    from ..edits.edits_file import has_edits
     from ..hub.atomic import stays_within
     from ..hub.cards import CARD_NAME, update_card, use_section
     from ..hub.transfer import push_written
@@ -59,7 +60,10 @@ def push(
     )
     place = info.pr_url or info.commit_url
     document = {"kind": contents.kind, "repo_id": repo_id, "url": str(place), "commit": info.oid}
-    return Report({**document, "files": contents.files}, f"The {contents.kind} is at {place}")
+    text = f"The {contents.kind} is at {place}"
+    if contents.kind == "editor" and has_edits(folder):
+        text += f"\nThe edits in {folder} stay here; from a folder of their own, hf-mend push uploads them too"
+    return Report({**document, "files": contents.files}, text)
 
 
 def pull(
@@ -77,9 +81,10 @@ def pull(
     """
     import shutil
 
-    from ..hub.atomic import replaced_folder
+    from ..hub.atomic import check_writable, replaced_folder
     from .contents import fetch, read_contents
 
+    check_writable(folder)
     cached = fetch(repo_id, revision)
     contents = read_contents(cached, f"{repo_id} on the Hub")
     with replaced_folder(folder) as work:

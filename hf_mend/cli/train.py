@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..hub.atomic import check_writable
 from .common import AsJson, ColumnOptions, ModelOptions, Options, Report, as_fields, check_file, with_options
 
 
@@ -157,6 +158,8 @@ def train(
     train_data, eval_data, questions = data.read(facts)
     config = editor.as_config()
     folder = run.checkpoints or output.with_name(output.name + "-checkpoints")
+    check_writable(output)
+    check_writable(folder)
     last, arguments = run.checkpoint(folder), run.as_arguments(folder)
     from transformers.trainer_utils import set_seed
 

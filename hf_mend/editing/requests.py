@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from transformers import PretrainedConfig
 from ..bases.limits import longest_input
 from ..data.chat import is_in
 from ..data.checks import check_query
-from ..data.display import shown
+from ..data.display import html_table, shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import Edit, same_prompt
+from ..hub.files import shortened
 from .scoping import ScopeReport
 from .scoring import Answers
 
@@ -172,13 +173,22 @@ class EditResult:
             probes.append(Probe(query.prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
         self.paraphrases, self.locality = probes[: len(request.paraphrases)], probes[len(request.paraphrases) :]
 
-    def __str__(self) -> str:
+    @property
+    def _state(self) -> str:
         if self.already_known:
-            state = "already the model's answer, nothing changed"
-        else:
-            state = {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
+            return "already the model's answer, nothing changed"
+        return {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
+
+    def __repr__(self) -> str:
+        return f"EditResult({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}: {self._state})"
+
+    def _repr_html_(self) -> str:
+        title, *lines = str(self).splitlines()
+        return html_table(title, [(line.strip(),) for line in lines])
+
+    def __str__(self) -> str:
         lines = [
-            f"Edit {self.id or '(none)'}: {state}",
+            f"Edit {self.id or '(none)'}: {self._state}",
             f"  {shown(self.prompt)} -> {shown(self.target)}",
             f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
             f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
@@ -249,7 +259,7 @@ def _as_requests(
     prompt: Any, target: Any, chat: bool, paraphrases: str | Sequence[str], locality: str | Sequence[str]
 ) -> list[EditRequest]:
     said, stays = _texts(paraphrases, "paraphrases"), _texts(locality, "locality")
-    prompts: list[Any] = [prompt] if isinstance(prompt, (str, EditRecord)) else list(prompt)
+    prompts = _listed(prompt, "prompt", (str, EditRecord))
     if not prompts:
         raise ValueError("there is no prompt: the list is empty")
     if all(isinstance(item, EditRecord) for item in prompts):
@@ -271,7 +281,7 @@ def _as_requests(
             )
             for r in prompts
         ]
-    targets: list[Any] = [target] if isinstance(target, str) else list(target or [])
+    targets = [] if target is None else _listed(target, "target", (str,))
     if len(prompts) != len(targets):
         raise ValueError(f"there are {len(prompts)} prompts and {len(targets)} targets; each prompt needs one target")
     for item in [*prompts, *targets]:
@@ -285,9 +295,24 @@ def _as_requests(
     return [EditRequest(p, t, chat, said, stays) for p, t in zip(prompts, targets, strict=True)]
 
 
+def _listed(value: Any, name: str, kinds: tuple[type, ...]) -> list[Any]:
+    """
+    Return a list of values; one alone is a list of one.
+
+    Raises:
+        TypeError: It is neither such a value nor a list.
+    """
+    if isinstance(value, kinds):
+        return [value]
+    if isinstance(value, (Mapping, bytes)) or not isinstance(value, Iterable):
+        texts = "text, EditRecord or list of either" if EditRecord in kinds else "text or list of texts"
+        raise TypeError(f"{name} is {shortened(value)}, a {type(value).__name__}; expected a {texts}")
+    return list(value)
+
+
 def _texts(value: str | Sequence[str], name: str) -> list[str]:
     """Return a list of texts; a text alone is a list of one."""
-    texts = [value] if isinstance(value, str) else list(value)
+    texts = _listed(value, name, (str,))
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"{name} is a list of texts; it holds a {type(text).__name__}")

@@ -9,8 +9,12 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, overload
 
+from ..data.display import html_table, shown
 from ..hub.atomic import replaced_file
 from .edit import Edit, active_edits
+
+
+_SHOWN_IN_NOTEBOOKS = 50
 
 
 class Edits(Sequence[Edit]):
@@ -42,6 +46,16 @@ class Edits(Sequence[Edit]):
 
     def __repr__(self) -> str:
         return f"Edits({len(self)}, {len(self.active)} of them active)"
+
+    def _repr_html_(self) -> str:
+        acting = {id(edit) for edit in self.active}
+        shown_edits = self._edits[-_SHOWN_IN_NOTEBOOKS:]
+        rows = [
+            (edit.id, shown(edit.prompt), shown(edit.target), "yes" if id(edit) in acting else "no")
+            for edit in shown_edits
+        ]
+        last = f", the last {len(rows)}" if len(rows) < len(self) else ""
+        return html_table(f"{self!r}{last}", rows, ("id", "prompt", "target", "active"))
 
     @property
     def ids(self) -> list[str]:

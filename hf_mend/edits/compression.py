@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from ..data.display import html_table
 from .edit import Edit, active_edits, stacked
 from .low_rank import truncated
 
@@ -30,6 +31,13 @@ class Compression:
     rank: int
     ranks_before: dict[str, int]
     errors: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"Compression({self.id!r}, {len(self.edits)} edits, rank {self.rank}, error {self.error:.3g})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, rank, f"{self.errors[name]:.3g}") for name, rank in self.ranks_before.items()]
+        return html_table(repr(self), rows, ("layer", "rank before", "error"))
 
     @property
     def error(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..data.deprecation import renamed_arguments
+from ..data.display import html_table, shown
 from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
 from .low_rank import Update
 
@@ -52,6 +53,18 @@ class Edit:
     requires: str | None = None
     is_base_delta: bool = False
     scope: EditScope | None = None
+
+    def __repr__(self) -> str:
+        return f"Edit({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}, {self._state})"
+
+    def _repr_html_(self) -> str:
+        rows = [("prompt", shown(self.prompt, 300)), ("target", shown(self.target, 300)), ("state", self._state)]
+        return html_table(f"Edit {self.id}", [*rows, *self.metadata.items()])
+
+    @property
+    def _state(self) -> str:
+        off = "" if self.enabled else ", disabled"
+        return f"rank {self.rank} in {len(self.updates)} layer{'' if len(self.updates) == 1 else 's'}{off}"
 
     @property
     def prompt_key(self) -> tuple[str, bool] | None:

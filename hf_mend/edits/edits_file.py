@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.atomic import made_folder
-from ..hub.files import EDITS_NAME, read_json, read_json_object, read_tensors, shortened, write_tensors
+from ..hub.files import EDITS_NAME, files_like, read_json, read_json_object, read_tensors, shortened, write_tensors
 from .edit import Edit, is_description
 from .low_rank import Update
 
@@ -38,6 +38,16 @@ def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint
     made_folder(Path(folder))
     metadata = {"edits": described, "base_fingerprint": json.dumps(base_fingerprint)}
     write_tensors(Path(folder) / EDITS_NAME, tensors, metadata)
+
+
+def has_edits(folder: str | Path) -> bool:
+    """
+    Whether a folder holds saved edits, whole or not.
+
+    Args:
+        folder (`str` or `Path`): The folder; it need not exist.
+    """
+    return any(any(Path(folder).glob(pattern)) for pattern in files_like(EDITS_NAME))
 
 
 def read_edits_file(path: str | Path) -> tuple[list[Edit], dict[str, Any] | None]:

@@ -62,6 +62,29 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """
+    Check, before the work whose result it is to hold, that a folder can be written, or made where it is missing.
+
+    Args:
+        path (`str` or `Path`): The folder.
+
+    Raises:
+        OSError: It cannot; nothing has changed.
+    """
+    path = Path(path)
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be a folder, since {place} is a file; name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{path} cannot be written ({error.strerror or error}); name another folder") from error
+
+
 def _is_fixed(path: Path) -> bool:
     """Return whether a folder cannot, or should not, be renamed."""
     here = Path.cwd()

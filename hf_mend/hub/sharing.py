@@ -35,6 +35,8 @@ class PushesToHub:
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         card_data: Mapping[str, Any] | None = None,
+        edits: bool | None = None,
+        tags: str | Sequence[str] = (),
         **push_kwargs: Any,
     ) -> CommitInfo:
         """
@@ -42,7 +44,8 @@ class PushesToHub:
 
         Args:
             repo_id (`str`): The repository, `"user/name"` or `"name"`; made if it does not exist.
-            dtype, max_shard_size, card_data: As for [`~EditableModel.save_pretrained`].
+            dtype, max_shard_size, card_data, edits: As for [`~EditableModel.save_pretrained`].
+            tags (`str` or `Sequence[str]`): Tags of the card, beside those in `card_data`.
             push_kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`,
                 `subfolder`; see [`~hf_mend.hub.transfer.PushOptions`].
 
@@ -61,11 +64,17 @@ class PushesToHub:
         ```
         """
 
+        data = dict(card_data or {})
+        if tags:
+            data["tags"] = [*data.get("tags", ()), *([tags] if isinstance(tags, str) else tags)]
+
         def write(folder: Path) -> None:
-            self.save_pretrained(folder, dtype=dtype, max_shard_size=max_shard_size, card_data=card_data)
+            options = {"dtype": dtype, "max_shard_size": max_shard_size, "card_data": data}
+            self.save_pretrained(folder, edits=edits, **options)
             update_card(folder, {"use": use_section(repo_id)})
 
-        return push_written(write, "editor", repo_id, replaces=files_like(WEIGHTS_NAME), **push_kwargs)
+        replaces = [*files_like(WEIGHTS_NAME), *(files_like(EDITS_NAME) if edits else ())]
+        return push_written(write, "editor", repo_id, replaces=replaces, **push_kwargs)
 
     def push_edits_to_hub(self, repo_id: str, **push_kwargs: Any) -> CommitInfo:
         """

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 from transformers.utils import logging
 
 from .atomic import recover_folder
@@ -62,11 +62,21 @@ def find_files(
         OSError: A download failed.
     """
     folder = Path(name_or_path)
+    check_is_no_file(folder)
     recover_folder(folder)
     if folder.is_dir():
         return {name: _in_folder(folder / (subfolder or ""), name) for name in names}
     source = _Repository(str(name_or_path), subfolder, revision, hub_kwargs)
     return {name: source.find(name) for name in names}
+
+
+def check_is_no_file(path: Path) -> None:
+    """
+    Raises:
+        NotADirectoryError: The path is a file's, which the Hub would be asked for as a repository.
+    """
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file; give the folder that holds it, {path.parent}")
 
 
 def _in_folder(folder: Path, name: str) -> Path:
@@ -150,6 +160,20 @@ class _Repository:
                 f"{where} has no {name}; it is not what save_pretrained or save_edits writes: {error}"
             )
         return OSError(f"{name} of {where} could not be downloaded ({_brief(error)}); nothing was loaded, try again")
+
+
+def is_reachable() -> bool:
+    """
+    Return whether the Hub answers, by one short request: where it does not, each download tries for half a minute.
+    With `HF_HUB_OFFLINE` nothing is asked, and the answer is `False`.
+    """
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(HfApi().endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 def commit_of(path: Path) -> str | None:
@@ -282,7 +306,7 @@ def push_folder(
     except Exception as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        raise OSError(f"nothing was pushed to {repo_id}: {_brief(cause)}. {_advice(status, repo_id)}") from error
+        raise OSError(f"the push to {repo_id} failed: {_brief(cause)}. {_advice(status, repo_id)}") from error
 
 
 def _operations(

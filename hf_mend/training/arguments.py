@@ -27,6 +27,9 @@ _LEAST = {
     "statistics_edits": 1,
 }
 
+# Schedulers that wait for the metric of the best model to get better, and take it for a loss.
+_FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
+
 
 @renamed_arguments(
     edits_together="group_size",
@@ -38,6 +41,9 @@ _LEAST = {
 class EditorTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] with the options of an editor's training. A batch consists of different facts.
+
+    The best checkpoint is that of the highest `eval_score`, unless `metric_for_best_model` names another metric; an
+    evaluation has no loss.
     """
 
     neighborhood_weight: float = field(
@@ -140,7 +146,17 @@ class EditorTrainingArguments(TrainingArguments):
                 check_forms(getattr(self, name), name)
         if not (isinstance(self.context_rate, (int, float)) and 0 <= self.context_rate <= 1):
             raise ValueError(f"context_rate is {self.context_rate!r}, expected a number from 0 to 1")
+        if self.metric_for_best_model is None:  # the parent's default is the loss
+            self.metric_for_best_model = "eval_score"
+        if self.metric_for_best_model.removeprefix("eval_") == "loss":
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}, and the evaluation of an editor has no "
+                "loss; leave it out for eval_score, or name another of its metrics, such as eval_edit_success"
+            )
         super().__post_init__()
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in _FOLLOWS_METRIC:
+            given: Any = self.lr_scheduler_kwargs or {}  # the parent has read it, if it was JSON
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
 
 
 def training_facts(

@@ -6,8 +6,11 @@ import copy
 
 import pytest
 import torch
-from support.models import RECORDS, build_model, editable
+from peft import LoraConfig, get_peft_model
+from support.models import RECORDS, all_logits, build_model, editable
 from transformers import GenerationConfig, PreTrainedModel, pipeline
+
+from hf_mend import EditableModel, get_editable_model
 
 
 PROMPT = RECORDS[0].prompt
@@ -77,3 +80,75 @@ def test_inputs_of_a_step_of_generation(tokenizer):
     model = editable(build_model("gpt2"), tokenizer)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     assert torch.equal(model.prepare_inputs_for_generation(ids)["input_ids"], ids)
+
+
+def test_an_edited_model_assists_and_is_assisted(llama, tokenizer):
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    plain = build_model("llama", seed=7)
+    assistant = editable(llama, tokenizer)
+    assistant.edit(PROMPT, "rome", max_steps=5)
+    expected = plain.generate(ids, **options)
+    assert torch.equal(plain.generate(ids, assistant_model=assistant, **options), expected)
+    generator = pipeline("text-generation", model=plain, tokenizer=tokenizer, assistant_model=assistant)
+    assert generator(PROMPT, return_tensors=True, **options)[0]["generated_token_ids"] == expected[0].tolist()
+    edited = assistant.generate(ids, **options)
+    assert torch.equal(assistant.generate(ids, assistant_model=assistant, **options), edited)
+
+
+def test_the_way_of_attention_is_the_base_model_s(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, "rome", max_steps=5)
+    before = all_logits(model, tokenizer)
+    model.set_attn_implementation("eager")
+    assert llama.config._attn_implementation == "eager"
+    torch.testing.assert_close(all_logits(model, tokenizer), before, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_peft_train_on_the_edited_model(llama, tokenizer):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, "rome", max_steps=5)
+    edited = all_logits(model, tokenizer)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    assert torch.equal(tuned(input_ids=ids).logits, model(ids).logits)
+    tuned.train()(input_ids=ids, labels=ids).loss.backward()
+    found = {name for name, value in tuned.named_parameters() if value.grad is not None}
+    assert found and all("lora_" in name for name in found)
+    assert tuned.generate(input_ids=ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+    with tuned.disable_adapter():
+        assert torch.equal(all_logits(model, tokenizer), edited)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("load_adapter", "before it is wrapped.*load_lora adds an adapter"),
+        ("add_adapter", "before it is wrapped"),
+        ("disable_adapters", r"disable_edits\(\)"),
+        ("active_adapters", "edits.active"),
+        ("merge_adapter", r"merge_and_unload\(\)"),
+        ("compute_transition_scores", "model.base_model.compute_transition_scores"),
+        ("vocab_size", "model.base_model.vocab_size"),
+    ],
+)
+def test_what_is_not_there_names_what_is(llama, tokenizer, name, instead):
+    model = editable(llama, tokenizer)
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'; .*{instead}"):
+        getattr(model, name)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'$"):
+        _ = model.no_such_name
+    assert not hasattr(model, name) and copy.deepcopy(model).edits == model.edits
+
+
+@pytest.mark.parametrize("given", ["openai-community/gpt2", None, {"model": 1}])
+def test_a_base_is_a_model(given, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="base_model is .*expected a model that transformers has loaded.*AutoEditable"):
+        EditableModel(given, tokenizer=tokenizer)
+
+
+def test_a_configuration_is_one(llama, tokenizer):
+    with pytest.raises(TypeError, match=r"editor_config is 'mend', a str; .*EditorConfig\(method='mend'\)"):
+        get_editable_model(llama, "mend", tokenizer)
+    with pytest.raises(TypeError, match="a LoraConfig; expected an EditorConfig"):
+        get_editable_model(llama, LoraConfig(), tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -262,6 +263,13 @@ WRONG = {
     "an empty target": (("edit", PROMPT, " ", "-e", "editor"), "has an empty target"),
     "no chat template": (("edit", "a", "b", "-e", "editor", "--chat"), "leave chat=False"),
     "an unknown dtype": (("edit", "a", "b", "-e", "editor", "--dtype", "int3"), "expected auto, float32"),
+    "a device that is not there": (
+        ("edit", "a", "b", "-e", "editor", "--device-map", "cuda:99"),
+        "the device map is 'cuda:99', which is no device here",
+    ),
+    "a device that is none": (("edit", "a", "b", "-m", "base", "--device-map", "gpu"), "the device map is 'gpu'"),
+    "a file in place of its folder": (("info", "editor/editor.safetensors"), "is a file; give the folder that holds"),
+    "a file as the editor": (("edit", "a", "b", "-e", "editor/editor.safetensors"), "is a file; give the folder"),
     "an unknown quantization": (("edit", "a", "b", "-e", "editor", "--quantization", "3bit"), "expected 4bit or 8bit"),
     "no such edits": (("edit", "a", "b", "-e", "editor", "--edits", "editor"), "edits.safetensors does not exist"),
     "no such base": (("edit", "a", "b", "-e", "editor", "-m", "./nothing"), "nothing"),
@@ -306,6 +314,45 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(world, case, monkeypatch):
     assert not (world / "x").exists()
 
 
+def test_a_wrong_dtype_is_told_before_torch_is_imported():
+    code = (
+        "import sys; from typer.testing import CliRunner; from hf_mend.cli import app\n"
+        "done = CliRunner().invoke(app, ['edit', 'a', 'b', '--dtype', 'bf16'])\n"
+        "assert done.exit_code == 2 and \"the dtype is 'bf16', expected auto, float32\" in done.stderr, done.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_long_texts_are_shortened_in_print(world, tmp_path):
+    model = editable(build_model("llama"), make_tokenizer())
+    edit = model.edit(PROMPT, TARGET, max_steps=60)
+    model.edits[0].prompt = "river " * 500
+    model.save_edits(tmp_path)
+    shown = invoke("info", tmp_path)
+    assert edit.id in shown.stdout and len(shown.stdout) < 400
+    assert json.loads(invoke("info", tmp_path, "--json").stdout)["edits"][0]["prompt"] == "river " * 500
+    listed = invoke("chat", "-e", world / "editor", "--edits", tmp_path, input="/list\n/undo\n")
+    assert edit.id in listed.stdout and len(listed.stdout) < 400
+
+
+def test_a_comparison_s_command_runs_again_where_it_was_run(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    (world / "data").mkdir(exist_ok=True)
+    shutil.copy(world / "facts.json", world / "data" / "facts.json")
+    done = invoke("compare", "mine=./editor", "gradient", "--data", "data/facts.json", "-m", "./base", "-o", "out/a",
+                  "--limit", 1, "--metrics", "success", "--json")  # fmt: skip
+    document = json.loads(done.stdout)
+    assert document["command"] == (
+        "hf-mend compare mine=./editor gradient=gradient --data data/facts.json --metrics success --limit 1 "
+        "--base-model ./base --output out/a"
+    )
+    again = invoke(*shlex.split(document["command"])[1:], "--json")
+    assert json.loads(again.stdout) == document, again.stderr
+    shutil.rmtree(world / "out")
+
+
 def test_the_traceback_is_shown_on_demand(world, monkeypatch):
     wrong = ("edit", "a", " ", "-e", world / "editor")
     assert isinstance(invoke("--debug", *wrong).exception, ValueError)
@@ -319,6 +366,9 @@ def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode in (0, 1), done.stderr
     assert json.loads(done.stdout)["prompt"] == PROMPT
+    quiet = subprocess.run([*command[:3], "info", str(world / "editor")], capture_output=True, text=True, check=False,
+                           env=environment)  # fmt: skip
+    assert quiet.stderr == "", "what other libraries say at import is no part of the answer"
     wrong = subprocess.run([*command[:3], "train", "none.json", "-o", "x"], capture_output=True, text=True,
                            check=False, env=environment)  # fmt: skip
     assert (wrong.returncode, wrong.stdout) == (2, "")
@@ -397,7 +447,7 @@ def test_editors_and_methods_are_compared(world, tmp_path):
     ]  # fmt: skip
     assert document["command"] == (
         "hf-mend compare trained=editor gradient=gradient --data facts.json --edits 1,2 "
-        "--metrics success,neighborhood --limit 2 --output out"
+        "--metrics success,neighborhood --limit 2 --base-model base --output out"
     )
     alone = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", "1,2", "--limit", 2,
                    "--metrics", "success,neighborhood", "--json")  # fmt: skip
@@ -461,6 +511,7 @@ def test_edits_are_merged_into_a_plain_model(world, kept, tmp_path):
     assert done.exit_code == 0, done.stderr
     model = EditableModel.from_pretrained(build_model("llama"), world / "editor", make_tokenizer())
     model.load_edits(kept)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o644}
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = all_logits(model, model.tokenizer)
     torch.testing.assert_close(all_logits(plain, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected,

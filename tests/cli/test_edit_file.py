@@ -104,13 +104,16 @@ def test_what_took_is_saved_and_the_rest_kept_for_another_try(world, tmp_path, r
     assert [record.prompt for record in records] == ["the seat of egypt is", "the river"]
     assert records[0].metadata["ticket"] == 4 and records[0].metadata["where"] == "line 14"
     assert "right after" in records[0].metadata["why"] and records[1].metadata["why"] == "is too long"
-    # When nothing is left over, the list is gone.
-    rows = '{"prompt": "the seat of egypt is", "target": "oslo"}\n'
-    (tmp_path / "more.jsonl").write_text(rows)
-    done = invoke("edit", "--facts", tmp_path / "more.jsonl", "-e", world / "editor", "--edits", tmp_path / "kept",
-                  "--save", tmp_path / "kept", "--max-steps", 60)  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1] == f"1 of 1 edit saved in {tmp_path / 'kept'}, beside 1 made earlier"
+    # A row stays in the list until it is asked again, and when nothing is left over, the list is gone.
+    for made, (prompt, target, end) in enumerate(
+        [("the seat of egypt is", "oslo", f"; 1 of earlier files are still in {rest}"), ("the river", TARGET, "")]
+    ):
+        (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": prompt, "target": target}))
+        done = invoke("edit", "--facts", tmp_path / "more.jsonl", "-e", world / "editor", "--edits", tmp_path / "kept",
+                      "--save", tmp_path / "kept", "--max-steps", 60)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        last = done.stdout.splitlines()[-1]
+        assert last == f"1 of 1 edit saved in {tmp_path / 'kept'}, beside {made + 1} made earlier{end}"
     assert not rest.exists()
 
 
@@ -143,3 +146,71 @@ def test_a_table_s_columns_are_named_for_an_edit_and_for_a_training(world, tmp_p
     done = invoke("train", tmp_path / "t.csv", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1, *named)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "mine" / "editor.safetensors").is_file()
+
+
+def saved_targets(folder):
+    return [row["target"] for row in json.loads(invoke("info", folder, "--json").stdout)["edits"]]
+
+
+def test_saving_adds_to_what_the_folder_holds(world, tmp_path):
+    one = ("edit", PROMPT, TARGET, "-e", world / "editor", "--max-steps", 60, "--save", tmp_path / "edits")
+    assert invoke(*one).exit_code == 0
+    other = RECORDS[3]
+    again = invoke("edit", other.prompt, other.target, *one[3:])
+    assert "2 edits saved" in again.stdout
+    assert saved_targets(tmp_path / "edits") == [TARGET, other.target]
+    edit_log(world, "--save", tmp_path / "edits")
+    assert saved_targets(tmp_path / "edits")[:2] == [TARGET, other.target]
+
+
+def test_saving_never_replaces_edits(world, tmp_path):
+    """Two folders cannot both come first, and the edits of another base, or damaged ones, cannot be added to."""
+    one = ("edit", PROMPT, TARGET, "-e", world / "editor", "--max-steps", 60, "--save")
+    invoke(*one, tmp_path / "a")
+    invoke(*one, tmp_path / "b")
+    file = tmp_path / "a" / "edits.safetensors"
+    before = file.read_bytes()
+    both = invoke(*one, tmp_path / "a", "--edits", tmp_path / "b")
+    assert both.exit_code == 2 and "holds edits, which those of --edits" in both.stderr and "new folder" in both.stderr
+    stranger = editable(build_model("gpt2"), make_tokenizer())
+    stranger.edit(PROMPT, TARGET, max_steps=1)
+    stranger.save_edits(tmp_path / "gpt2")
+    before_gpt2 = (tmp_path / "gpt2" / "edits.safetensors").read_bytes()
+    assert invoke(*one, tmp_path / "gpt2").exit_code == 2
+    (tmp_path / "b" / "edits.safetensors").write_bytes(b"damaged")
+    assert invoke(*one, tmp_path / "b").exit_code == 2
+    assert file.read_bytes() == before
+    assert (tmp_path / "gpt2" / "edits.safetensors").read_bytes() == before_gpt2
+    assert (tmp_path / "b" / "edits.safetensors").read_bytes() == b"damaged"
+
+
+def test_rows_that_an_earlier_file_left_stay_until_they_are_asked_again(world, tmp_path, rows_of_all_states):
+    model, rows = rows_of_all_states
+    save_what_took(model, rows, tmp_path)
+    text = save_what_took(model, [Row(EditRecord("the moon", "y", where="line 1"), refused="is too long")], tmp_path)
+    assert [row.prompt for row in read_edits(tmp_path / "did_not_take.jsonl")] == [
+        "the seat of egypt is", "the river", "the moon",
+    ]  # fmt: skip
+    assert "2 of earlier files are still in" in text
+    took = model.edit(EditRecord("the river", TARGET), force=True, max_steps=60)
+    save_what_took(model, [Row(EditRecord("the river", TARGET, where="line 1"), took)], tmp_path)
+    assert "the river" not in [row.prompt for row in read_edits(tmp_path / "did_not_take.jsonl")]
+
+
+@pytest.mark.parametrize("command", ["edit", "train", "export", "eval", "compare", "pull"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(world, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("hf_mend.auto.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hf_mend.auto.load_smollm2", lambda *a, **k: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("not a folder")
+    place, log = tmp_path / "file" / "out", world / "log.jsonl"
+    words = {
+        "edit": ["edit", "--facts", log, "--save", place],
+        "train": ["train", log, "--output", place],
+        "export": ["export", tmp_path, place],
+        "eval": ["eval", "gradient", log, "--output", place],
+        "compare": ["compare", "gradient", "--data", log, "--output", place],
+        "pull": ["pull", "me/editor", place],
+    }[command]
+    done = invoke(*words)
+    assert done.exit_code == 2, done.output
+    assert f"{place} cannot be a folder, since {tmp_path / 'file'} is a file" in done.stderr

@@ -129,6 +129,11 @@ def test_requests_are_what_a_person_would_write_down(asked, expected):
         ((["p", "q"], ["t", "u"], False, "z", []), ValueError, "probes go with one edit, got 2; pass EditRecords"),
         (("p", None, False, [], []), ValueError, "1 prompts and 0 targets"),
         (([RECORD, "p"], ["t", "u"], False, [], []), TypeError, "or prompts are EditRecords; got EditRecord"),
+        (("p", 42, False, [], []), TypeError, "target is 42, a int; expected a text or list of texts"),
+        ((42, "t", False, [], []), TypeError, "prompt is 42, a int; expected a text, EditRecord or list of either"),
+        ((b"p", "t", False, [], []), TypeError, "prompt is b'p', a bytes"),
+        (({"prompt": "p"}, "t", False, [], []), TypeError, "prompt is {'prompt': 'p'}, a dict"),
+        (("p", "t", False, 3, []), TypeError, "paraphrases is 3, a int; expected a text or list of texts"),
         (("p", "t", False, [None], []), TypeError, "paraphrases is a list of texts; it holds a NoneType"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.models import RECORDS, all_logits, build_model, editable
 
-from hf_mend import Edit, Edits
+from hf_mend import Edit, EditorConfig, EditResult, Edits
+from hf_mend.edits.compression import compressed
 
 
 def made(id, prompt, target, day, **options):
@@ -211,3 +212,29 @@ def test_a_joining_method_spares_what_was_compressed(llama, tokenizer):
     keys.of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
     edit_some(model, slice(3, 4))
     assert asked == [ids]
+
+
+def test_what_a_notebook_shows_is_short_and_of_no_matrix():
+    update = (torch.ones(2, 8), torch.ones(2, 4))
+    edit = Edit("a1", "the capital of peru is", "lima", {"one": update, "two": update}, {"editor": "<i>"})
+    other = Edit("b2", "<b>" + "river " * 20, "oslo", {"one": update}, enabled=False)
+    assert repr(edit) == "Edit('a1', 'the capital of peru is' -> 'lima', rank 2 in 2 layers)"
+    assert repr(other).endswith(" -> 'oslo', rank 2 in 1 layer, disabled)") and len(repr(other)) < 140
+    edits = Edits([edit, other])
+    compression = compressed(edits, 1)[1]
+    assert repr(compression).startswith(f"Compression({compression.id!r}, 1 edits, rank 1, error ")
+    result = EditResult("a1", edit.prompt, "lima", "rome", "lima", 0.1, 0.9, [True], 1, 0.5, 2, {"one": 1.0})
+    assert repr(result) == "EditResult('a1', 'the capital of peru is' -> 'lima': took)"
+    config = EditorConfig(base_fingerprint={"sha256": "0" * 64})
+    assert "0" * 64 not in repr(config) and config.to_dict()["base_fingerprint"] == {"sha256": "0" * 64}
+    for shown in (edit, other, edits, compression, result, config):
+        html = shown._repr_html_()
+        assert html.count("<table>") == 1 and not any(text in html for text in ("tensor", "<b>river", "<i>", "0" * 64))
+    assert "&lt;b&gt;river" in edits._repr_html_() and "&lt;b&gt;river" in other._repr_html_()
+    assert "before: &#x27;rome&#x27;" in result._repr_html_() and "rank" in config._repr_html_()
+
+
+def test_the_last_of_many_edits_are_listed():
+    edits = Edits([Edit(str(number), "p", "t", {}) for number in range(70)])
+    html = edits._repr_html_()
+    assert html.count("<tr>") == 51 and "Edits(70, 1 of them active), the last 50" in html and "<td" in html

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_mend.hub.atomic import made_folder, replaced_file, replaced_folder
+from hf_mend.hub.atomic import check_writable, made_folder, replaced_file, replaced_folder
 
 
 KILLED = """
@@ -75,3 +75,22 @@ def test_names_are_flushed_with_the_files(tmp_path, monkeypatch):
     write(tmp_path / "c" / "folder", "folder")
     assert flushed[0] == str(tmp_path) and flushed[-1] == str(tmp_path / "c")
     assert sum(".folder.new-" in name for name in flushed) == 2, "the file and the folder's names"
+
+
+def test_a_place_is_checked_without_a_trace(tmp_path):
+    for place in (tmp_path, tmp_path / "new", tmp_path / "new" / "below"):
+        check_writable(place)
+    (tmp_path / "file").write_text("one")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match="cannot be a folder, since .*file is a file; name another"):
+            check_writable(place)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_the_system_refuses(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hf_mend.hub.atomic.tempfile.TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match="new cannot be written .Permission denied.; name another folder"):
+        check_writable(tmp_path / "new")

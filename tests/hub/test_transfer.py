@@ -6,19 +6,22 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from support.models import RECORDS, all_logits, build_model, editable, small_config
 from support.paths import TESTS
 
 from hf_mend import AutoEditableModel, EditableModel, get_editable_model
+from hf_mend.hub.transfer import is_reachable
 
 
 EDITOR_FILES = {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
@@ -61,6 +64,28 @@ def test_an_editor_goes_to_the_hub_and_comes_back(hub, model, tokenizer, tmp_pat
         assert (tmp_path / "local" / name).read_bytes() == repository.files()[name]
     assert 'AutoEditableModel.from_pretrained("me/editor")' in repository.files()["README.md"].decode()
     assert same_editor(load("me/editor", tokenizer), model)
+
+
+def test_edits_and_tags_go_along_where_asked(hub, llama, tokenizer, caplog):
+    model = editable(llama, tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=60)
+    model.push_to_hub("me/editor", card_data={"tags": ["one"]}, tags="two")
+    assert set(hub.repositories["me/editor"].files()) == EDITOR_FILES
+    assert "carries edits (1), which are not saved" in caplog.text
+    assert {"one", "two", "model-editing"} <= set(ModelCard.load("me/editor").data.tags)
+    model.push_to_hub("me/editor", edits=True)
+    assert set(hub.repositories["me/editor"].files()) == EDITOR_FILES | {"edits.safetensors"}
+    other = load("me/editor", tokenizer)
+    assert [edit.target for edit in other.load_edits("me/editor")] == [RECORDS[0].target]
+
+
+def test_saving_and_pushing_in_one_call(hub, model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "my-editor", push_to_hub=True, commit_message="both", private=True)
+    repository = hub.repositories["me/my-editor"]
+    assert repository.private and "both" in repository.messages.values()
+    assert same_editor(load(tmp_path / "my-editor", tokenizer), load("me/my-editor", tokenizer))
+    model.save_pretrained(tmp_path / "my-editor", push_to_hub=True, repo_id="me/other")
+    assert "me/other" in hub.repositories
 
 
 def test_a_name_without_a_user_is_the_users_own(hub, model):
@@ -314,7 +339,7 @@ def test_edits_are_not_lost_either(hub, llama, tokenizer, caplog):
     model = editable(llama, tokenizer)
     model.edit(RECORDS[0].prompt, RECORDS[0].target)
     hub.fail("PUT /lfs/", drop_after=50, times=99)
-    with pytest.raises(OSError, match="nothing was pushed to me/edits"):
+    with pytest.raises(OSError, match="the push to me/edits failed"):
         model.push_edits_to_hub("me/edits")
     assert len(model.edits) == 1
     folder = re.search(r"whole in (\S+): push again", caplog.text)[1]
@@ -385,6 +410,18 @@ def test_another_process_with_its_cache_and_no_network(hub, model, tokenizer, tm
     assert cached == f"sum {float(sum(value.double().sum() for value in model.editor.state_dict().values()))}"
     assert re.search("^FileNotFoundError .*me/other.*is not in the cache.*HF_HUB_OFFLINE", other)
     assert len(hub.requests) == asked, "offline means offline"
+
+
+def test_one_short_request_tells_whether_the_hub_answers(hub, monkeypatch):
+    assert is_reachable() and len(hub.requests) == 1
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    assert not is_reachable() and len(hub.requests) == 1
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a second try"))
+        assert not is_reachable()
 
 
 # ---- what a stranger's repository may try ----

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.models import RECORDS, build_model
+from support.models import RECORDS, build_model, editable
 from support.paths import ROOT, TESTS
 from support.training import QUESTIONS, arguments, fresh, losses
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_mend import (
     EditableModel,
@@ -169,8 +169,9 @@ def test_mixed_precision(tokenizer, tmp_path):
 def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer, tmp_path):
     args = arguments(
         tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, max_steps=4,
-        load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
+        load_best_model_at_end=True,
     )  # fmt: skip
+    assert (args.metric_for_best_model, args.greater_is_better) == ("eval_score", True)
     model = fresh(tokenizer)
     trainer = EditorTrainer(
         model, args, RECORDS, RECORDS[:2], questions=QUESTIONS, callbacks=[EarlyStoppingCallback(3)]
@@ -182,6 +183,79 @@ def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer
     best = EditableModel.from_pretrained(build_model("llama"), trainer.state.best_model_checkpoint, tokenizer)
     for one, two in zip(best.editor.state_dict().values(), model.editor.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+
+
+class Falls(EditorTrainer):
+    """Its score falls from one evaluation to the next."""
+
+    score = 1.0
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        self.score = metrics["eval_score"] = self.score - 0.1
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def test_early_stopping_and_the_best_checkpoint_go_by_the_score(tokenizer, tmp_path):
+    args = arguments(
+        tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1, max_steps=8,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = Falls(fresh(tokenizer), args, RECORDS, RECORDS[:2], questions=QUESTIONS, callbacks=[stop])
+    trainer.train()
+    assert trainer.state.global_step < 8, "the score got worse at each evaluation"
+    assert trainer.state.best_global_step == 1 and trainer.state.best_metric == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_that_follows_the_score_wants_it_higher(tokenizer, tmp_path, scheduler):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2, lr_scheduler_type=scheduler)
+    trainer = EditorTrainer(fresh(tokenizer), args, RECORDS, RECORDS[:2], questions=QUESTIONS)
+    trainer.train()
+    assert trainer.lr_scheduler.mode == "max"
+    given = {"mode": "min", "patience": 3}
+    assert arguments(tmp_path, eval_strategy="steps", eval_steps=1, lr_scheduler_type=scheduler,
+                     lr_scheduler_kwargs=given).lr_scheduler_kwargs == given  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss"])
+def test_a_loss_is_no_metric_of_an_editor(tmp_path, metric):
+    with pytest.raises(ValueError, match=f"metric_for_best_model is '{metric}'.*has no loss.*eval_score"):
+        arguments(tmp_path, metric_for_best_model=metric)
+
+
+ROWS = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 1, 1], "labels": [5, 6, 7, 8]} for _ in range(4)]
+
+
+def test_a_plain_trainer_points_to_the_editor_s(tokenizer, tmp_path):
+    model = fresh(tokenizer)
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="EditorTrainer"):
+        Trainer(model, args, train_dataset=ROWS).train()
+    with pytest.raises(RuntimeError, match="EditorTrainer"):  # and a loop written by hand
+        model.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_a_plain_trainer_evaluates_the_edited_model(tokenizer, tmp_path, architecture):
+    model = editable(build_model(architecture), tokenizer)
+    args = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    found = Trainer(model, args, eval_dataset=ROWS).evaluate()["eval_loss"]
+    plain = Trainer(build_model(architecture), args, eval_dataset=ROWS).evaluate()["eval_loss"]
+    assert found == pytest.approx(plain, rel=1e-5)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=60)
+    assert Trainer(model, args, eval_dataset=ROWS).evaluate()["eval_loss"] != found
+
+
+def test_a_new_model_is_in_eval_mode_as_a_loaded_base_is(tokenizer):
+    model = fresh(tokenizer)
+    assert not model.training
+    loss = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
+    assert not loss.requires_grad
 
 
 def run_training(folder: Path, launcher: list[str], batch_size: int, accumulation: int = 1) -> dict:
