@@ -17,7 +17,7 @@ from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
 from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
-from .batch_state import FoundUpdates
+from .batch_state import FoundUpdates, check_finite_answers
 from .calibration_text import observe_calibration_text
 from .context import EditingContext
 from .look import BatchLook
@@ -137,6 +137,8 @@ def _made(call: _Call, delta: Edit | None) -> list[EditResult]:
     _add_edits(call, made_once, delta)
     if options.check:
         for i, (answers, row) in call.answers_to(_to_look_at_again(call, made_once)).items():
+            if i in call.edits:
+                check_finite_answers(answers)
             call.results[i].set_after(answers, row, encoder)
     in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
     for i, before in probed.items():
