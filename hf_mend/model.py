@@ -29,9 +29,9 @@ from .editing.pipeline import make_edits
 from .editing.proposals import SearchOptions
 from .editing.requests import EditResult, as_requests, check_limits, check_requests
 from .editing.steering import ActsWhereAsked
-from .edits.active import ActiveEdits, acting_edits
+from .edits.active import ActiveEdits
 from .edits.carrier import ActsWhileOwned, CarriesEdits
-from .edits.store import EditStore
+from .edits.passes import acting_edits
 from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
 from .hub.files import WEIGHTS_NAME, read_weights, write_weights
@@ -107,7 +107,6 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self._ownership = ActsWhileOwned(self._active)
         self.card_notes = CardNotes()
         self._spent: str | None = None
-        self._store: EditStore | None = None
         self.eval()
 
     # ---- loading and saving the editor ----
@@ -209,7 +208,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             raise ValueError(
                 "safe_serialization is False, and an editor is written as safetensors alone; leave it out"
             )
-        if edits is None and self.edits and self._store is None:
+        if edits is None and self.edits and self._active.store is None:
             logger.warning(
                 f"the model carries edits ({len(self.edits)}), which are not saved with its editor; edits=True takes "
                 "them along, save_edits writes them alone, and edits=False leaves them out"
@@ -251,6 +250,25 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         load_whole_state(self.editor, tensors)
 
     # ---- running ----
+
+    # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
+    def forward(
+        self, *args: Any, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        """
+        Run the base model's forward pass under the active edits.
+
+        Args:
+            args, input_ids, attention_mask, labels, kwargs: As for the base model.
+        """
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        with self._active.reading():
+            return super().forward(*args, **{name: v for name, v in named.items() if v is not None}, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model's `generate` under the active edits: those of its beginning, to its end."""
+        with self._active.reading():
+            return super().generate(*args, **kwargs)
 
     @property
     def encoder(self) -> Encoder:
@@ -344,7 +362,10 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self._warn_if_untrained()
         if self.editor.edits_at_subject and (note := missing_subjects((r.prompt, r.subject) for r in requests)):
             logger.warning(note)
-        with self._stored(), torch.inference_mode(False):  # an edit needs a gradient in any mode of the caller
+        with (
+            self._active.changing(),
+            torch.inference_mode(False),
+        ):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
             results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate)
         for result in results:
@@ -379,13 +400,16 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         texts = list(texts)
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
-        with self.disable_edits():
+        with self._active.changing(), self.disable_edits():
             observe_calibration_text(self.context, self.encoder, texts)
 
     @contextmanager
     def edited(self, prompt: Any, target: Any = None, **kwargs: Any) -> Iterator[EditResult | list[EditResult]]:
-        """Edit the model within the context only; the arguments are those of [`~EditableModel.edit`]."""
-        with self._for_a_while():
+        """
+        Edit the model within the context only, for the thread or asyncio task that is in it; the arguments are those
+        of [`~EditableModel.edit`].
+        """
+        with self._active.draft():
             yield self.edit(prompt, target, **kwargs)
 
     def merge_and_unload(self, safe_merge: bool = False) -> PreTrainedModel:
@@ -405,9 +429,10 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             RuntimeError: The model has been merged or unloaded already.
         """
         self._check_usable()
-        self._active.merge(safe=safe_merge)
-        self._base_state.restore_gradients(self.base_model)
-        self._store, self._spent = None, "edits have been merged into the base model's weights"
+        with self._active.merged(safe=safe_merge):
+            self._base_state.restore_gradients(self.base_model)
+            self._active.store = None
+            self._spent = "edits have been merged into the base model's weights"
         return self.base_model
 
     def unload(self) -> PreTrainedModel:
@@ -420,25 +445,11 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             RuntimeError: The model has been merged or unloaded already.
         """
         self._check_usable()
-        self._store, self._spent = None, "base model was given back by unload()"
-        self._active.replace([])
-        self._base_state.restore(self.base_model)
+        with self._active.changing():
+            self._active.store, self._spent = None, "base model was given back by unload()"
+            self._active.replace([])
+            self._base_state.restore(self.base_model)
         return self.base_model
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy or a pickle: all but the open store, which belongs to one model."""
-        return {**self.__dict__, "_store": None}
-
-    @contextmanager
-    def _for_a_while(self) -> Iterator[None]:
-        """Restore the edits after the context, and record nothing of it in a store."""
-        before, store, keys = self._active.edits, self._store, self._active.preserved_keys.copy()
-        self._store = None
-        try:
-            yield
-        finally:
-            self._store, self._active.preserved_keys = store, keys
-            self._active.replace(before)
 
     def _warn_if_untrained(self) -> None:
         """Warn once if the editor was never trained."""

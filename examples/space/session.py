@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +61,7 @@ class Session:
 
 class Workbench:
     """
-    A model that visitors take turns on: each finds it with their own edits and no others.
+    A model that visitors share: each finds it with their own edits and no others, at the same time as the others.
 
     Args:
         model ([`EditableModel`]): The model; it carries no edits of its own.
@@ -72,7 +71,6 @@ class Workbench:
     def __init__(self, model: EditableModel, max_new_tokens: int = 10):
         self.model = model
         self.max_new_tokens = max_new_tokens
-        self.lock = threading.Lock()
 
     def edit(self, session: Session, prompt: str, target: str) -> EditResult:
         """
@@ -81,7 +79,7 @@ class Workbench:
         Raises:
             ValueError: Prompt or target cannot be used.
         """
-        with self.lock, self.model.carrying(session.active):
+        with self.model.carrying(session.active):
             result = self.model.edit(prompt.strip(), target.strip())
             assert not isinstance(result, list)
             if result.id is not None:
@@ -94,17 +92,15 @@ class Workbench:
         """The model without and with the visitor's edits, on the prompt, on other words and on unrelated prompts."""
         probes = [("prompt", prompt)]
         probes += [("paraphrase", text) for text in paraphrases] + [("unrelated", text) for text in unrelated]
-        with self.lock:
-            said = [self._answer(text) for _, text in probes]
-            watched = [
-                before if kind == "unrelated" else target.strip()
-                for (kind, _), before in zip(probes, said, strict=True)
-            ]
-            asked = list(zip([text for _, text in probes], watched, strict=True))
-            was = [self._probability(*pair) for pair in asked]
-            with self.model.carrying(session.active):
-                says = [self._answer(text) for _, text in probes]
-                now = [self._probability(*pair) for pair in asked]
+        said = [self._answer(text) for _, text in probes]
+        watched = [
+            before if kind == "unrelated" else target.strip() for (kind, _), before in zip(probes, said, strict=True)
+        ]
+        asked = list(zip([text for _, text in probes], watched, strict=True))
+        was = [self._probability(*pair) for pair in asked]
+        with self.model.carrying(session.active):
+            says = [self._answer(text) for _, text in probes]
+            now = [self._probability(*pair) for pair in asked]
         columns = zip(probes, said, says, watched, was, now, strict=True)
         return [Row(kind, text, *rest) for (kind, text), *rest in columns]
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..data.encoding import EncodedBatch
-from .split import HiddenState, Inputs, SplitModel, _hook, _recomputed_if_offloaded, logits_at
+from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
 from .targets import Target
+from .threads import hooked
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -38,7 +39,7 @@ def record_factors(targets: Sequence[Target]) -> Iterator[dict[str, list[tuple[t
 
     with ExitStack() as hooks:
         for target in targets:
-            hooks.enter_context(_hook(target.module.register_forward_hook(make(target.name))))
+            hooks.enter_context(hooked(target.module.register_forward_hook, make(target.name)))
         yield record
 
 
@@ -168,7 +169,7 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
 
     with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.positions):
         for target in targets:
-            hooks.enter_context(_hook(target.module.register_forward_pre_hook(make(target))))
+            hooks.enter_context(hooked(target.module.register_forward_pre_hook, make(target)))
         split.model(**rows.inputs, use_cache=False)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ def weight_with_adapters(layer: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge_adapters_(model: Any) -> None:
+def merge_adapters_(model: Any, undo: ExitStack | None = None) -> None:
     """
     Replace PEFT's layers by their base layers, in place, with the active adapters merged into them.
 
     Args:
         model (`PreTrainedModel`): A model with or without adapters, from `PeftModel` or `add_adapter`.
+        undo (`ExitStack`, *optional*): Gets what restores the model bit for bit when it is closed.
 
     Raises:
         TypeError: An adapter cannot be merged: it brings whole modules, its layer's weight cannot be written to or
@@ -63,7 +65,10 @@ def merge_adapters_(model: Any) -> None:
                 copy.deepcopy(layer).merge(safe_merge=True)  # PEFT raises for what it cannot merge only here
         except Exception as error:
             raise TypeError(f"the adapter of {name!r} cannot be merged ({error}); {_REMEDY}") from error
+    undo = ExitStack() if undo is None else undo
+    undo.callback(_restore_attributes, model, {name: model.__dict__.get(name, _MISSING) for name in _MARKS})
     for name, layer in reversed(layers):  # an adapter inside another first
+        undo.callback(_restore_layer, model, name, layer, _content(layer))
         if not layer.disable_adapters:
             layer.merge()
         elif layer.merged:
@@ -73,3 +78,31 @@ def merge_adapters_(model: Any) -> None:
     if layers and hasattr(model, "peft_config"):
         del model.peft_config
         model._hf_peft_config_loaded = False  # else save_pretrained would write the adapter alone
+
+
+# What says of a model that it has adapters.
+_MARKS = ("peft_config", "_hf_peft_config_loaded")
+_MISSING = object()
+
+
+def _content(layer: Any) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Return what a merge changes of a layer: which adapters are in its weight, and that weight."""
+    base = layer.get_base_layer()
+    values = {name: value.detach().clone() for name, value in base.named_parameters()} if layer.active_adapters else {}
+    return list(layer.merged_adapters), values
+
+
+def _restore_layer(model: Any, name: str, layer: Any, content: tuple[list[str], dict[str, torch.Tensor]]) -> None:
+    merged, values = content
+    for key, value in layer.get_base_layer().named_parameters():
+        if key in values:
+            value.data.copy_(values[key])
+    layer.merged_adapters[:] = merged
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
+def _restore_attributes(model: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not _MISSING:
+            setattr(model, name, value)

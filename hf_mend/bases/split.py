@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
 from .targets import Target, block_lists, lowest_block
+from .threads import as_this_thread, hooked, present_forward, replaced_forward
 from .weights import device_of
 
 
@@ -110,11 +111,11 @@ class SplitModel:
             found["encoder"] = output[0]
 
         with ExitStack() as hooks:
-            hooks.enter_context(_hook(self.blocks[self.block].register_forward_pre_hook(stop, with_kwargs=True)))
+            hooks.enter_context(hooked(self.blocks[self.block].register_forward_pre_hook, stop, with_kwargs=True))
             if self.block:
-                hooks.enter_context(_hook(self.blocks[self.block - 1].register_forward_hook(note_type)))
+                hooks.enter_context(hooked(self.blocks[self.block - 1].register_forward_hook, note_type))
             if self.cuts_decoder_of_two:
-                hooks.enter_context(_hook(self.model.get_encoder().register_forward_hook(keep_encoder)))
+                hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
             with suppress(_StopForwardError):
                 self.model(**inputs, use_cache=False)
         if "hidden" not in found:
@@ -124,7 +125,6 @@ class SplitModel:
             )
         state = HiddenState(found["hidden"], found.get("encoder"))
         if self._resumes is None:
-            self._resumes = True
             self._resumes = self._check(inputs, state)
         return state
 
@@ -132,7 +132,7 @@ class SplitModel:
         """Whether a pass from the stored state gives the whole pass's logits in this architecture."""
         whole = self.model(**inputs, use_cache=False).logits
         try:
-            resumed = self.run_above(inputs, state).logits
+            resumed = self._resume(inputs, state).logits
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -156,6 +156,9 @@ class SplitModel:
         """
         if not self._resumes:
             return self.model(**inputs, use_cache=False)
+        return self._resume(inputs, state)
+
+    def _resume(self, inputs: Inputs, state: HiddenState) -> Any:
         beside: list[Any] = []
 
         def use_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,36 +176,14 @@ class SplitModel:
         with ExitStack() as undo:
             # Before other hooks of the block, which are to see the stored state too.
             block = self.blocks[self.block]
-            undo.enter_context(_hook(block.register_forward_pre_hook(use_state, prepend=True, with_kwargs=True)))
+            undo.enter_context(hooked(block.register_forward_pre_hook, use_state, prepend=True, with_kwargs=True))
             first_skipped = 0
             if self._returns_tuple and self.block:
-                undo.enter_context(_hook(self.blocks[0].register_forward_hook(note_first)))
+                undo.enter_context(hooked(self.blocks[0].register_forward_hook, note_first))
                 first_skipped = 1
             for block in self.blocks[first_skipped : self.block]:
-                undo.enter_context(_replaced_forward(block, pass_on))
+                undo.enter_context(replaced_forward(block, pass_on))
             return self.model(**inputs, **extra, use_cache=False)
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Replace a module's `forward` within the context. Accelerate's own replacement, if any, is restored after it."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
 
 
 @contextmanager
@@ -215,14 +196,14 @@ def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
         for block_list in block_lists(model):
             for block in block_list.blocks:
                 if any(parameter.is_meta for parameter in block.parameters()):
-                    undo.enter_context(_replaced_forward(block, partial(_recomputed, block.forward)))
+                    undo.enter_context(replaced_forward(block, partial(_recomputed, present_forward(block))))
         yield
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     # Recompute to the end, not only to the last activation required: Accelerate offloads the weights again only there.
     with set_checkpoint_early_stop(False):
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(as_this_thread(forward), *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager
@@ -244,7 +225,7 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
             return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
         return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
 
-    with _hook(model.get_output_embeddings().register_forward_pre_hook(select)):
+    with hooked(model.get_output_embeddings().register_forward_pre_hook, select):
         yield
 
 

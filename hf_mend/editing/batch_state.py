@@ -123,6 +123,18 @@ def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device)[:, None, None]
 
 
+def check_finite_answers(answers: Answers) -> None:
+    """
+    Raises:
+        ValueError: The model's logits under the edits are not finite.
+    """
+    if not all(answers.finite):
+        raise ValueError(
+            "with the edit the model's logits hold NaN or infinity, so nothing was edited; let the step be made "
+            "smaller (max_steps above 1, or a smaller edit_lr), or load a float16 base in bfloat16"
+        )
+
+
 def check_finite(what: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
 from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
-from .batch_state import FoundUpdates
+from .batch_state import FoundUpdates, check_finite_answers
 from .calibration_text import observe_calibration_text
 from .context import EditingContext
 from .look import BatchLook
@@ -119,23 +119,30 @@ def make_edits(
     if not method.trains and not method.is_calibrated:
         with active.disabled():
             observe_calibration_text(context, encoder)
-    earlier = active.edits
+    with active.draft():  # until all is made, nobody else sees any of it
+        results = _made(call, delta)
+        made = active.snapshot
+    active.install(made)
+    return results
+
+
+def _made(call: _Call, delta: Edit | None) -> list[EditResult]:
+    """Make the edits of a call in a draft."""
+    requests, options, encoder = call.requests, call.options, call.encoder
     probed = {i: call.answers(request.probes) for i, request in enumerate(requests) if request.probes}
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request.prompt_key, i)
     made_once = list(first_of.values())
-    try:
-        _add_edits(call, made_once, delta)
-        if options.check:
-            for i, (answers, row) in call.answers_to(_to_look_at_again(call, made_once)).items():
-                call.results[i].set_after(answers, row, encoder)
-        in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
-        for i, before in probed.items():
-            in_order[i].set_probes(requests[i], before, call.answers(requests[i].probes), encoder)
-    except BaseException:
-        active.replace(earlier)
-        raise
+    _add_edits(call, made_once, delta)
+    if options.check:
+        for i, (answers, row) in call.answers_to(_to_look_at_again(call, made_once)).items():
+            if i in call.edits:
+                check_finite_answers(answers)
+            call.results[i].set_after(answers, row, encoder)
+    in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
+    for i, before in probed.items():
+        in_order[i].set_probes(requests[i], before, call.answers(requests[i].probes), encoder)
     return in_order
 
 
@@ -156,13 +163,15 @@ _MISSED = ScopeReport(0.0, 0.0, ("prompt",))
 def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
     """Find edits for some of the requests, on the model without those that they supersede, and add them to it."""
     active, requests = call.active, call.requests
-    earlier, standing = active.edits, {edit.prompt_key: edit for edit in active.active}
+    earlier, standing = active.edits, active.snapshot.standing
     call.now = call.answers_to([i for i in numbers if requests[i].prompt_key in standing])
     for i, (answers, row) in call.now.items():
         if all(answers.correct[row]) and not call.options.force:
             call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, call.options.check)
     gone = {requests[i].prompt_key for i in call.now if i not in call.results}
-    active.replace([edit for edit in earlier if edit.prompt_key not in gone])
+    before = active.snapshot
+    if gone:
+        active.replace([edit for edit in earlier if edit.prompt_key not in gone])
     if call.context.method.joins and call.gate is None:
         _trace_missing_keys(call, earlier)
     batches = call.batches([i for i in numbers if i not in call.results])
@@ -187,13 +196,14 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
                     active.preserved_keys.by_edit[edit.id] = _present(of_rows.inputs, row)
+    if gone:
+        active.install(before)
     deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
     active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
     if call.gate is not None:
-        acting = [edit for edit in active.active if edit.scope is not None]
         for i, edit in call.edits.items():
             if edit.scope is not None:
-                call.results[i].scope = report(edit, acting, call.gate.strictness)
+                call.results[i].scope = report(edit, active.snapshot.bank, call.gate.strictness)
 
 
 def _scopes(call: _Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:
@@ -214,9 +224,12 @@ def _find_in_batches(
     """
     Find the updates of all batches' requests, each batch by itself, or all of them together where the method joins.
     """
-    acting = acting_ids(call.active.edits)
-    waiting = [edit.id for edit in earlier]
-    preserved_keys = {} if call.gate is not None else call.active.preserved_keys.of(acting, waiting=waiting)
+    acting: list[str] = []
+    preserved_keys: Mapping[str, torch.Tensor] = {}
+    if delta is not None or call.context.method.joins:
+        acting = acting_ids(call.active.edits)
+    if call.context.method.joins and call.gate is None:
+        preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
     device = call.context.split.device
     encoded = [call.rows(batch).to(device) for batch in batches]

@@ -121,9 +121,14 @@ class FromGradient(Proposer):
 
     def look(self, batch: BatchState) -> None:
         batch.factors, logits = self.context.trace(batch.rows, batch.hidden, (self.base_delta, batch.seen))
-        check_finite("gradient", batch.factors)
         if batch.answers is None:
             batch.answers = score_targets(batch.rows, logits)
+        # Rows that overflow by their last step, on a float16 base, get no further one: that one is made smaller.
+        sound = torch.tensor(batch.answers.finite)
+        for x, delta in batch.factors.values():
+            sound &= (x.isfinite().all(-1) & delta.isfinite().all(-1)).all(-1).to(sound.device)
+        if not sound.all():
+            batch.factors = {name: (_rows(x, sound), _rows(d, sound)) for name, (x, d) in batch.factors.items()}
 
     def propose(self, batch: BatchState) -> Proposal:
         method = self.context.method
@@ -177,6 +182,11 @@ class FromSearch(Proposer):
             self.progress(len(batch.rows))
         whole = {name: (_in_place(u, wanted, batch), _in_place(v, wanted, batch)) for name, (u, v) in found.items()}
         return whole, steps
+
+
+def _rows(side: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return one side of the rows' factors, zero in the rows that are not chosen."""
+    return torch.where(per_row(chosen, side), side, 0.0)
 
 
 def _in_place(side: torch.Tensor, wanted: torch.Tensor, batch: BatchState) -> torch.Tensor:

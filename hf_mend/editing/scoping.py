@@ -167,18 +167,17 @@ def excluding(
 
 
 @torch.no_grad()
-def report(edit: Edit, others: Sequence[Edit], strictness: float = 0.0) -> ScopeReport:
+def report(edit: Edit, bank: KeyBank, strictness: float = 0.0) -> ScopeReport:
     """
     Return what an edit's own keys find among all edits.
 
     Args:
         edit ([`Edit`]): The edit.
-        others (`Sequence[Edit]`): All edits that act, each with a scope.
+        bank ([`~hf_mend.scope.bank.KeyBank`]): The keys of all edits that act.
         strictness (`float`, defaults to 0.0): What is added to every threshold.
     """
     scope = edit.scope
     assert scope is not None
-    bank = KeyBank(others)
     chosen = [bank.ids[number] if number >= 0 else None for number in bank.choose(scope.keys, strictness).tolist()]
     missed = dict.fromkeys(text for text, one in zip(scope.texts, chosen, strict=True) if one != edit.id)
     taken = next((one for one in chosen if one not in (None, edit.id)), None)

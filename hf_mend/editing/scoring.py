@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class Answers:
         """The rows that say their whole target, `(rows,)`, bool."""
         return torch.tensor([all(correct) for correct in self.correct], dtype=torch.bool)
 
+    @property
+    def finite(self) -> list[bool]:
+        """The rows whose logits are finite."""
+        return [math.isfinite(value) for value in self.log_probability]
+
     def rank(self, row: int) -> tuple[bool, float]:
         """Return a row's order of merit: all tokens correct, then the target's probability."""
         return all(self.correct[row]), self.log_probability[row]
@@ -47,8 +53,10 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
     labels = rows.next_tokens[rows.positions].to(logits.device)
     said = logits.argmax(-1)
     log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    # Where logits overflow, as large steps on a float16 base may let them, nothing is worse.
+    log_probabilities = log_probabilities.nan_to_num(nan=-math.inf)
     per_row = rows.positions.sum(-1).tolist()
-    correct = said == labels
+    correct = (said == labels) & log_probabilities.isfinite()
     answers = Answers(
         [float(part.sum()) for part in log_probabilities.split(per_row)],
         [part.tolist() for part in said.split(per_row)],

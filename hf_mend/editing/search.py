@@ -11,7 +11,7 @@ from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .acceptance import AcceptAll, AcceptByGroup, AcceptByRow
-from .batch_state import BatchState, FoundUpdates
+from .batch_state import BatchState, FoundUpdates, check_finite, check_finite_answers
 from .combining import Combination
 from .context import EditingContext
 from .proposals import FromGradient, FromSearch, Proposer, SearchOptions
@@ -61,6 +61,10 @@ def find_updates(
     states = [proposer.begin(rows) for rows in batches]
     combine = Combination(states, context.method, group_size, preserved_keys)
     _search(states, proposer, combine, _acceptance(states, proposer, group_size))
+    for one in states:
+        check_finite("update", one.updates)
+        if options.check and one.answers is not None and all(one.before.finite):
+            check_finite_answers(one.answers)
     return [
         FoundUpdates(
             one.updates,

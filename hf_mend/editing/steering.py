@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..data.encoding import Encoder, Query
 from ..edits.active import ActiveEdits
 from ..edits.collection import check_known
 from ..edits.edit import Edit
-from ..scope.bank import KeyBank
 from ..scope.files import scope_id
 from ..scope.gate import ScopeGate
 from ..scope.network import ScopeNetwork
@@ -51,7 +49,6 @@ class ActsWhereAsked:
     _active: ActiveEdits
     _gate: ScopeGate | None
     _check_usable: Callable[[], None]
-    _stored: Callable[[], AbstractContextManager[None]]
 
     @property
     def encoder(self) -> Encoder:
@@ -90,9 +87,10 @@ class ActsWhereAsked:
         self._scoped()
         if any(edit.scope is not None for edit in self._active.edits):
             raise ValueError("the model carries edits with keys in its present scope; undo_all() before set_scope")
-        self._gate = self._new_gate(scope)
-        self._active.gate = self._gate
-        self._active.replace(self._active.edits)
+        with self._active.changing():
+            gate = self._new_gate(scope)
+            self._active.set_gate(gate)
+            self._gate = gate
 
     def _new_gate(self, scope: ScopeNetwork) -> ScopeGate:
         block = self.split.blocks[self.split.block]
@@ -110,13 +108,13 @@ class ActsWhereAsked:
             ValueError: The model's edits act everywhere, or a chat has no user's turn at its end.
         """
         gate = self._scoped()
-        edits = [edit for edit in self._active.active if edit.scope is not None]
+        now = self._active.snapshot
+        edits, bank = [*now.scoped.values()], now.bank
         if not edits:
             return []
         query = as_query(text, chat)
         rows = self.encoder([query]).to(self.split.device)
         key = keys_of(gate, self.split, rows)[0, int(rows.positions[0].nonzero()[0, 0])]
-        bank = KeyBank(edits)
         scores, thresholds = (values.tolist() for values in bank.scores(key))
         chosen = int(bank.choose(key[None], gate.strictness)[0])
         found = [
@@ -141,9 +139,14 @@ class ActsWhereAsked:
             KeyError: No edit has that id.
             ValueError: The edit has no scope, or one of the texts is excluded.
         """
+        self._check_usable()
+        with self._active.changing():
+            return self._included(edit_id, _as_texts(texts), chat)
+
+    def _included(self, edit_id: str, texts: Sequence[str], chat: bool) -> Edit:
         edit, gate = self._with_scope(edit_id), self._scoped()
         assert edit.scope is not None
-        forms = {repr(text): Query(text, edit.target, chat) for text in _as_texts(texts)}
+        forms = {repr(text): Query(text, edit.target, chat) for text in texts}
         for name, query in forms.items():
             if query.prompt in edit.scope.excluded_texts:
                 raise ValueError(f"the edit {edit_id!r} excludes the text {name}; it cannot be included too")
@@ -172,15 +175,16 @@ class ActsWhereAsked:
             KeyError: No edit has that id.
             ValueError: The edit has no scope, or one of the texts asks for the same as its own prompt.
         """
-        edit, gate = self._with_scope(edit_id), self._scoped()
-        assert edit.scope is not None
-        queries = [Query(text, None, chat) for text in _as_texts(texts)]
-        return self._changed(edit, replace(edit, scope=excluding(edit.scope, gate, self.split, self.encoder, queries)))
+        self._check_usable()
+        with self._active.changing():
+            edit, gate = self._with_scope(edit_id), self._scoped()
+            assert edit.scope is not None
+            queries = [Query(text, None, chat) for text in _as_texts(texts)]
+            scope = excluding(edit.scope, gate, self.split, self.encoder, queries)
+            return self._changed(edit, replace(edit, scope=scope))
 
     def _changed(self, old: Edit, new: Edit) -> Edit:
-        self._check_usable()
-        with self._stored():
-            self._active.replace([new if edit is old else edit for edit in self._active.edits])
+        self._active.replace([new if edit is old else edit for edit in self._active.edits])
         return new
 
     def _with_scope(self, edit_id: str) -> Edit:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
 from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
-from .edit import Edit, active_edits, check_required, each_base_delta_once, warn_of_no_scope
-from .hook import AddsToOutput, AddsWhereAsked, Gate
-from .layer_sum import LayerSum
-from .preserved_keys import PreservedKeys
+from .edit import Edit, check_required, warn_of_no_scope
+from .hook import Gate
+from .passes import ActsInPasses
+from .snapshot import Snapshot
+from .store import EditStore
 
 
-def acting_edits(model: nn.Module) -> set[str]:
-    """Return the ids of the edits that act in a model, whichever [`ActiveEdits`] put them there."""
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return {edit_id for hook in hooks if isinstance(hook, (AddsToOutput, AddsWhereAsked)) for edit_id in hook.edit_ids}
-
-
-class ActiveEdits:
+class ActiveEdits(ActsInPasses):
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.
 
     Of several edits of one prompt the last acts, and the others wait for its undo: see
     [`~hf_mend.edits.edit.active_edits`].
+
+    A change is made beside what acts and comes into its place by one assignment: it is whole or not at all, whatever
+    interrupts it. Whoever reads the edits to change them holds `lock`.
 
     Args:
         targets (`Sequence[Target]`): The layers that an editor changes. Other layers that an edit changes are appended
@@ -41,32 +40,72 @@ class ActiveEdits:
     """
 
     def __init__(self, targets: Sequence[Target], base_model: nn.Module | None = None, gate: Gate | None = None):
-        self.targets = list(targets)
-        self.gate = gate
-        self._base_model = base_model
-        self.edits: list[Edit] = []
-        self._sums = {target.name: LayerSum(target.d_in, target.d_out) for target in targets}
-        self.preserved_keys = PreservedKeys()  # of the edits that a joining method made
-        self._handles: list[Any] = []
-        self._disabled = 0
+        super().__init__(targets, base_model)
+        self.store: EditStore | None = None  # records all changes but those of drafts
+        self.set_gate(gate)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layers' sums, beside the edits' own factors."""
-        return sum(one.nbytes for one in self._sums.values())
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"store": None}  # which belongs to one model
 
-    @property
-    def active(self) -> list[Edit]:
-        """The edits that act."""
-        return active_edits(self.edits)
+    # ---- changes ----
 
     def replace(self, edits: Sequence[Edit]) -> None:
-        """Make these edits the model's."""
-        self.edits = each_base_delta_once(edits)
-        for target in self._others(edits):
-            self.targets.append(target)
-            self._sums[target.name] = LayerSum(target.d_in, target.d_out)
-        self._refresh()
+        """Make these edits the model's, or the draft's."""
+        with self.lock:
+            bank = None if self.gate is None else self.gate.bank
+            new = self._now.followed_by(edits, self._others, bank)
+            try:
+                self._place(new)
+            finally:
+                self._tidy()
+
+    def _place(self, new: Snapshot) -> None:
+        draft = self._draft()
+        self._hook(new)
+        if draft is not None:
+            draft.snapshot = new
+            return
+        if self.store is not None:
+            before = self._installed.edits
+            try:
+                self.store.follow(before, new.edits)
+            except BaseException:
+                # Interrupted after it was on the disk: then the change has happened.
+                if _has_followed(self.store, before, new.edits):
+                    self._installed = new
+                raise
+        self._installed = new
+
+    def install(self, made: Snapshot) -> None:
+        """Put in the place of the model's edits, or the draft's, what a draft has made of them."""
+        with self.lock:
+            try:
+                self._place(made)
+            finally:
+                self._tidy()
+
+    def open_store(self, store: EditStore, edits: Sequence[Edit]) -> None:
+        """Make these edits the model's, the store's first, and record all changes in the store from now on."""
+        with self.lock:
+            bank = None if self.gate is None else self.gate.bank
+            new = self._installed.followed_by(edits, self._others, bank)
+            try:
+                self._hook(new)
+                store.follow(list(store.edits), new.edits)
+                self._installed, self.store = new, store
+            finally:
+                self._tidy()
+
+    def discard(self) -> None:
+        """Remove all edits, from a model that is nobody's any more."""
+        self._installed = Snapshot(self._installed.targets)
+        self._tidy()
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Give edits that have a scope another gate; none of the present ones has one."""
+        self.gate = gate
+        if gate is not None:
+            gate.bank_now = self._acting_bank
 
     def check_fit(self, edits: Sequence[Edit], source: str | Path) -> None:
         """
@@ -104,7 +143,7 @@ class ActiveEdits:
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""
-        names = {name for edit in edits for name in edit.updates} - self._sums.keys()
+        names = {name for edit in edits for name in edit.updates} - {target.name for target in self.targets}
         return [] if self._base_model is None else named_layers(self._base_model, names)
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
@@ -115,30 +154,21 @@ class ActiveEdits:
             KeyError: An id is not among the edits; nothing is removed.
             ValueError: An edit is part of a compressed one that stays; nothing is removed.
         """
-        unwanted = set(ids)
-        check_known(self.edits, ids)
-        check_apart(self.edits, unwanted)
-        gone = [edit for edit in self.edits if edit.id in unwanted]
-        left = [edit for edit in self.edits if edit.id not in unwanted]
-        required = {edit.requires for edit in left}
-        self.replace([edit for edit in left if not edit.is_base_delta or edit.id in required])
-        return gone
+        with self.lock:
+            unwanted = set(ids)
+            check_known(self.edits, ids)
+            check_apart(self.edits, unwanted)
+            gone = [edit for edit in self.edits if edit.id in unwanted]
+            left = [edit for edit in self.edits if edit.id not in unwanted]
+            required = {edit.requires for edit in left}
+            self.replace([edit for edit in left if not edit.is_base_delta or edit.id in required])
+            return gone
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Disable all edits within the context."""
-        self._disabled += 1
-        self._refresh()
-        try:
-            yield
-        finally:
-            self._disabled -= 1
-            self._refresh()
-
-    def merge(self, safe: bool = False) -> None:
+    def merged(self, safe: bool = False) -> Iterator[None]:
         """
         Add all edits to the weights and discard them. Adapters around the base model's layers are merged first: some
-        scale the weight that they find.
+        scale the weight that they find. If the context ends in an error, weights, adapters and edits are as they were.
 
         Args:
             safe (`bool`, defaults to `False`): Check first that all merged weights are finite.
@@ -147,22 +177,36 @@ class ActiveEdits:
             TypeError: A layer's weight cannot be written to, or is another's too; no weight has changed then.
             ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
-        self._act_everywhere()
-        edited = [target for target in self.targets if self._sums[target.name].edits]
-        weights = [writable_weight(target.module) for target in edited]
-        if self._base_model is not None:
-            for target in edited:
-                check_own_weight(self._base_model, target.module)
-        if safe:
-            for target, weight in zip(edited, weights, strict=True):
-                update = self._sums[target.name].matrix(weight.device)
-                check_finite_weight(target.name, with_update(weight_with_adapters(target.module), update))
-        if self._base_model is not None:
-            with self.disabled():
-                merge_adapters_(self._base_model)
-        for target, weight in zip(edited, weights, strict=True):
-            add_to_weight_(target.module, self._sums[target.name].matrix(weight.device))
-        self.replace([])
+        with self.lock, self.draft():  # what is left of a scope for the merge is nobody's else
+            self._act_everywhere()
+            now, before = self._now, self._installed
+            edited = [target for target in now.targets if target.name in now.sums and now.sums[target.name].edits]
+            weights = [writable_weight(target.module) for target in edited]
+            if self._base_model is not None:
+                for target in edited:
+                    check_own_weight(self._base_model, target.module)
+            undo = ExitStack()
+            try:
+                for hook in self._hooks_of(before):
+                    hook.remove()  # a copy of a layer would take the model along with them
+                for target, weight in zip(edited if safe else [], weights, strict=False):
+                    update = now.sums[target.name].matrix(weight.device)
+                    check_finite_weight(target.name, with_update(weight_with_adapters(target.module), update))
+                if self._base_model is not None:
+                    merge_adapters_(self._base_model, undo)
+                for target, weight in zip(edited, weights, strict=True):
+                    update = now.sums[target.name].matrix(weight.device)
+                    undo.callback(weight.detach().copy_, weight.detach().clone())
+                    add_to_weight_(target.module, update)
+                self._installed = Snapshot(before.targets)
+                yield
+                self._tidy()
+            except BaseException:
+                self._installed = before
+                with torch.no_grad():
+                    undo.close()
+                self._hook(before)
+                raise
 
     def _act_everywhere(self) -> None:
         """Let the edits that have a scope act everywhere, as a merged weight does."""
@@ -170,22 +214,11 @@ class ActiveEdits:
         if any(edit.scope is not None for edit in self.edits):
             self.replace([edit if edit.scope is None else replace(edit, scope=None) for edit in self.edits])
 
-    def _refresh(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        scoped = [edit for edit in self.active if edit.scope is not None]
-        everywhere = [edit for edit in self.active if edit.scope is None]
-        if self.gate is not None:
-            self.gate.replace([] if self._disabled else scoped)
-        for target in self.targets:
-            layer_sum, name = self._sums[target.name], target.name
-            layer_sum.replace([edit.updates[name] for edit in everywhere if name in edit.updates])
-            if self._disabled:
-                continue
-            if layer_sum.edits:
-                ids = [edit.id for edit in everywhere if name in edit.updates and not edit.is_base_delta]
-                self._handles.append(target.module.register_forward_hook(AddsToOutput(layer_sum, ids)))
-            own = {edit.id: edit.updates[name] for edit in scoped if name in edit.updates}
-            if own and self.gate is not None:
-                self._handles.append(target.module.register_forward_hook(AddsWhereAsked(self.gate, own)))
+
+def _has_followed(store: EditStore, before: Sequence[Edit], after: Sequence[Edit]) -> bool:
+    """Whether a store holds what has changed between two states of a model's edits."""
+    held = {edit.id: edit for edit in store.edits}
+    known, left = {id(edit) for edit in before}, {edit.id for edit in after}
+    new = [edit for edit in after if id(edit) not in known]
+    there = all(edit.id in held and held[edit.id].describe() == edit.describe() for edit in new)
+    return there and not any(edit.id in held for edit in before if edit.id not in left and not edit.is_base_delta)

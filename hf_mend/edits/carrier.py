@@ -37,7 +37,7 @@ class ActsWhileOwned:
     def __init__(self, active: ActiveEdits):
         self._active = active
         # At the interpreter's end there is nothing to clean up.
-        weakref.finalize(self, active.replace, []).atexit = False
+        weakref.finalize(self, active.discard).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._active,)
@@ -50,9 +50,7 @@ class CarriesEdits:
     targets: list[Target]
     editor_config: EditorConfig
     _active: ActiveEdits
-    _store: EditStore | None
     _spent: str | None
-    _for_a_while: Any
 
     @property
     def edits(self) -> Edits:
@@ -73,15 +71,15 @@ class CarriesEdits:
             ValueError: The edit is part of a compressed one.
         """
         self._check_usable()
-        if not self._active.edits:
-            raise IndexError("there is no edit to undo")
-        with self._stored():
+        with self._active.changing():
+            if not self._active.edits:
+                raise IndexError("there is no edit to undo")
             return self._active.remove([self._active.edits[-1].id if edit_id is None else edit_id])[0]
 
     def undo_all(self) -> list[Edit]:
         """Take back all edits and return them."""
         self._check_usable()
-        with self._stored():
+        with self._active.changing():
             return self._active.remove([edit.id for edit in self._active.edits])
 
     def disable_edit(self, *edit_ids: str) -> None:
@@ -136,7 +134,7 @@ class CarriesEdits:
             ValueError: No edit acts, one has a scope, or the rank is below 1.
         """
         self._check_usable()
-        with self._stored():
+        with self._active.changing():
             edits, report = compressed(self._active.edits, rank, keep)
             self._active.replace(edits)
         return report
@@ -161,40 +159,42 @@ class CarriesEdits:
             RuntimeError: A store is open already.
         """
         self._check_usable()
-        if self._store is not None:
-            raise RuntimeError(f"the store {str(self._store.path)!r} is open; close_store() first")
-        fingerprint, base_model = fingerprint_of(self.base_model, self.targets), self.base_model
-        with uncollected():
+        with self._active.changing(), uncollected():
+            if self._active.store is not None:
+                raise RuntimeError(f"the store {str(self._active.store.path)!r} is open; close_store() first")
+            fingerprint, base_model = fingerprint_of(self.base_model, self.targets), self.base_model
             store = EditStore(path, fingerprint, lambda theirs: check_same_base(base_model, theirs, str(path)))
-            edits, before = list(store.edits), self._active.edits
+            edits = list(store.edits)
             check_same_base(base_model, store.base_fingerprint, str(path))
             self._active.check_fit(edits, path)
-            every = each_base_delta_once([*edits, *before])
-            store.follow(edits, every)
-            self._active.replace(every)
-        self._store = store
+            self._active.open_store(store, each_base_delta_once([*edits, *self._active.edits]))
         return edits
 
     def close_store(self) -> None:
         """Stop recording changes in the store. The model's edits stay as they are."""
-        self._store = None
+        with self._active.lock:
+            self._active.store = None
 
     @contextmanager
     def disable_edits(self) -> Iterator[None]:
-        """Disable all edits within the context: the model answers as if it had none."""
+        """
+        Disable all edits within the context, for the thread or asyncio task that is in it: there the model answers as
+        if it had none.
+        """
         with self._active.disabled():
             yield
 
     @contextmanager
     def carrying(self, edits: Sequence[Edit]) -> Iterator[None]:
         """
-        Make these edits the model's only ones within the context: some of its own, say, or another user's.
+        Make these edits the model's only ones within the context, for the thread or asyncio task that is in it: some
+        of its own, say, or another user's. What is edited and undone there ends with it.
 
         Raises:
             ValueError: An edit does not fit this model.
         """
         self._check_usable()
-        with self._for_a_while():
+        with self._active.draft():
             self._active.replace([])
             self._active.check_fit(edits, "these edits")
             self._active.replace(edits)
@@ -301,27 +301,15 @@ class CarriesEdits:
         return self._add(edits, lora_name_or_path)
 
     def _add(self, edits: list[Edit], source: str | Path) -> list[Edit]:
-        self._active.check_fit(edits, source)
-        with self._stored():
+        with self._active.changing():
+            self._active.check_fit(edits, source)
             self._active.replace([*self._active.edits, *edits])
         return edits
 
     def _set_enabled(self, edit_ids: Sequence[str], enabled: bool) -> None:
         self._check_usable()
-        with self._stored():
+        with self._active.changing():
             self._active.replace(with_enabled(self._active.edits, edit_ids, enabled))
-
-    @contextmanager
-    def _stored(self) -> Iterator[None]:
-        """Record changes made within the context in the open store. If that fails, restore the edits."""
-        before = self._active.edits
-        yield
-        if self._store is not None:
-            try:
-                self._store.follow(before, self._active.edits)
-            except BaseException:
-                self._active.replace(before)
-                raise
 
     def _check_usable(self) -> None:
         if self._spent is not None:

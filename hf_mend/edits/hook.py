@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from ..bases.targets import Target
+from ..bases.threads import hooked, is_hooked, unhook
 from .low_rank import Update, side_path
 
 
@@ -62,20 +63,16 @@ class Masked:
 @dataclass(eq=False)
 class AddsToOutput:
     """
-    A forward hook that adds to a layer's output. It is no closure: a deep copy of the model has an addend of its own,
-    and a pickle the one it was saved with.
+    A forward hook that adds to a layer's output within a context.
 
     Args:
-        addend ([`Addend`]): The term to add: the [`~hf_mend.edits.layer_sum.LayerSum`] of the edits that the model
-            carries, or the [`SidePath`] of an update that acts within a context.
-        edit_ids (`Sequence[str]`): Ids of the edits in it.
+        addend ([`Addend`]): The term to add.
     """
 
     addend: Addend
-    edit_ids: Sequence[str] = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + self.addend(args[0], output.device).to(output.dtype)
+        return plus(output, self.addend(args[0], output.device))
 
 
 @dataclass(frozen=True)
@@ -93,13 +90,50 @@ class Acting:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """
+    A hook that a model has while something acts in it.
+
+    Args:
+        module (`nn.Module`): The module.
+        hook (`Callable`): The hook.
+        before (`bool`, defaults to `True`): Whether it runs before the module's forward.
+        options (`Mapping[str, bool]`): Of the module's `register_forward_hook` or `register_forward_pre_hook`.
+    """
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    before: bool = True
+    options: Mapping[str, bool] = field(default_factory=dict)
+
+    def add(self) -> None:
+        """Add it, unless it is there."""
+        if not is_hooked(self.module, self.hook):
+            register = self.module.register_forward_pre_hook if self.before else self.module.register_forward_hook
+            register(self.hook, **self.options)
+
+    def is_same(self, other: Hook) -> bool:
+        """Whether the other is this hook of this module."""
+        return self.module is other.module and self.hook == other.hook
+
+    def remove(self) -> None:
+        """Remove it, if it is there."""
+        unhook(self.module, self.hook)
+
+
 class Gate(Protocol):
     """Decides in each pass where which edits act: [`~hf_mend.scope.gate.ScopeGate`]."""
 
     scope_id: str
+    # The bank of the edits that act in the pass that this thread is in, `None` where none does.
+    bank_now: Callable[[], Any]
 
-    def replace(self, edits: Sequence[Edit]) -> None:
-        """Set the edits that it decides on, all of which have a scope."""
+    def bank(self, edits: Sequence[Edit], before: Any = None) -> Any:
+        """Return what is decided by, for edits that have a scope, behind those of another bank."""
+
+    def hooks(self) -> list[Hook]:
+        """Return the hooks of a model in which such edits act."""
 
     def acting(self) -> Acting | None:
         """Return where edits act in the pass that this thread is in, `None` where none does."""
@@ -108,42 +142,45 @@ class Gate(Protocol):
         """Let no edit act within the context, in this thread."""
 
 
-@dataclass(eq=False)
-class AddsWhereAsked:
+def added_where_asked(
+    acting: Acting, edits: Mapping[str, Edit], name: str, x: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
     """
-    A forward hook that adds each edit to a layer's output at the tokens that ask for it, and returns the layer's own
-    output, untouched, where there are none.
+    Add each edit to a layer's output at the tokens that ask for it.
 
     Args:
-        gate ([`Gate`]): Knows these tokens.
-        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): An edit's id -> its `(u, v)` of this layer.
+        acting ([`Acting`]): These tokens.
+        edits (`Mapping[str, Edit]`): Id -> edit.
+        name (`str`): The layer.
+        x (`torch.Tensor`): The layer's input.
+        output (`torch.Tensor`): Its output, which is returned untouched where no edit acts.
     """
+    flat = output.reshape(-1, output.shape[-1])
+    if len(flat) != acting.count:
+        raise RuntimeError(
+            f"a layer ran on {len(flat)} of the pass's {acting.count} tokens, so that it is not known where edits "
+            "act in it; edit layers that see every token, by the editor's target_modules"
+        )
+    x = x.reshape(-1, x.shape[-1])
+    for edit_id, tokens in acting.tokens.items():
+        edit = edits.get(edit_id)
+        if edit is not None and name in edit.updates:
+            u, v = (side.to(output.device) for side in edit.updates[name])
+            term = side_path(x[tokens.to(x.device)].to(output.device), (u, v))
+            at = tokens.to(output.device)
+            flat = flat.index_copy(0, at, plus(flat[at], term))
+    return flat.reshape(output.shape)
 
-    gate: Gate
-    updates: Mapping[str, Update]
 
-    @property
-    def edit_ids(self) -> Sequence[str]:
-        """Ids of the edits."""
-        return [*self.updates]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        acting = self.gate.acting()
-        if acting is None:
-            return output
-        flat = output.reshape(-1, output.shape[-1])
-        if len(flat) != acting.count:
-            raise RuntimeError(
-                f"a layer ran on {len(flat)} of the pass's {acting.count} tokens, so that it is not known where edits "
-                "act in it; edit layers that see every token, by the editor's target_modules"
-            )
-        x = args[0].reshape(-1, args[0].shape[-1])
-        for edit_id, tokens in acting.tokens.items():
-            if edit_id in self.updates:
-                update = tuple(side.to(output.device) for side in self.updates[edit_id])
-                term = side_path(x[tokens.to(x.device)].to(output.device), (update[0], update[1]))
-                flat = flat.index_add(0, tokens.to(output.device), term.to(output.dtype))
-        return flat.reshape(output.shape)
+def plus(output: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """
+    Return a layer's output with an addition, in the output's dtype. In float16, where a sum may be out of range that
+    is none in float32, it ends at the largest number.
+    """
+    if output.dtype != torch.float16:
+        return output + term.to(output.dtype)
+    most = torch.finfo(output.dtype).max
+    return (output.to(term.dtype) + term).clamp(-most, most).to(output.dtype)
 
 
 @contextmanager
@@ -166,5 +203,5 @@ def applied(
                 if target.name in one:
                     path: Addend = SidePath(one[target.name])
                     hook = AddsToOutput(path if where is None else Masked(path, where))
-                    hooks.callback(target.module.register_forward_hook(hook).remove)
+                    hooks.enter_context(hooked(target.module.register_forward_hook, hook))
         yield

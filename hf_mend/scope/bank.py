@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..edits.edit import Edit
+from ..edits.growing import GrowingRows
 from .network import key_scores
 
 
@@ -23,22 +26,47 @@ class KeyBank:
     """
 
     def __init__(self, edits: Sequence[Edit]):
-        self.ids = [edit.id for edit in edits]
+        self.ids: list[str] = []
+        self._owner = GrowingRows(torch.zeros(0, dtype=torch.long))
+        self._thresholds = GrowingRows(torch.zeros(0))
+        self._keys: GrowingRows | None = None
+        self._excluded: dict[int, torch.Tensor] = {}
+        self._add(edits)
+
+    def _add(self, edits: Sequence[Edit]) -> None:
+        first = len(self.ids)
         scopes = [edit.scope for edit in edits if edit.scope is not None]
-        self._owner = torch.tensor([i for i, one in enumerate(scopes) for _ in one.keys], dtype=torch.long)
-        self._keys = torch.cat([one.keys.float() for one in scopes]) if scopes else torch.zeros(0, 0)
-        self._thresholds = torch.cat([one.thresholds.float() for one in scopes]) if scopes else torch.zeros(0)
-        excluding = [(i, one.excluded.float()) for i, one in enumerate(scopes) if len(one.excluded)]
-        self._excluded = {i: excluded for i, excluded in excluding}
+        self.ids = [*self.ids, *(edit.id for edit in edits)]
+        if not scopes:
+            return
+        keys = [one.keys.float() for one in scopes]
+        before = GrowingRows(keys[0].new_zeros(0, keys[0].shape[1])) if self._keys is None else self._keys
+        self._keys = before.extended(_on(keys, before))
+        thresholds = [one.thresholds.float() for one in scopes]
+        self._thresholds = self._thresholds.extended(_on(thresholds, self._thresholds))
+        owner = [torch.full((len(one.keys),), first + i, dtype=torch.long) for i, one in enumerate(scopes)]
+        self._owner = self._owner.extended(_on(owner, self._owner))
+        excluded = {first + i: one.excluded.float() for i, one in enumerate(scopes) if len(one.excluded)}
+        if excluded:
+            self._excluded = self._excluded | excluded
+
+    def extended(self, edits: Sequence[Edit]) -> KeyBank:
+        """Return the bank of these edits and further ones; this one stays as it is."""
+        new = copy.copy(self)
+        new._add(edits)
+        return new
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _to(self, device: torch.device) -> None:
-        if self._keys.device != device:
-            self._keys, self._thresholds = self._keys.to(device), self._thresholds.to(device)
-            self._owner = self._owner.to(device)
-            self._excluded = {i: keys.to(device) for i, keys in self._excluded.items()}
+    def _on(self, device: torch.device) -> _Keys:
+        """Return the keys on a device, where they stay."""
+        assert self._keys is not None
+        if self._keys.rows.device != device:  # together in the end: the same on each device
+            moved = self._keys.to(device), self._thresholds.to(device), self._owner.to(device)
+            self._keys, self._thresholds, self._owner = moved
+        rows = self._keys.to(device).rows, self._thresholds.to(device).rows, self._owner.to(device).rows
+        return _Keys(*rows, self._excluded)
 
     def choose(self, queries: torch.Tensor, strictness: float = 0.0) -> torch.Tensor:
         """
@@ -50,20 +78,9 @@ class KeyBank:
         """
         if not self.ids:
             return queries.new_full((len(queries),), -1, dtype=torch.long)
-        self._to(queries.device)
-        size = max(1, _SCORES_AT_ONCE // len(self._keys))
-        return torch.cat([self._choose(part, strictness) for part in queries.split(size)])
-
-    def _choose(self, queries: torch.Tensor, strictness: float) -> torch.Tensor:
-        scores = key_scores(queries, self._keys)  # (texts, keys)
-        over = scores - self._thresholds
-        for number, excluded in self._excluded.items():
-            # An excluded text that is at least as near as the key keeps the edit out.
-            own = self._owner == number
-            nearest = key_scores(queries, excluded).max(-1).values
-            over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], -2.0)
-        best = over.max(-1)
-        return torch.where(best.values >= strictness, self._owner[best.indices], -1)
+        held = self._on(queries.device)
+        size = max(1, _SCORES_AT_ONCE // len(held.keys))
+        return torch.cat([held.choose(part, strictness) for part in queries.split(size)])
 
     def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -75,14 +92,14 @@ class KeyBank:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(edits,)`.
         """
-        self._to(query.device)
-        scores = key_scores(query[None], self._keys)[0]
+        held = self._on(query.device)
+        scores = key_scores(query[None], held.keys)[0]
         found, thresholds = [], []
         for number in range(len(self.ids)):
-            own = (self._owner == number).nonzero()[:, 0]
-            best = own[(scores[own] - self._thresholds[own]).argmax()]
+            own = (held.owner == number).nonzero()[:, 0]
+            best = own[(scores[own] - held.thresholds[own]).argmax()]
             found.append(scores[best])
-            thresholds.append(self._thresholds[best])
+            thresholds.append(held.thresholds[best])
         return torch.stack(found), torch.stack(thresholds)
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
@@ -93,13 +110,38 @@ class KeyBank:
             edit_id (`str`): The edit's id.
             keys (`torch.Tensor` of shape `(keys, width)`): Its keys.
         """
-        others = torch.tensor([one != edit_id for one in self.ids])[self._owner.cpu()]
+        if self._keys is None:
+            return None, 0.0
+        held = self._on(self._keys.rows.device)
+        own = [number for number, one in enumerate(self.ids) if one == edit_id]
+        others = ~torch.isin(held.owner, torch.tensor(own, dtype=torch.long, device=held.owner.device))
         if not others.any():
             return None, 0.0
-        scores = (
-            key_scores(keys.to(self._keys.device), self._keys)
-            .max(0)
-            .values.masked_fill(~others.to(self._keys.device), -1.0)
-        )
+        scores = key_scores(keys.to(held.keys.device), held.keys).max(0).values.masked_fill(~others, -1.0)
         best = int(scores.argmax())
-        return self.ids[int(self._owner[best])], float(scores[best])
+        return self.ids[int(held.owner[best])], float(scores[best])
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """All keys on one device: `(keys, width)`, `(keys,)`, `(keys,)`, and an edit's number -> its excluded keys."""
+
+    keys: torch.Tensor
+    thresholds: torch.Tensor
+    owner: torch.Tensor
+    excluded: Mapping[int, torch.Tensor]
+
+    def choose(self, queries: torch.Tensor, strictness: float) -> torch.Tensor:
+        scores = key_scores(queries, self.keys)  # (texts, keys)
+        over = scores - self.thresholds
+        for number, excluded in self.excluded.items():
+            # An excluded text that is at least as near as the key keeps the edit out.
+            own = self.owner == number
+            nearest = key_scores(queries, excluded.to(queries.device)).max(-1).values
+            over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], -2.0)
+        best = over.max(-1)
+        return torch.where(best.values >= strictness, self.owner[best.indices], -1)
+
+
+def _on(tensors: Sequence[torch.Tensor], rows: GrowingRows) -> list[torch.Tensor]:
+    return [one.to(rows.rows.device) for one in tensors]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import Cache
 from transformers.utils import logging
 
 from ..edits.edit import Edit
-from ..edits.hook import Acting
+from ..edits.hook import Acting, Hook
 from .bank import KeyBank
 from .cache_layer import ScopeLayer, past_length, scope_layer
 from .network import ScopeNetwork, TokenStates
@@ -35,10 +36,13 @@ class _Pass:
 
 
 class _OfThread(threading.local):
-    """A thread's own pass, and how often it has suspended the gate."""
+    """A thread's own pass."""
 
     current: _Pass | None = None
-    suspended: int = 0
+
+
+# Gates that are suspended, in a thread or asyncio task.
+_suspended: ContextVar[tuple[ScopeGate, ...]] = ContextVar("suspended", default=())
 
 
 class ScopeGate:
@@ -58,8 +62,7 @@ class ScopeGate:
         self.model, self.block, self.number = model, block, number
         self.scope, self.scope_id = scope, scope_id
         self.strictness = 0.0
-        self._bank = KeyBank([])
-        self._handles: list[Any] = []
+        self.bank_now: Callable[[], KeyBank | None] = _no_bank
         self._local = _OfThread()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,36 +73,39 @@ class ScopeGate:
         self.__dict__.update(state)
         self._local = _OfThread()
 
-    def replace(self, edits: Sequence[Edit]) -> None:
-        """Set the edits that it decides on, all of which have a scope. Without any, no pass is touched."""
-        self._bank = KeyBank(edits)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if edits:
-            begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            decide = self.block.register_forward_pre_hook(self._decide, with_kwargs=True)
-            end = self.model.register_forward_hook(self._end, always_call=True)
-            self._handles = [begin, decide, end]
+    def bank(self, edits: Sequence[Edit], before: KeyBank | None = None) -> KeyBank:
+        """Return the bank of edits that have a scope, behind those of another bank."""
+        return KeyBank(edits) if before is None else before.extended(edits)
+
+    def hooks(self) -> list[Hook]:
+        """Return the hooks of a model in which such edits act."""
+        return [
+            Hook(self.model, self._begin, options={"with_kwargs": True}),
+            Hook(self.block, self._decide, options={"with_kwargs": True}),
+            Hook(self.model, self._end, before=False, options={"always_call": True}),
+        ]
 
     def acting(self) -> Acting | None:
         """Return where edits act in the pass that this thread is in, `None` where none does."""
         current = self._local.current
-        return None if current is None or self._local.suspended else current.acting
+        return None if current is None or self in _suspended.get() else current.acting
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Let no edit act within the context, in this thread."""
-        self._local.suspended += 1
+        before = _suspended.get()
         try:
+            _suspended.set((*before, self))
             yield
         finally:
-            self._local.suspended -= 1
+            _suspended.set(before)
 
     # ---- the hooks of a pass ----
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+    # While they are added or removed, torch may call hooks without the keyword arguments; no edit acts then.
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        mask = (kwargs or {}).get("attention_mask")
         plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
         self._local.current = _Pass(mask if plain else None)
 
@@ -109,8 +115,9 @@ class ScopeGate:
             current.cache.layers.append(current.new_layer)
 
     @torch.no_grad()
-    def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._local.suspended:
+    def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        bank = None if kwargs is None or self in _suspended.get() else self.bank_now()
+        if bank is None or kwargs is None:
             return
         if self._local.current is None:  # the stack of blocks was called by itself
             self._local.current = _Pass()
@@ -123,10 +130,10 @@ class ScopeGate:
         with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
             states, mask = self._states(current, hidden.clone() if hidden.is_inference() else hidden, cache)
             keys = self.scope.keys(states, hidden.shape[1])  # (rows, seq, key width)
-            chosen = self._bank.choose(keys.flatten(0, 1), self.strictness)  # (rows * seq,)
+            chosen = bank.choose(keys.flatten(0, 1), self.strictness)  # (rows * seq,)
         if mask is not None:
             chosen = torch.where(mask.reshape(-1).bool(), chosen, -1)
-        current.acting = self._acting(chosen)
+        current.acting = _acting(chosen, bank)
 
     def _states(
         self, current: _Pass, hidden: torch.Tensor, cache: Cache | None
@@ -157,14 +164,19 @@ class ScopeGate:
             states = layer.states
         return states, mask
 
-    def _acting(self, chosen: torch.Tensor) -> Acting | None:
-        """Return where edits act, from the number of each token's edit, -1 where there is none."""
-        found = chosen.tolist()
-        tokens: dict[str, list[int]] = {}
-        for token, number in enumerate(found):
-            if number >= 0:
-                tokens.setdefault(self._bank.ids[number], []).append(token)
-        if not tokens:
-            return None
-        device = chosen.device
-        return Acting({one: torch.tensor(where, device=device) for one, where in tokens.items()}, len(found))
+
+def _acting(chosen: torch.Tensor, bank: KeyBank) -> Acting | None:
+    """Return where edits act, from the number of each token's edit, -1 where there is none."""
+    found = chosen.tolist()
+    tokens: dict[str, list[int]] = {}
+    for token, number in enumerate(found):
+        if number >= 0:
+            tokens.setdefault(bank.ids[number], []).append(token)
+    if not tokens:
+        return None
+    device = chosen.device
+    return Acting({one: torch.tensor(where, device=device) for one, where in tokens.items()}, len(found))
+
+
+def _no_bank() -> None:
+    """Return the bank of a gate that is no model's yet."""

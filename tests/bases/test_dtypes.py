@@ -12,6 +12,7 @@ from support.models import RECORDS, all_logits, build_model, editable, fitting, 
 from support.training import QUESTIONS, arguments, losses
 
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
+from hf_mend.edits.hook import plus
 from hf_mend.methods.base import registered_methods
 
 
@@ -45,6 +46,34 @@ def test_an_edit_in_half_precision_is_near_that_in_full(llama, tokenizer, dtype)
     for name, (u, v) in full.edits[0].updates.items():
         ours, theirs = v.T @ u, half.edits[0].updates[name][1].T @ half.edits[0].updates[name][0]
         assert float((ours - theirs).norm() / ours.norm()) < 0.1
+
+
+@pytest.mark.parametrize("method", ["mend", "malmen"])
+@pytest.mark.parametrize("edit_lr", [30.0, 3e3, 3e5, 1e6])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_steps_that_overflow_float16_are_made_smaller_or_not_made(architecture, tokenizer, method, edit_lr):
+    """What float32 edits, float16 edits or refuses; nothing that is not finite is kept."""
+    model = editable(build_model(architecture).half(), tokenizer, method=method, edit_lr=edit_lr)
+    before = all_logits(model, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=3)
+    assert all_logits(model, tokenizer).isfinite().all() and all_logits(model, tokenizer, PROMPT).isfinite().all()
+    model.undo_all()
+    try:
+        model.edit(PROMPT, TARGET, max_steps=1)
+    except ValueError as error:
+        assert "nothing was edited; let the step be made smaller" in str(error) and not model.edits
+        assert torch.equal(all_logits(model, tokenizer), before)
+    else:
+        assert all_logits(model, tokenizer, PROMPT).isfinite().all()
+
+
+def test_an_addition_past_the_range_of_float16_ends_at_its_largest_number():
+    output, term = torch.tensor([60000.0, -60000.0, 1.0]).half(), torch.tensor([1e5, -1e5, 2.0])
+    assert plus(output, term).tolist() == [65504.0, -65504.0, 3.0]
+    near = torch.tensor([-1e5, 1e5, 0.0])  # out of range by itself, and the sum is not
+    assert plus(output, near).tolist() == [-40000.0, 40000.0, 1.0]
+    wide = torch.tensor([60000.0])
+    assert plus(wide, torch.tensor([1e5])).item() == 160000.0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])

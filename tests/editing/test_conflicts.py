@@ -11,6 +11,7 @@ from support.models import RECORDS, all_logits, build_model, editable
 from hf_mend import EditableModel
 from hf_mend.data.encoding import Query
 from hf_mend.editing.scoring import score_targets
+from hf_mend.edits.preserved_keys import PreservedKeys
 
 
 PROMPT, OLD, NEW = RECORDS[3].prompt, "tokyo town", "cairo town"
@@ -111,24 +112,26 @@ def test_in_a_batch_with_others(llama, tokenizer, method):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
-def test_a_superseded_edits_inputs_are_not_spared(llama, tokenizer):
+def test_a_superseded_edits_inputs_are_not_spared(llama, tokenizer, monkeypatch):
     model = editable(llama, tokenizer, method="malmen")
     first = model.edit(PROMPT, OLD, max_steps=1, force=True)
     asked = []
-    spared = model._active.preserved_keys.of
+    spared = PreservedKeys.of
 
-    def preserved(ids, waiting=()):
+    def preserved(self, ids, waiting=()):
         asked.append(list(ids))
-        return spared(ids, waiting)
+        return spared(self, ids, waiting)
 
-    model._active.preserved_keys.of = preserved
+    monkeypatch.setattr(PreservedKeys, "of", preserved)
     second = model.edit(PROMPT, NEW, max_steps=1, force=True)
     model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1, force=True)
     assert asked == [[], [second.id]]
     model.undo()
     model.undo()
     model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, force=True)
-    assert asked[-1] == [first.id] and spared([first.id]), "back, and its inputs still known"
+    assert asked[-1] == [first.id] and spared(model._active.preserved_keys, [first.id]), (
+        "back, and its inputs still known"
+    )
 
 
 def test_the_same_request_twice_is_made_once(llama, tokenizer):

@@ -11,6 +11,7 @@ from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend import Edit, EditorConfig, EditResult, Edits
 from hf_mend.edits.compression import compressed
+from hf_mend.edits.preserved_keys import PreservedKeys
 
 
 def made(id, prompt, target, day, **options):
@@ -202,14 +203,15 @@ def test_what_cannot_be_compressed(llama, tokenizer):
     assert len(model.edits) == 1
 
 
-def test_a_joining_method_spares_what_was_compressed(llama, tokenizer):
+def test_a_joining_method_spares_what_was_compressed(llama, tokenizer, monkeypatch):
     model = editable(llama, tokenizer, method="malmen")
     ids = edit_some(model, slice(0, 2))
     model.compress_edits(rank=4)
     asked = []
-    keys = model._active.preserved_keys
-    spared = keys.of
-    keys.of = lambda ids, waiting=(): asked.append(list(ids)) or spared(ids, waiting)
+    spared = PreservedKeys.of
+    monkeypatch.setattr(
+        PreservedKeys, "of", lambda self, ids, waiting=(): asked.append(list(ids)) or spared(self, ids, waiting)
+    )
     edit_some(model, slice(3, 4))
     assert asked == [ids]
 

@@ -1,0 +1,80 @@
+"""Exceptions put in at any line of a call, as an interrupt or a lack of memory raises them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import hf_mend
+
+
+class InjectedError(BaseException):
+    """Stands for a `KeyboardInterrupt` or `MemoryError`; no handler expects it."""
+
+
+_LIBRARY = str(Path(hf_mend.__file__).parent)
+# What the library calls to enter and leave contexts, and to hook modules.
+_BESIDE = {contextlib.__file__, sys.modules[torch.nn.Module.__module__].__file__, torch.utils.hooks.__file__}
+
+
+def _is_traced(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    if name in _BESIDE:
+        return "contextlib" in name or "hook" in frame.f_code.co_name or frame.f_code.co_name == "remove"
+    return name.startswith(_LIBRARY)
+
+
+def _traced(call: Callable[[], object], at_line: Callable[[FrameType], None]) -> object:
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not _is_traced(frame):
+            return None
+        if event == "line":
+            at_line(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return call()
+    finally:
+        sys.settrace(before)
+
+
+def lines_of(call: Callable[[], object]) -> list[tuple[str, int]]:
+    """Return the lines that a call runs, in their order: file and number."""
+    lines: list[tuple[str, int]] = []
+    _traced(call, lambda frame: lines.append((frame.f_code.co_filename, frame.f_lineno)))
+    return lines
+
+
+def interrupted(call: Callable[[], object], number: int) -> str | None:
+    """Run a call until its line of a number, where an exception is raised, and return that line, if there is one."""
+    count, where = 0, None
+
+    def at_line(frame: FrameType) -> None:
+        nonlocal count, where
+        count += 1
+        if count == number:
+            where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            raise InjectedError
+
+    with contextlib.suppress(InjectedError):
+        _traced(call, at_line)
+    return where
+
+
+def some_of(lines: list[tuple[str, int]], most: int, seed: int = 0) -> list[int]:
+    """Return numbers of a call's lines: each line of the source once, at a time of its own, but at most so many."""
+    times: dict[tuple[str, int], list[int]] = {}
+    for number, line in enumerate(lines, start=1):
+        times.setdefault(line, []).append(number)
+    choose = random.Random(seed)
+    chosen = [choose.choice(numbers) for numbers in times.values()]
+    return sorted(choose.sample(chosen, min(most, len(chosen))))
