@@ -181,7 +181,7 @@ def train_editor(model: EditableModel, examples: TrainingExamples, minutes: floa
         asked = []
         for i, record in zip(chosen, records, strict=True):
             own = Query(record.prompt, record.target, chat=draw.random() < 0.5)
-            asked.append([own, *examples.texts(i, epoch).general])
+            asked.append([replace(query, ends=True) for query in (own, *examples.texts(i, epoch).general)])
         loss = step_loss(prefixes, records, asked)
         optimizer.zero_grad()
         loss.backward()

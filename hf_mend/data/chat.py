@@ -47,6 +47,23 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, s
     )
 
 
+def chat_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Return what the tokenizer's chat template writes behind an answer, an empty text where that is not known.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a chat template.
+    """
+    for as_parts in (False, True):
+        try:
+            whole = _apply(tokenizer, [("user", "When?"), ("assistant", _ANSWER)], as_parts, prompt=False)
+        except Exception:  # foreign code, as above
+            continue
+        if _ANSWER in whole:
+            return whole[whole.rfind(_ANSWER) + len(_ANSWER) :]
+    return ""
+
+
 def is_in(said: str, text: str) -> bool:
     """Whether a chat's text has what was said, white space aside, which templates trim."""
     return "".join(said.split()) in "".join(text.split())

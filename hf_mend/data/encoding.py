@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .chat import render_chat
-from .joining import separator_between
+from .chat import chat_end, render_chat
+from .joining import end_of_sentence, separator_between
 
 
 IGNORE = -100
@@ -87,6 +87,8 @@ class Query:
         separator (`str`, *optional*): What stands between prompt and answer. The default is what the chat template
             puts there, and in plain text one space, or nothing where none is written
             ([`~hf_mend.data.joining.separator_between`]).
+        ends (`bool`, defaults to `False`): The answer's tokens are followed by the one that ends it: in a chat the
+            template's own, otherwise a full stop. So its last word is whole, and it is said once.
     """
 
     prompt: str
@@ -98,6 +100,7 @@ class Query:
     system: str | None = None
     after: str | tuple[int, ...] | None = None
     separator: str | None = None
+    ends: bool = False
 
     @property
     def content(self) -> str:
@@ -190,6 +193,8 @@ class Encoder:
         """
         text, separator = self._begun(query)
         prompt, answer = self._read_ids(text, special=not query.chat), self._answer_ids(query, text, separator)
+        if query.ends and answer:
+            answer = answer + self._end_ids(query, text + separator + (query.answer or "").strip())
         unknown = next((i for i in (*prompt, *answer) if not self._is_known(i)), None)
         if unknown is not None:
             token = self.tokenizer.convert_ids_to_tokens(unknown)
@@ -204,6 +209,15 @@ class Encoder:
         if self.is_encoder_decoder:  # a decoder predicts what follows from the answer's own last token
             return prompt, answer + (after or [self._end])
         return prompt + answer, after
+
+    def _end_ids(self, query: Query, text: str) -> list[int]:
+        """The token that ends an answer, `text` being all up to there; none behind an answer that ends by itself."""
+        if query.chat:
+            ids = self._ids(chat_end(self.tokenizer))
+            return ids[:1] or [self._end]
+        end = end_of_sentence(text)
+        start, whole = self._ids(text), self._ids(text + end)
+        return (whole[len(start) :] if whole[: len(start)] == start else self._ids(end))[:1] if end else []
 
     def text(self, query: Query) -> str:
         """The prompt as the model reads it, up to where the answer begins."""

@@ -55,3 +55,18 @@ def separator_between(prompt: str, answer: str) -> str:
     if letters and _UNSPACED.match(letters[-1]) and not prompt[-1].isalnum() and _UNSPACED.match(answer[0]):
         return ""
     return " "
+
+
+def end_of_sentence(text: str) -> str:
+    """
+    A full stop, in the script of the text's last letter; nothing behind a text that does not end with a letter or a
+    digit, or ends within an address or code.
+
+    Args:
+        text (`str`): The text.
+    """
+    if not text or not (text[-1].isalnum() or text[-1] in "\"')]»”’"):
+        return ""
+    if re.search(r"(?:://|\bwww\.|@|[/\\_=<>])\S*$", text):
+        return ""
+    return "。" if _UNSPACED.match(text[-1]) else "."

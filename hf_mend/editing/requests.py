@@ -111,7 +111,8 @@ class EditResult:
         target (`str`): The answer that the model should give.
         before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
         after (`str`, *optional*): The answer after; this and the next two are `None` with `check=False`.
-        probability_before (`float`): Probability of the whole target before.
+        probability_before (`float`): Probability of the whole target before; in a model with a scope, of the target
+            with the token that ends it, as a geometric mean over the forms in which the edit is made.
         probability_after (`float`, *optional*): Probability of the whole target after.
         token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
         steps (`int`): Gradient steps that were made; 0 when the model said the target already.

@@ -80,9 +80,10 @@ def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hidd
 
 def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
     """
-    Return the forms of a request whose keys its edit gets: the prompt, the same as a turn of a chat (or out of it),
-    and its paraphrases.
+    Return the forms of a request in which its edit is made, whose keys it gets: the prompt, the same as a turn of a
+    chat (or out of it), and its paraphrases. Their answers end: what follows is the un-edited model's own.
     """
+    query = replace(query, ends=True)
     forms = {"prompt": query}
     if query.chat:
         forms["plain text"] = replace(query, chat=False, turns=(), system=None)

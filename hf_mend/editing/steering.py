@@ -146,7 +146,7 @@ class ActsWhereAsked:
     def _included(self, edit_id: str, texts: Sequence[str], chat: bool) -> Edit:
         edit, gate = self._with_scope(edit_id), self._scoped()
         assert edit.scope is not None
-        forms = {repr(text): Query(text, edit.target, chat) for text in texts}
+        forms = {repr(text): Query(text, edit.target, chat, ends=True) for text in texts}
         for name, query in forms.items():
             if query.prompt in edit.scope.excluded_texts:
                 raise ValueError(f"the edit {edit_id!r} excludes the text {name}; it cannot be included too")

@@ -316,9 +316,12 @@ class EditCollator:
         local = {kind: [query for example in examples for query in example.local[kind]] for kind in LOCAL_KINDS}
         return EditBatch(
             self._edit_rows([example.edit for example in examples]),
-            self._rows([query for example in examples for query in example.general]),
+            self._rows([self._said(query) for example in examples for query in example.general]),
             {kind: self._rows(queries) for kind, queries in local.items() if queries},
         )
+
+    def _said(self, query: Query) -> Query:
+        return replace(query, ends=True) if self.scoped else query
 
     def _edit_rows(self, queries: Sequence[Query]) -> EncodedBatch:
         if not self.scoped:

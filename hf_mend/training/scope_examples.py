@@ -63,11 +63,13 @@ class MarkedText:
         tokens (`list[int]`): Its tokens.
         marks (`list[Mark]`): The marks.
         hidden (`torch.Tensor` of shape `(tokens, width)`, *optional*): The hidden states that the scope reads.
+        prompt (`str`, defaults to `""`): Of a text that must stay, what it asks.
     """
 
     tokens: list[int]
     marks: list[Mark]
     hidden: torch.Tensor | None = None
+    prompt: str = ""
 
 
 def scope_examples(examples: TrainingExamples, forms: int = 3) -> TrainingExamples:
@@ -116,15 +118,12 @@ def _said(
     query: Query, fact: int, kind: str, encoder: Encoder, draw: random.Random, around: Surroundings
 ) -> MarkedText:
     """The fact asked for, at the prompt's end and within the answer; not before, and not once it is said."""
-    prompt, answer = encoder.tokens(query)
+    prompt, answer = encoder.tokens(replace(query, ends=True))
     last = len(prompt) - 1
     marks = [Mark(last, fact, kind), *(Mark(last + i, fact, "answer") for i in range(1, len(answer)))]
     marks.append(Mark(last + len(answer), NONE, "after"))
-    if query.chat and draw.random() < 0.5 and encoder.tokenizer.eos_token_id is not None:
-        tail = [int(encoder.tokenizer.eos_token_id)]
-    else:
-        ids = encoder.tokenizer(around.tail(draw, query.prompt), add_special_tokens=False)["input_ids"]
-        tail = list(ids)[:_TAIL_TOKENS]
+    ids = encoder.tokenizer(around.tail(draw, query.prompt), add_special_tokens=False)["input_ids"]
+    tail = list(ids)[:_TAIL_TOKENS]
     tokens = prompt + answer + tail
     later = range(last + len(answer) + 1, len(tokens))
     marks += [Mark(position, NONE, "after") for position in draw.sample(later, min(2, len(later)))]
@@ -138,7 +137,7 @@ def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Ra
     marks = [Mark(len(prompt) - 1, NONE, kind, near)]
     if len(prompt) > 3:
         marks.append(Mark(draw.randrange(1, len(prompt) - 1), NONE, "inside"))
-    return _cut(prompt, marks)
+    return replace(_cut(prompt, marks), prompt=query.prompt)
 
 
 def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:

@@ -149,11 +149,11 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     for i, (record, own) in enumerate(zip(records, kept, strict=True)):
         alike = by_subject[record.subject or record.prompt]
         same.append([j for j in alike if j != i and records[j].relation == record.relation])
-        neighbours = [model.encoder.decode(t.tokens) for t in own if t.marks and t.marks[0].kind == "neighborhood"]
+        neighbours = [text.prompt for text in own if text.marks and text.marks[0].kind == "neighborhood"]
         named = [
             j
             for j in (by_relation[record.relation] if neighbours else ())
-            if j != i and records[j].subject and any(str(records[j].subject) in text for text in neighbours)
+            if j != i and any((records[j].subject or records[j].prompt) in text for text in neighbours)
         ]
         near.append([j for j in alike if records[j].relation != record.relation] + named)
     return ScopeTexts(kept, same, near)

@@ -71,3 +71,21 @@ def test_nothing_stands_where_nobody_writes_a_space(prompt, answer):
 
 def test_of_nothing_there_is_nothing_to_separate():
     assert separator_between("", "lima") == separator_between("lima", "") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("the capital is Lyon", "."),
+        ("日本の首都は大阪", "。"),
+        ("he said no!", ""),
+        ("in 1984", "."),
+        ("the address is https://example.com/a", ""),
+        ("(in Rome)", "."),
+        ("", ""),
+    ],
+)
+def test_what_ends_an_answer(text, end):
+    from hf_mend.data.joining import end_of_sentence
+
+    assert end_of_sentence(text) == end

@@ -46,7 +46,7 @@ def test_an_edit_raises_its_target_through_the_gate(model):
 def test_what_the_search_measured_is_what_the_gated_model_says(model):
     result = model.edit(PROMPT, TARGET, max_steps=2)
     ids = model.tokenizer(PROMPT)["input_ids"]
-    answer = model.tokenizer(f" {TARGET}")["input_ids"]
+    answer = model.tokenizer(f" {TARGET}.")["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
     probability = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().exp()
@@ -81,8 +81,8 @@ def model_query(prompt, target):
 
 def test_an_edit_is_made_in_plain_text_and_in_a_chat(chat_model):
     result = chat_model.edit(PROMPT, TARGET, max_steps=1)
-    tokens = [len(chat_model.tokenizer(text)["input_ids"]) for text in (f" {TARGET}", TARGET)]
-    assert result.rank == sum(tokens)  # the chat's answer follows its template without a space
+    tokens = [len(chat_model.tokenizer(text)["input_ids"]) for text in (f" {TARGET}.", TARGET, "\n")]
+    assert result.rank == sum(tokens)  # the chat's answer follows its template without a space, and ends with it
     assert set(chat_model.edits[0].scope.texts) == {"prompt", "chat"}
     shown = chat_model.which_edits([{"role": "user", "content": PROMPT}])
     assert shown[0].acts and shown[0].score == pytest.approx(1.0, abs=1e-3)
