@@ -19,7 +19,7 @@ from hf_mend.auto import load_model
 
 
 HERE = Path(__file__).parent
-SHIPPED = [HERE / "editor", HERE.parent.parent / "model_cards" / "smollm2-135m-instruct-mend"]
+SHIPPED = [HERE / "editor", HERE.parent.parent / "model_cards" / "smollm2-135m-instruct"]
 EDITOR = os.environ.get("HF_MEND_EDITOR") or next((str(path) for path in SHIPPED if path.is_dir()), "")
 EDITORS = list(dict.fromkeys([EDITOR, *(str(path) for path in sorted(SHIPPED[1].parent.glob("*/"))), ""]))
 BASE_MODEL = os.environ.get("HF_MEND_BASE_MODEL", "")

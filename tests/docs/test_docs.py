@@ -33,7 +33,11 @@ DOCUMENTS = [
     ROOT / "benchmarks" / "README.md",
 ]
 # What takes hours is run with other numbers.
-SMALLER = {r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[]", r"rank=1920": "rank=8"}
+SMALLER = {
+    r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[]",
+    r"\(steps=\d+": "(steps=2",
+    r"rank=1920": "rank=8",
+}
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
@@ -57,7 +61,8 @@ def stand_ins(tmp_path, hub, monkeypatch):
     tokenizer = make_tokenizer()
     for real in sorted((ROOT / "model_cards").glob("*/")):
         config = EditorConfig.from_json_file(real / "editor_config.json")
-        model = editable(build_model("t5" if config.task_type == "SEQ_2_SEQ_LM" else "llama"), tokenizer)
+        architecture = "t5" if config.task_type == "SEQ_2_SEQ_LM" else "llama"
+        model = editable(build_model(architecture), tokenizer, scope=config.scope)
         model.editor_config.base_model_name_or_path = config.base_model_name_or_path
         if "/" not in config.base_model_name_or_path:  # a base that its benchmark trains
             model.base_model.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
