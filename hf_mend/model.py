@@ -34,11 +34,11 @@ from .edits.carrier import ActsWhileOwned, CarriesEdits
 from .edits.passes import acting_edits
 from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
-from .hub.files import WEIGHTS_NAME, read_weights, write_weights
+from .hub.files import SCOPE_NAME, WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
 from .methods import EditMethod, check_cost, new_method, state_shapes, training_free_config
-from .scope.files import SCOPE_NAME, read_scope, write_scope
+from .scope.files import read_scope, write_scope
 from .scope.network import ScopeNetwork
 
 
@@ -224,6 +224,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
+            (folder / SCOPE_NAME).unlink(missing_ok=True)
             if self.scope is not None:
                 write_scope(folder, self.scope)
             if edits:

@@ -16,14 +16,14 @@ from ..edits.edit import Edit
 from ..edits.edits_file import read_edits_file
 from ..edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ..hub.cards import CARD_NAME
-from ..hub.files import EDITS_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
+from ..hub.files import EDITS_NAME, SCOPE_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
 from ..hub.transfer import check_download, check_is_no_file, find_files
 
 
 _SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]
 _FILES = {
-    "editor": [CONFIG_NAME, *files_like(WEIGHTS_NAME), *_SHOWN],
+    "editor": [CONFIG_NAME, *files_like(WEIGHTS_NAME), SCOPE_NAME, *_SHOWN],
     "edits": [*files_like(EDITS_NAME), *_SHOWN],
     "LoRA adapter": [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *_SHOWN],
 }
@@ -56,7 +56,7 @@ class Contents:
     @property
     def replaces(self) -> Sequence[str]:
         """Return patterns of the files that an upload replaces."""
-        return {"editor": files_like(WEIGHTS_NAME), "edits": files_like(EDITS_NAME)}.get(self.kind, [])
+        return {"editor": [*files_like(WEIGHTS_NAME), SCOPE_NAME], "edits": files_like(EDITS_NAME)}.get(self.kind, [])
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -115,6 +115,8 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
     contents = Contents(kind, files, size)
     weights = find_files(folder, [main])[main]
     if kind == "editor":
+        if SCOPE_NAME in present:
+            read_weights(folder / SCOPE_NAME)
         contents.config = EditorConfig.from_json_file(folder / CONFIG_NAME)
         contents.shapes = {key: tuple(value.shape) for key, value in read_weights(weights)[0].items()}
     elif kind == "edits":

@@ -19,6 +19,7 @@ from .atomic import replaced_file
 
 
 WEIGHTS_NAME = "editor.safetensors"
+SCOPE_NAME = "scope.safetensors"
 EDITS_NAME = "edits.safetensors"
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")

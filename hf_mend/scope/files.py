@@ -7,11 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..hub.files import read_weights, write_weights
+from ..hub.files import SCOPE_NAME, read_weights, write_weights
 from .network import ScopeNetwork
-
-
-SCOPE_NAME = "scope.safetensors"
 
 
 def scope_id(scope: ScopeNetwork) -> str:

@@ -304,3 +304,17 @@ def test_keys_in_the_result_are_told_of(model):
     assert result.scope.nearest == model.edits[0].id
     one, two = (edit.scope.keys for edit in model.edits)
     assert result.scope.nearest_score == pytest.approx(float(key_scores(two, one).max()), abs=1e-4)
+
+
+def test_the_hub_and_the_command_line_take_the_scope_along(model, llama, tokenizer, hub, tmp_path, monkeypatch):
+    from hf_mend.cli.contents import fetch, read_contents
+
+    model.push_to_hub("me/scoped")
+    assert "scope.safetensors" in hub.repositories["me/scoped"].files()
+    again = EditableModel.from_pretrained(copy.deepcopy(llama), "me/scoped", tokenizer=tokenizer)
+    assert again._gate.scope_id == model._gate.scope_id
+    folder = fetch("me/scoped")
+    assert "scope.safetensors" in read_contents(folder).files
+    plain = editable(copy.deepcopy(llama), tokenizer)
+    plain.push_to_hub("me/scoped")
+    assert "scope.safetensors" not in hub.repositories["me/scoped"].files()
