@@ -100,7 +100,7 @@ def test_the_packaged_base_is_found_without_asking_the_hub(packaged, hub, tokeni
 def test_the_first_block_of_the_readme_runs_as_it_stands(packaged, hub, tmp_path, monkeypatch, capsys):
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
     (tmp_path / "model_cards").mkdir()
-    (tmp_path / "editor").rename(tmp_path / "model_cards" / "smollm2-135m-instruct-mend")
+    (tmp_path / "editor").rename(tmp_path / "model_cards" / "smollm2-135m-instruct")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert "Keir Starmer" in capsys.readouterr().out and hub.requests == []
