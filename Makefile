@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: help demo space test test-slow quality style editor editor-several editor-malmen editor-seq2seq clean
+.PHONY: help demo space test test-slow quality style editor editor-scope editor-several editor-malmen editor-seq2seq clean
 
 help:
 	@echo "make demo            edit a real model: before, after, undo, save, load"
@@ -18,6 +18,7 @@ help:
 	@echo "make quality         run ruff, ruff format, mypy and lint-imports"
 	@echo "make style           let ruff format the code"
 	@echo "make editor          train the shipped editor again (about 80 minutes; DATA=folder of facts)"
+	@echo "make editor-scope    train it on, with a scope: the editor of the demo (about an hour and a half)"
 	@echo "make editor-several  train it on, to the editor that keeps several edits (3 minutes on a GPU)"
 	@echo "make editor-malmen   train it on, to the editor that keeps many edits (about two hours)"
 	@echo "make editor-seq2seq  train a small T5 and its editor again (about 35 minutes)"
@@ -71,6 +72,10 @@ editor: $(STAMP)
 	$(TRAIN) --steps 1600 --learning-rate 7e-4 --neighborhood-weight 1.5 --unrelated-weight 25 --general-rows 2 --seed 1 \
 		--scale-steps 1.15 \
 		--start-from build/first-stage --output model_cards/$(EDITOR) --results benchmarks/results/$(EDITOR)
+
+# Trained on so that its edits act where they are asked for, and the scope that says where.
+editor-scope: $(STAMP)
+	$(BIN)/python benchmarks/train_scoped_editor.py --data $(DATA) --output model_cards/smollm2-135m-instruct
 
 # Its training goes on with up to 16 edits at once, on facts of all relations, so that ten edits stay beside one another.
 editor-several: $(STAMP)

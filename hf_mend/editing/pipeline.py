@@ -191,7 +191,10 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                     result.id, result.superseded = edit.id, old.id
             if edit is not None:
                 call.edits[i] = edit
-                edit.scope = scopes.get(i) if edit.updates else None
+                if i in scopes and edit.updates:
+                    edit.scope = scopes[i]
+                    # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
+                    edit.updates = {name: (u.bfloat16(), v.bfloat16()) for name, (u, v) in edit.updates.items()}
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:

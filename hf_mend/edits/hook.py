@@ -165,7 +165,7 @@ def added_where_asked(
     for edit_id, tokens in acting.tokens.items():
         edit = edits.get(edit_id)
         if edit is not None and name in edit.updates:
-            u, v = (side.to(output.device) for side in edit.updates[name])
+            u, v = (side.to(output.device, torch.float32) for side in edit.updates[name])
             term = side_path(x[tokens.to(x.device)].to(output.device), (u, v))
             at = tokens.to(output.device)
             flat = flat.index_copy(0, at, plus(flat[at], term))

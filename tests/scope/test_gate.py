@@ -52,7 +52,8 @@ def test_an_edit_acts_at_its_prompts_end_and_nowhere_else(model):
     # By hand: the layer's output at that token alone.
     hooks = []
     for target in model.targets:
-        matrix = dense(edit.updates[target.name])
+        u, v = edit.updates[target.name]
+        matrix = dense((u.float(), v.float()))
 
         def add(module, args, output, matrix=matrix):
             flat = output.reshape(-1, output.shape[-1]).clone()
