@@ -10,7 +10,7 @@ import torch
 
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_scores
+from .network import key_scores, may_pass
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -132,15 +132,19 @@ class _Keys:
     excluded: Mapping[int, torch.Tensor]
 
     def choose(self, queries: torch.Tensor, strictness: float) -> torch.Tensor:
-        scores = key_scores(queries, self.keys)  # (texts, keys)
-        over = scores - self.thresholds
+        # Of tens of thousands of keys a few are worth a whole look.
+        near = may_pass(queries, self.keys, self.thresholds + strictness).nonzero()[:, 0]
+        if not len(near):
+            return queries.new_full((len(queries),), -1, dtype=torch.long)
+        owner, scores = self.owner[near], key_scores(queries, self.keys[near])  # (keys,), (texts, keys)
+        over = scores - self.thresholds[near]
         for number, excluded in self.excluded.items():
             # An excluded text that is at least as near as the key keeps the edit out.
-            own = self.owner == number
+            own = owner == number
             nearest = key_scores(queries, excluded.to(queries.device)).max(-1).values
             over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], -2.0)
         best = over.max(-1)
-        return torch.where(best.values >= strictness, self.owner[best.indices], -1)
+        return torch.where(best.values >= strictness, owner[best.indices], -1)
 
 
 def _on(tensors: Sequence[torch.Tensor], rows: GrowingRows) -> list[torch.Tensor]:
