@@ -252,25 +252,6 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
 
     # ---- running ----
 
-    # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
-    def forward(
-        self, *args: Any, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
-    ) -> Any:
-        """
-        Run the base model's forward pass under the active edits.
-
-        Args:
-            args, input_ids, attention_mask, labels, kwargs: As for the base model.
-        """
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        with self._active.reading():
-            return super().forward(*args, **{name: v for name, v in named.items() if v is not None}, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's `generate` under the active edits: those of its beginning, to its end."""
-        with self._active.reading():
-            return super().generate(*args, **kwargs)
-
     @property
     def encoder(self) -> Encoder:
         """

@@ -85,6 +85,7 @@ class DelegatesToBase:
     """
 
     base_model: Any
+    _active: Any  # whose edits a pass reads, from its beginning to its end
     config: Any
     training: bool
 
@@ -116,14 +117,16 @@ class DelegatesToBase:
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         given = {name: value for name, value in named.items() if value is not None}
-        outputs = self.base_model(*args, **given, **kwargs)
+        with self._active.reading():
+            outputs = self.base_model(*args, **given, **kwargs)
         if labels is not None and self.training and torch.is_grad_enabled():
             return _refusing_backward(outputs)
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's `generate` under the active edits."""
-        return self.base_model.generate(*args, **kwargs)
+        """Run the base model's `generate` under the active edits: those of its beginning, to its end."""
+        with self._active.reading():
+            return self.base_model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of one step of generation, as the base model does."""
