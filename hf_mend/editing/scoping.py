@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..bases.fused import fetched
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..data.forms import writes_chats
@@ -73,7 +74,7 @@ def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hidd
     """
     if hidden is None:
         with gate.suspended():
-            hidden = split.run_below(rows.inputs)
+            hidden = split.run_below(split.inputs_of(rows))
     scope = gate.scope.to(hidden.hidden.device)
     return scope.keys(scope.token_states(hidden.hidden, rows.inputs["attention_mask"].to(hidden.hidden.device)))
 
@@ -101,8 +102,16 @@ def found_keys(
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = keys_of(gate, split, rows, hidden)[rows.positions].cpu().split(rows.positions.sum(-1).tolist())
+    keys = _keys_at_positions(gate, split, rows, hidden)
     return [list(keys[start : start + rows.forms]) for start in range(0, len(rows), rows.forms)]
+
+
+def _keys_at_positions(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
+) -> list[torch.Tensor]:
+    """Return each text's keys at its positions, those of the target's tokens, in the host's memory."""
+    (keys,) = fetched([rows.places.at(keys_of(gate, split, rows, hidden))])
+    return list(keys.split(rows.places.counts))
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -135,13 +144,12 @@ def scopes_of(  # one argument each for what it reads and what it is for
     found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        own = keys_of(gate, split, rows)[rows.positions].cpu()  # at each of the target's tokens
-        found.update(zip([missing[k] for k in batch], own.split(rows.positions.sum(-1).tolist()), strict=True))
+        found.update(zip([missing[k] for k in batch], _keys_at_positions(gate, split, rows), strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
         texts = [name for name, part in zip(one, parts, strict=True) for _ in part]
-        thresholds = gate.scope.threshold.detach().cpu().expand(len(texts)).clone()
+        thresholds = gate.threshold.expand(len(texts)).clone()
         scope = EditScope(gate.scope_id, torch.cat(parts), thresholds, texts)
         scopes.append(excluding(scope, gate, split, encoder, excluded[i] if excluded else ()))
     return scopes
@@ -154,7 +162,7 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = keys_of(gate, split, last)[last.positions].cpu()
+    keys = torch.cat(_keys_at_positions(gate, split, last))
     alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:
