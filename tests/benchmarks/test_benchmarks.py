@@ -77,6 +77,24 @@ def test_many_edits_measures_each_state_once(script, tmp_path, capsys):
     assert (tmp_path / "many.png").is_file()
 
 
+def test_kernels_and_waits_are_counted_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("counts")
+    monkeypatch.setattr(module, "load_base", lambda: (build_model("llama"), make_tokenizer()))
+    monkeypatch.setattr(module, "SEVERAL", ["the capital of peru is", "the river of japan is"])
+    monkeypatch.setattr(sys, "argv", ["counts", "--results", str(tmp_path / "counts")])
+    monkeypatch.setattr(module, "TARGET", "rome")
+    monkeypatch.setattr(module, "PROMPT", "the capital of france is")
+    module.main()
+    found = json.loads((tmp_path / "counts.json").read_text())["counts"]
+    for calls in found.values():
+        forward, edit, checked, *_ = calls.values()
+        assert forward["of a forward pass's"] == 1 and forward["kernels"] < edit["kernels"] < checked["kernels"]
+        assert edit["waits"] == checked["waits"] - 1
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
 def test_the_figures_of_a_gpu_are_written_one_by_one(monkeypatch, tmp_path):
     """With random weights and texts: nothing but the script is needed. What the minutes do not hold is named."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -80,8 +80,8 @@ class _Operations(TorchDispatchMode):
         out = func(*args, **kwargs)
         if any(map(_is_marked, given)):
             name = func._schema.name.split("::")[1]
-            masks = [one for one in given if _is_marked(one) and one.dtype in (torch.bool, torch.uint8)]
-            if name in _WAITS or name.startswith("index") and masks and any(one in masks for one in _indices(args)):
+            by_mask = any(_is_marked(one) and one.dtype in (torch.bool, torch.uint8) for one in _indices(args))
+            if name in _WAITS or name.startswith("index") and by_mask:
                 self.counting.wait(name)
             if not func.is_view and name not in _NO_KERNEL:
                 self.counting.kernels += 1
