@@ -162,6 +162,8 @@ class SplitModel:
         """Whether padding behind a text changes none of its logits, though no mask tells of it."""
         if set(inputs) != {"input_ids", "attention_mask"} or self.tokens_first or self.cuts_decoder_of_two:
             return False
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            return False  # offloaded: a further pass would cost more than is won
         length = int(inputs["attention_mask"][0].sum())
         ids = torch.cat([inputs["input_ids"][:1, :length], inputs["input_ids"][:1, :2]], 1)
         mask = torch.ones_like(ids)

@@ -251,7 +251,7 @@ def _find_in_batches(
         preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
     options, device = call.options, call.context.split.device
-    if call.gate is None and _looks_at_all(call) and options.max_steps == 1:
+    if call.gate is None and not call.context.method.joins and _looks_at_all(call) and options.max_steps == 1:
         options = replace(options, check=False)  # what is made of a single step is seen then
     encoded = [call.rows(batch).to(device) for batch in batches]
     alone = call.gate is not None  # with scopes, no token has two edits

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.counting import Counting
-from support.models import RECORDS, editable
+from support.models import RECORDS, editable, probability
 from support.scope import scoped
 
+from hf_mend.bases.split import SplitModel
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
 
@@ -76,6 +77,19 @@ def test_edits_in_a_batch_wait_as_one_does(model, check):
     shapes = len({target.shape for target in model.targets})
     each = several.kernels - one.kernels - (100 if check else 40)
     assert each <= 2 * shapes * (len(RECORDS) - 1), (several.kernels, one.kernels)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_edits_made_together_are_checked_from_where_they_were_found(model, monkeypatch, max_steps):
+    """What lies below the edited layers runs once, and the results are what the model with all edits says."""
+    calls, run_below = [], SplitModel.run_below
+    monkeypatch.setattr(SplitModel, "run_below", lambda self, inputs: calls.append(1) or run_below(self, inputs))
+    chosen = RECORDS[:4]
+    results = model.edit([r.prompt for r in chosen], [r.target for r in chosen], max_steps=max_steps, force=True)
+    assert len(calls) == 1
+    for record, result in zip(chosen, results, strict=True):
+        expected = probability(model, record.prompt, record.target)
+        assert result.probability_after == pytest.approx(expected, rel=1e-4)
 
 
 def test_steps_that_are_tried_again_wait_once_each(model):
