@@ -15,6 +15,7 @@ half of the first. An interrupted run goes on from there.
 about the same subject and contexts are those that `benchmarks/train_editor_forms.py` holds out of training. Answers
 are greedy, to the model's own end or `--tokens`. A right answer starts with the target, in a chat holds it; a repeat
 says the target three times or more. What must stay: the next token, and the logits that predict it, bit for bit.
+With `--kept`, the perplexity of held-out text (Python's documentation) is measured too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from train_editor_forms import EXAMPLES, HELD_OUT_TEXTS
 from hf_mend import EditableModel, read_counterfact, read_questions
 from hf_mend.data.forms import FormTemplates, Surroundings, packaged_texts, with_forms
 from hf_mend.evaluation.asking import all_asked
+from hf_mend.evaluation.scores import held_out_passages
 from hf_mend.evaluation.wild import WildSettings, measure_in_the_wild
 from hf_mend.evaluation.wild_figures import confusion, figures_table, strictness_curve, wild_means
 
@@ -67,10 +69,12 @@ def main() -> None:
     settings = WildSettings(
         arguments.kept, max_new_tokens=arguments.tokens, batch_size=arguments.batch_size, scope=not arguments.no_scope
     )
-    measured = measure_in_the_wild(
-        model, records, asked, settings, more, arguments.results.parent / "in_the_wild.progress.jsonl", arguments.store
-    )
-    groups = {"all": wild_means(measured)}
+    found = measure_in_the_wild(
+        model, records, asked, settings, more, arguments.results.parent / "in_the_wild.progress.jsonl",
+        arguments.store, held_out_passages(model) if arguments.kept > 1 else (),
+    )  # fmt: skip
+    measured = found.values
+    groups = {"all": {**wild_means(measured), **found.perplexity}}
     held_out = [name for name in arguments.hold_out.split(",") if name]
     if held_out:
         pairs = list(zip(records, measured, strict=True))

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from ..data.display import html_table, shown
 from ..hub.atomic import replaced_file
-from .edit import Edit, active_edits
+from .edit import Edit, active_edits, each_base_delta_once
 
 
 _SHOWN_IN_NOTEBOOKS = 50
@@ -165,6 +165,28 @@ def with_enabled(edits: Sequence[Edit], ids: Sequence[str], enabled: bool) -> li
     check_apart(edits, chosen)
     changed = [edit.id in chosen and edit.enabled != enabled for edit in edits]
     return [replace(edit, enabled=enabled) if new else edit for edit, new in zip(edits, changed, strict=True)]
+
+
+def chosen(edits: Sequence[Edit], wanted: Sequence[Edit | str]) -> list[Edit]:
+    """
+    Return the wanted ones of some edits, with the base deltas that they require.
+
+    Args:
+        edits (`Sequence[Edit]`): The edits.
+        wanted (`Sequence[Edit | str]`): Edits, or their ids.
+
+    Raises:
+        KeyError: An id is not among the edits.
+        TypeError: The wanted are one text: a text alone is no list of ids.
+    """
+    if isinstance(wanted, str):
+        raise TypeError(f"edits is {wanted!r}, expected a list of edits or of their ids, such as [{wanted!r}]")
+    check_known(edits, [one for one in wanted if isinstance(one, str)])
+    ids = {one for one in wanted if isinstance(one, str)}
+    found = [edit for edit in edits if edit.id in ids and not edit.is_base_delta]
+    found += [one for one in wanted if not isinstance(one, str)]
+    required = {edit.requires for edit in found} - {edit.id for edit in found}
+    return [*(edit for edit in each_base_delta_once(edits) if edit.is_base_delta and edit.id in required), *found]
 
 
 def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from ..bases.limits import longest_input
 from ..data.encoding import Query
 from ..data.forms import Surroundings, writes_chats
 from ..data.records import EditRecord
@@ -16,6 +17,8 @@ from ..model import EditableModel
 # What must stay, but for what asks the same subject for something else, does not count where it asks for what another
 # kept edit is about.
 _ALWAYS_COUNT = "same subject"
+# Tokens that a text leaves for its answer.
+_ROOM = 16
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,19 @@ def ask_in_the_wild(
 def all_asked(
     model: EditableModel, records: Sequence[EditRecord], around: Surroundings, unrelated: Sequence[str]
 ) -> list[Asked]:
-    """Draw the texts of all records; see [`ask_in_the_wild`]."""
-    chat = writes_chats(model.encoder.tokenizer)
-    return [ask_in_the_wild(record, around, unrelated, number, chat) for number, record in enumerate(records)]
+    """
+    Draw the texts of all records; see [`ask_in_the_wild`]. Where the model does not take a text, what stands before it
+    is left out.
+    """
+    encoder, longest = model.encoder, longest_input(model.config)
+    chat = writes_chats(encoder.tokenizer)
+    most = None if longest is None else max(1, longest - _ROOM)
+
+    def fitting(texts: dict[str, Query]) -> dict[str, Query]:
+        return {kind: encoder.shortened(query, most) for kind, query in texts.items()}
+
+    drawn = [ask_in_the_wild(record, around, unrelated, number, chat) for number, record in enumerate(records)]
+    return [Asked(fitting(texts.said), fitting(texts.stays)) for texts in drawn]
 
 
 def subjects_of(record: EditRecord) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +85,13 @@ def joined(made: Sequence[Made], scope: bool = True) -> list[Edit]:
         made (`Sequence[Made]`): The edits of each record.
         scope (`bool`, defaults to `True`): Whether they keep their scopes.
     """
-    found = {edit.id: edit for edits in made for edit in edits}
-    return [edit if scope or edit.scope is None else replace(edit, scope=None) for edit in found.values()]
+    found = [*{edit.id: edit for edits in made for edit in edits}.values()]
+    return found if scope else without_scopes(found)
+
+
+def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
+    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
+    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def _apart(records: Sequence[EditRecord]) -> list[list[EditRecord]]:

@@ -26,6 +26,7 @@ from .asking import Asked, is_repeat, is_right, subjects_of
 from .made_edits import Made, bare, each_row_under, joined, make_alone, make_in_calls
 from .many_texts import Answers, Under, answers_to
 from .resume import Progress, hash_of, hash_of_editor
+from .scores import perplexity
 
 
 # Of one record: form or kind -> 1 or 0, `form: repeats`, `form: answer`, `kind: bits`, and, of a model with a scope,
@@ -36,6 +37,20 @@ Text = tuple[int, str, Query]
 
 # The most tokens of a right answer behind its target: what follows must end the word.
 _BEHIND_TARGET = 4
+
+
+@dataclass(frozen=True)
+class Wild:
+    """
+    What was measured.
+
+    Args:
+        values (`list[Values]`): Of each record, its figures.
+        perplexity (`dict[str, float]`): Of held-out text, `"perplexity_before"` and `"perplexity"`, if measured.
+    """
+
+    values: list[Values]
+    perplexity: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,8 @@ def measure_in_the_wild(
     more: Sequence[EditRecord] = (),
     progress_file: str | Path | None = None,
     store: str | Path | None = None,
-) -> list[Values]:
+    passages: Sequence[Sequence[int]] = (),
+) -> Wild:
     """
     Edit records and measure what the model then says, in every form of asking, and what it no longer says.
 
@@ -83,9 +99,11 @@ def measure_in_the_wild(
         progress_file (`str` or `Path`, *optional*): JSON lines of finished measurements, from which an interrupted run
             goes on. The un-edited model's answers in it serve all settings.
         store (`str` or `Path`, *optional*): A store that keeps the edits of a model with a scope, for all settings.
+        passages (`Sequence[Sequence[int]]`): Held-out texts as token ids, whose perplexity is measured beside the
+            first group of edits that are kept.
 
     Returns:
-        `list[Values]`: Of each record, its figures.
+        [`Wild`]: The figures of each record, and perplexities.
 
     Raises:
         ValueError: A limit is below 1, there are fewer records than edits to keep, or the model carries edits already.
@@ -104,8 +122,8 @@ def measure_in_the_wild(
         )
     used = {" ".join(record.prompt.split()) for record in records}
     others = [record for record in more if " ".join(record.prompt.split()) not in used]
-    wild = _Wild(model, [*records, *others], asked, settings, progress_file, store)
-    return wild.alone() if settings.kept == 1 else wild.kept()
+    wild = _Wild(model, [*records, *others], asked, settings, progress_file, store, passages)
+    return Wild(wild.alone() if settings.kept == 1 else wild.kept(), wild.perplexities())
 
 
 class _Wild:
@@ -119,8 +137,10 @@ class _Wild:
         settings: WildSettings,
         progress_file: str | Path | None,
         store: str | Path | None,
+        passages: Sequence[Sequence[int]],
     ):
         self.model, self.records, self.asked, self.settings, self.store = model, records, asked, settings, store
+        self.passages = passages
         self.numbers = list(range(len(asked)))
         lengths = [len(model.encoder.tokens(Query(r.prompt, r.target))[1]) for r in records[: len(asked)]]
         self.tokens = max([settings.max_new_tokens, *(length + _BEHIND_TARGET for length in lengths)])
@@ -132,7 +152,6 @@ class _Wild:
         own = {
             "version": __version__,
             "editor": hash_of_editor(model),
-            "strictness": None if model.scope is None else model.scope_strictness,
             "data": hash_of(asdict(record) for record in records),
             "asked": hash_of(asdict(texts) for texts in asked),
             "settings": asdict(settings),
@@ -157,12 +176,26 @@ class _Wild:
             rest = [i for i in [*range(len(self.asked), len(self.records)), *self.numbers] if i not in {*group}]
             every = [*group, *rest[: self.settings.kept - len(group)]]
             parts = {f"{self.settings.kept}/{part[0]}": part for part in batches(group, self.settings.batch_size)}
+            read = self._perplexity_part() if first == 0 and self.passages else None
             missing = [name for name in parts if name not in self.progress.parts]
-            with self._carried(every) if missing else nullcontext():
+            to_read = read is not None and read not in self.progress.parts
+            with self._carried(every) if missing or to_read else nullcontext():
+                if read is not None:
+                    self.progress.part(read, lambda: perplexity(self.model, self.passages))
                 for name in tqdm(missing, desc=f"In the wild, {self.settings.kept} edits"):
                     self.progress.part(name, partial(self._beside, parts[name], every))
             found += [values for name in parts for values in self.progress.parts[name]]
         return found
+
+    def perplexities(self) -> dict[str, float]:
+        """Return the perplexity of the held-out texts without edits, and beside those that were kept."""
+        if not self.passages or self.settings.kept == 1:
+            return {}
+        before = self.base.part(f"perplexity/{hash_of(self.passages)}", lambda: perplexity(self.model, self.passages))
+        return {"perplexity_before": before, "perplexity": self.progress.parts[self._perplexity_part()]}
+
+    def _perplexity_part(self) -> str:
+        return f"{self.settings.kept}/perplexity/{hash_of(self.passages)}"
 
     # ---- the edits ----
 

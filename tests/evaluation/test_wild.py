@@ -18,6 +18,7 @@ from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation import many_texts, wild
 from hf_mend.evaluation.asking import Asked, all_asked, ask_in_the_wild, is_repeat, is_right
 from hf_mend.evaluation.made_edits import make_in_calls
+from hf_mend.evaluation.scores import perplexity
 from hf_mend.evaluation.wild import WildSettings, measure_in_the_wild
 from hf_mend.evaluation.wild_figures import confusion, strictness_curve, wild_means
 
@@ -63,6 +64,10 @@ def unscoped(roomy, chatty):
     return editable(roomy, chatty)
 
 
+def measure(*arguments, **named):
+    return measure_in_the_wild(*arguments, **named).values
+
+
 def asked_of(model):
     return all_asked(model, FACTS, AROUND, UNRELATED)
 
@@ -102,7 +107,7 @@ def check_by_hand(model, edited, texts: Asked, values, kinds=None, measured=3):
 
 def test_each_edit_alone_of_a_model_with_a_scope(model):
     asked = asked_of(model)
-    found = measure_in_the_wild(model, FACTS, asked, WildSettings(max_new_tokens=TOKENS, batch_size=2))
+    found = measure(model, FACTS, asked, WildSettings(max_new_tokens=TOKENS, batch_size=2))
     assert len(model.edits) == 0
     for record, texts, values in zip(FACTS, asked, found, strict=True):
         with model.edited(record.prompt, record.target):
@@ -114,7 +119,7 @@ def test_each_edit_alone_of_a_model_with_a_scope(model):
 
 def test_edits_beside_one_another(model):
     asked = asked_of(model)
-    found = measure_in_the_wild(model, FACTS[:2], asked[:2], WildSettings(3, 2, TOKENS), FACTS[2:])
+    found = measure(model, FACTS[:2], asked[:2], WildSettings(3, 2, TOKENS), FACTS[2:])
     model.edit([replace(record, paraphrases=[], neighborhood=[]) for record in FACTS])
     for number in range(2):
         others = {r.subject for r in FACTS} - {FACTS[number].subject}
@@ -128,13 +133,19 @@ def test_edits_beside_one_another(model):
         other = [one for one in model.which_edits(FACTS[number].prompt) if one.prompt != FACTS[number].prompt]
         margin = max(one.score - one.threshold for one in other)
         assert found[number]["prompt: other"] == pytest.approx(margin, abs=1e-4)
+    texts = [[5, 6, 7, 8, 9, 10, 11], model.encoder.tokens(Query(FACTS[0].prompt))[0] * 2]
+    edited = perplexity(model, texts)
+    model.undo_all()
+    again = measure_in_the_wild(model, FACTS[:2], asked[:2], WildSettings(3, 2, TOKENS), FACTS[2:], passages=texts)
+    expected = {"perplexity_before": pytest.approx(perplexity(model, texts)), "perplexity": pytest.approx(edited)}
+    assert again.perplexity == expected and again.values == found
 
 
 def test_edits_without_their_scopes_are_merged_weights(model):
     asked = asked_of(model)
     settings = WildSettings(max_new_tokens=TOKENS, scope=False)
-    found = measure_in_the_wild(model, FACTS, asked, settings)
-    together = measure_in_the_wild(model, FACTS, asked, replace(settings, kept=3))
+    found = measure(model, FACTS, asked, settings)
+    together = measure(model, FACTS, asked, replace(settings, kept=3))
     with model.edited([replace(record, paraphrases=[], neighborhood=[]) for record in FACTS]):
         edits = list(model.edits)
     for number, (record, texts) in enumerate(zip(FACTS, asked, strict=True)):
@@ -154,11 +165,11 @@ def _merged(model, edits):
 def test_models_without_a_scope(unscoped):
     asked = asked_of(unscoped)
     settings = WildSettings(max_new_tokens=TOKENS, batch_size=2)
-    found = measure_in_the_wild(unscoped, FACTS, asked, settings)
+    found = measure(unscoped, FACTS, asked, settings)
     for record, texts, values in zip(FACTS, asked, found, strict=True):
         with unscoped.edited(record.prompt, record.target):
             check_by_hand(unscoped, unscoped, texts, values)
-    found = measure_in_the_wild(unscoped, FACTS, asked, replace(settings, kept=3, edits_per_call=2))
+    found = measure(unscoped, FACTS, asked, replace(settings, kept=3, edits_per_call=2))
     for first in (0, 2):
         unscoped.edit([replace(record, paraphrases=[], neighborhood=[]) for record in FACTS[first : first + 2]])
     for texts, values in zip(asked, found, strict=True):
@@ -169,7 +180,7 @@ def test_models_without_a_scope(unscoped):
 def test_an_interrupted_run_goes_on_and_the_bases_answers_serve_all(model, tmp_path, monkeypatch):
     asked, file, store = asked_of(model), tmp_path / "progress.jsonl", tmp_path / "store"
     settings = WildSettings(max_new_tokens=TOKENS, batch_size=2)
-    whole = measure_in_the_wild(model, FACTS, asked, settings)
+    whole = measure(model, FACTS, asked, settings)
     real, calls = many_texts.answers_to, []
 
     def counting(*arguments, **named):
@@ -181,15 +192,15 @@ def test_an_interrupted_run_goes_on_and_the_bases_answers_serve_all(model, tmp_p
 
     monkeypatch.setattr(wild, "answers_to", counting)
     with pytest.raises(RuntimeError):
-        measure_in_the_wild(model, FACTS, asked, settings, progress_file=file, store=store)
+        measure(model, FACTS, asked, settings, progress_file=file, store=store)
     assert len(model.edits) == 0
-    assert measure_in_the_wild(model, FACTS, asked, settings, progress_file=file, store=store) == whole
+    assert measure(model, FACTS, asked, settings, progress_file=file, store=store) == whole
     parts = [json.loads(line)["part"].split("/")[0] for line in file.read_text().splitlines()]
     assert parts == ["base", "alone", "base", "alone"]
     calls.clear()
     monkeypatch.setattr(model, "edit", lambda *arguments, **named: pytest.fail("the edits are in the store"))
     together = replace(settings, kept=3)
-    beside = measure_in_the_wild(model, FACTS, asked, together, progress_file=file, store=store)
+    beside = measure(model, FACTS, asked, together, progress_file=file, store=store)
     # The base is asked once more, to see that this machine rounds as the file's did.
     assert calls == [3] * 5 and beside[0]["prompt: other"] is not None
     altered = [json.loads(line) for line in file.read_text().splitlines()]
@@ -197,7 +208,7 @@ def test_an_interrupted_run_goes_on_and_the_bases_answers_serve_all(model, tmp_p
         if line["part"].startswith("base"):
             line["found"] = [["0", -1] for _ in line["found"]]
     file.write_text("".join(json.dumps(line) + "\n" for line in altered if not line["part"].startswith("3/")))
-    assert measure_in_the_wild(model, FACTS, asked, together, progress_file=file, store=store) == beside
+    assert measure(model, FACTS, asked, together, progress_file=file, store=store) == beside
 
 
 def test_facts_with_one_prompt_are_made_in_calls_of_their_own(model, tmp_path):
@@ -282,9 +293,9 @@ def test_decisions_and_the_curve_of_strictness_from_margins():
 def test_refusals(model):
     asked = asked_of(model)
     with pytest.raises(ValueError, match=r"9 edits at once need as many facts, and there are 3 and 0 more"):
-        measure_in_the_wild(model, FACTS, asked, WildSettings(kept=9))
+        measure(model, FACTS, asked, WildSettings(kept=9))
     model.edit(FACTS[0].prompt, FACTS[0].target)
     with pytest.raises(ValueError, match=r"the model carries 1 edits; undo them first"):
-        measure_in_the_wild(model, FACTS, asked)
+        measure(model, FACTS, asked)
     with pytest.raises(ValueError, match=r"a pass has 1 rows, and edits for 2 were named"), model.watching(["a", "b"]):
         model(input_ids=torch.tensor([[5, 6]]))
