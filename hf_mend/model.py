@@ -416,7 +416,10 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             RuntimeError: The model has been merged or unloaded already.
         """
         self._check_usable()
-        only = None if edits is None else chosen(self._active.edits, edits)
+        only = None
+        if edits is not None:
+            ids = edits if isinstance(edits, str) else [one if isinstance(one, str) else one.id for one in edits]
+            only = chosen(self._active.edits, ids)
         with self._active.merged(safe=safe_merge, only=only):
             self._base_state.restore_gradients(self.base_model)
             self._active.store = None

@@ -259,17 +259,15 @@ class CarriesEdits:
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
-        own = self._active.edits
-        by_id = edits is not None and any(isinstance(one, str) for one in [edits, *edits])
-        wanted = own if edits is None else chosen(own, edits) if by_id else [*edits]
+        wanted = self._active.edits if edits is None else chosen(self._active.edits, edits)
         check_required(wanted, "save_lora")
-        edits = active_edits(wanted)
-        warn_of_no_scope(edits)
-        updates, error = stacked(edits), 0.0
+        written = active_edits(wanted)
+        warn_of_no_scope(written)
+        updates, error = stacked(written), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
             updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
-            edits = []  # their rows are no longer apart
+            written = []  # their rows are no longer apart
         warn_of_unloadable(self.base_model, updates)
         write_lora(
             save_directory,
@@ -278,7 +276,7 @@ class CarriesEdits:
             self.editor_config.task_type,
             self.editor_config.base_model_name_or_path,
             layers_of_same_kind(self.base_model, updates) if uniform_rank else None,
-            edits,
+            written,
         )
         return error
 

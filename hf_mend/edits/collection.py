@@ -169,24 +169,24 @@ def with_enabled(edits: Sequence[Edit], ids: Sequence[str], enabled: bool) -> li
 
 def chosen(edits: Sequence[Edit], wanted: Sequence[Edit | str]) -> list[Edit]:
     """
-    Return the wanted ones of some edits, with the base deltas that they require.
+    Return the wanted edits; those that are named by their ids come with the base deltas that they require.
 
     Args:
-        edits (`Sequence[Edit]`): The edits.
-        wanted (`Sequence[Edit | str]`): Edits, or their ids.
+        edits (`Sequence[Edit]`): The edits that ids name.
+        wanted (`Sequence[Edit | str]`): Edits, or ids.
 
     Raises:
         KeyError: An id is not among the edits.
-        TypeError: The wanted are one text: a text alone is no list of ids.
+        TypeError: The wanted are one text, which is no list of ids.
     """
     if isinstance(wanted, str):
         raise TypeError(f"edits is {wanted!r}, expected a list of edits or of their ids, such as [{wanted!r}]")
-    check_known(edits, [one for one in wanted if isinstance(one, str)])
     ids = {one for one in wanted if isinstance(one, str)}
-    found = [edit for edit in edits if edit.id in ids and not edit.is_base_delta]
-    found += [one for one in wanted if not isinstance(one, str)]
-    required = {edit.requires for edit in found} - {edit.id for edit in found}
-    return [*(edit for edit in each_base_delta_once(edits) if edit.is_base_delta and edit.id in required), *found]
+    check_known(edits, sorted(ids))
+    named = [edit for edit in edits if edit.id in ids]
+    required = {edit.requires for edit in named}
+    deltas = [edit for edit in each_base_delta_once(edits) if edit.is_base_delta and edit.id in required - ids]
+    return [*deltas, *named, *(one for one in wanted if not isinstance(one, str))]
 
 
 def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:

@@ -202,7 +202,7 @@ class _Wild:
     @cached_property
     def _made(self) -> list[Made]:
         """The edits of a model with a scope."""
-        needed = len(self.asked) if self.settings.kept == 1 else max(len(self.asked), self.settings.kept)
+        needed = len(self.asked) + -len(self.asked) % self.settings.kept  # so many fill up the last group
         return make_in_calls(
             self.model, self.records[:needed], self.settings.edits_per_call, self.store, len(self.asked)
         )

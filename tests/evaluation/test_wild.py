@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, editable
+from support.models import RECORDS, build_model, editable
 from support.scope import scoped
 
 from hf_mend.data.encoding import Query
@@ -17,6 +17,7 @@ from hf_mend.edits.edit import stacked
 from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation import many_texts, wild
 from hf_mend.evaluation.asking import Asked, all_asked, ask_in_the_wild, is_repeat, is_right
+from hf_mend.evaluation.generation import answer
 from hf_mend.evaluation.made_edits import make_in_calls
 from hf_mend.evaluation.scores import perplexity
 from hf_mend.evaluation.wild import WildSettings, measure_in_the_wild
@@ -139,6 +140,28 @@ def test_edits_beside_one_another(model):
     again = measure_in_the_wild(model, FACTS[:2], asked[:2], WildSettings(3, 2, TOKENS), FACTS[2:], passages=texts)
     expected = {"perplexity_before": pytest.approx(perplexity(model, texts)), "perplexity": pytest.approx(edited)}
     assert again.perplexity == expected and again.values == found
+
+
+def test_the_last_group_is_filled_up(model):
+    asked, settings = asked_of(model), WildSettings(2, max_new_tokens=TOKENS)
+    with_another, with_the_first = (
+        measure(model, FACTS, asked, settings, RECORDS[4:]),
+        measure(model, FACTS, asked, settings),
+    )
+    assert with_another[:2] == with_the_first[:2]
+    for found, prompt in ((with_another, RECORDS[4].prompt), (with_the_first, FACTS[0].prompt)):
+        with model.edited([FACTS[2].prompt, prompt], ["lima town", "a town"]):
+            other = next(one for one in model.which_edits(FACTS[2].prompt) if one.prompt == prompt)
+        assert found[2]["prompt: other"] == pytest.approx(other.score - other.threshold, abs=1e-4)
+
+
+def test_an_encoder_decoder_is_asked_too(tokenizer):
+    model = editable(build_model("t5"), tokenizer)
+    asked = asked_of(model)
+    (values, *_) = measure(model, FACTS, asked, WildSettings(max_new_tokens=TOKENS))
+    with model.edited(FACTS[0].prompt, FACTS[0].target):
+        for kind in ("prompt", "paraphrase", "question"):
+            assert values[f"{kind}: answer"] == answer(model, asked[0].said[kind].prompt, max_new_tokens=7)
 
 
 def test_edits_without_their_scopes_are_merged_weights(model):
