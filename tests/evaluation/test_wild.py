@@ -158,10 +158,10 @@ def test_the_last_group_is_filled_up(model):
 def test_an_encoder_decoder_is_asked_too(tokenizer):
     model = editable(build_model("t5"), tokenizer)
     asked = asked_of(model)
-    (values, *_) = measure(model, FACTS, asked, WildSettings(max_new_tokens=TOKENS))
+    (values, *_) = measure(model, FACTS, asked, WildSettings(max_new_tokens=9))
     with model.edited(FACTS[0].prompt, FACTS[0].target):
         for kind in ("prompt", "paraphrase", "question"):
-            assert values[f"{kind}: answer"] == answer(model, asked[0].said[kind].prompt, max_new_tokens=7)
+            assert values[f"{kind}: answer"] == answer(model, asked[0].said[kind].prompt, max_new_tokens=9)
 
 
 def test_edits_without_their_scopes_are_merged_weights(model):

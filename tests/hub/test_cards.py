@@ -202,8 +202,11 @@ def test_a_published_card_is_as_the_hub_wants_it(folder):
 
 @pytest.mark.skipif(not can_draw(), reason="needs matplotlib")
 def test_figures_in_the_wild_come_first_with_the_curve_of_strictness(tmp_path):
-    curve = [{"strictness": 0.1 * i, "prompt": 1 - 0.1 * i, "recall": 1 - 0.1 * i, "wrong edit": 0.0, "fired": 0.3 - 0.1 * i,
-              "neighbours": 0.3 - 0.1 * i} for i in range(3)]  # fmt: skip
+    points = [(0.0, 0.9, 0.3), (0.1, 0.8, 0.1), (0.2, 0.6, 0.0)]
+    curve = [
+        {"strictness": s, "prompt": right, "recall": right, "wrong edit": 0.0, "fired": fired, "neighbours": fired}
+        for s, right, fired in points
+    ]
     wild = {"all": {"edits": 7.0, "prompt": 0.9, "behind text": 0.8, "unrelated: bits": 1.0, "repeats": 0.02}}
     write_card(tmp_path, EditorConfig(), [], CardNotes(measured=MEASURED, wild=wild, strictness=curve))
     text = text_of(tmp_path)
