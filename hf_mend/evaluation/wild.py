@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..bases.fingerprint import fingerprint_of
 from ..data.encoding import Query, batches
 from ..data.records import EditRecord
 from ..editing.requests import check_limits
@@ -146,7 +147,7 @@ class _Wild:
         self.tokens = max([settings.max_new_tokens, *(length + _BEHIND_TARGET for length in lengths)])
         base = {
             "version": __version__,
-            "base": hash_of([str(model.config.name_or_path), str(model.dtype), model.config.to_json_string()]),
+            "base": hash_of([fingerprint_of(model.base_model, model.targets), str(model.dtype)]),
             "machine": [torch.__version__, platform.machine(), str(model.device), torch.get_num_threads()],
         }
         own = {
