@@ -116,13 +116,14 @@ def measure_in_the_wild(
     )  # fmt: skip
     if model.edits:
         raise ValueError(f"the model carries {len(model.edits)} edits; undo them first, measuring makes its own")
-    if settings.kept > len(records) + len(more):
-        raise ValueError(
-            f"{settings.kept} edits at once need as many facts, and there are {len(records)} and {len(more)} more; "
-            "ask for fewer"
-        )
     used = {" ".join(record.prompt.split()) for record in records}
-    others = [record for record in more if " ".join(record.prompt.split()) not in used]
+    once = {" ".join(record.prompt.split()): record for record in reversed(more)}  # one target a prompt, the first
+    others = [record for prompt, record in reversed(once.items()) if prompt not in used]
+    if settings.kept > len(records) + len(others):
+        raise ValueError(
+            f"{settings.kept} edits at once need as many facts, and there are {len(records)} and {len(others)} more "
+            "with prompts of their own; ask for fewer"
+        )
     wild = _Wild(model, [*records, *others], asked, settings, progress_file, store, passages)
     return Wild(wild.alone() if settings.kept == 1 else wild.kept(), wild.perplexities())
 
@@ -174,7 +175,8 @@ class _Wild:
         found: list[Values] = []
         for first in range(0, len(self.numbers), self.settings.kept):
             group = self.numbers[first : first + self.settings.kept]
-            rest = [i for i in [*range(len(self.asked), len(self.records)), *self.numbers] if i not in {*group}]
+            own = {*group}
+            rest = [i for i in [*range(len(self.asked), len(self.records)), *self.numbers] if i not in own]
             every = [*group, *rest[: self.settings.kept - len(group)]]
             parts = {f"{self.settings.kept}/{part[0]}": part for part in batches(group, self.settings.batch_size)}
             read = self._perplexity_part() if first == 0 and self.passages else None

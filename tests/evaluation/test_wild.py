@@ -315,8 +315,12 @@ def test_decisions_and_the_curve_of_strictness_from_margins():
 
 def test_refusals(model):
     asked = asked_of(model)
-    with pytest.raises(ValueError, match=r"9 edits at once need as many facts, and there are 3 and 0 more"):
-        measure(model, FACTS, asked, WildSettings(kept=9))
+    with pytest.raises(
+        ValueError, match=r"9 edits at once need as many facts, and there are 3 and 1 more with prompts"
+    ):
+        measure(
+            model, FACTS, asked, WildSettings(kept=9), [FACTS[0], *[replace(RECORDS[5], target=t) for t in "abcdef"]]
+        )
     model.edit(FACTS[0].prompt, FACTS[0].target)
     with pytest.raises(ValueError, match=r"the model carries 1 edits; undo them first"):
         measure(model, FACTS, asked)
