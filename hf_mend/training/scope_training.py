@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 # Steps after which the keys of all facts are computed anew.
 _FRESH_KEYS = 65
 # Other facts among whose keys a step's have to be found.
-_OTHER_FACTS = 2000
+_OTHER_FACTS = 1000
 # Kinds of texts that give a fact's keys, in the order of the bank.
 _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
@@ -181,14 +181,15 @@ def scope_loss(
     stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
     keys = torch.cat([stale.index_copy(0, fresh, queries[own]), queries[stays]])
     logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
-    logits = logits.masked_fill(_not_counted(marked, column, sides, stays), _NOT_THERE)
-    none = logits.new_zeros(len(marks), 1)
+    not_counted = _not_counted(marked, column, sides, stays)
     asked = torch.tensor([column.get(mark.fact, NONE) for mark in marks])
     wanted = asked.clamp(min=0)[:, None] + count * torch.arange(sides)  # (marks, sides)
-    whole = torch.cat([logits, none], 1).logsumexp(1)
-    without = torch.cat([logits.scatter(1, wanted, _NOT_THERE), none], 1).logsumexp(1)
-    found = whole - logits.gather(1, wanted).logsumexp(1) + _ABSENT * without
+    own_keys = logits.gather(1, wanted).masked_fill(not_counted.gather(1, wanted), _NOT_THERE).logsumexp(1)
+    others_keys = logits.masked_fill(not_counted.scatter(1, wanted, True), _NOT_THERE).logsumexp(1)
+    without = torch.logaddexp(others_keys, torch.zeros(()))  # "none" has the logit 0
+    whole = torch.logaddexp(without, own_keys)
     weights = torch.tensor([WEIGHTS[mark.kind] for mark in marks])
+    found = whole - own_keys + _ABSENT * without
     return (torch.where(asked != NONE, found, whole) * weights).sum() / weights.sum()
 
 
