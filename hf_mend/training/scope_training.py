@@ -285,6 +285,9 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     some = draw.sample(range(len(data)), min(1000, len(data)))
     keys = data.bank(scope, some)
     texts = [text for fact in some for text in data.texts[fact]]
+    texts = [text for text in texts if text.marks]
+    # Within an unrelated text a fact may stand that is asked for rightly: at its end it is not.
+    texts = [replace(text, marks=text.marks[-1:]) if text.marks[-1].kind == "unrelated" else text for text in texts]
     marks = [(mark.kind, {*text.others}) for text in texts for mark in text.marks]
     queries = data.keys(scope, texts)
     least = []
