@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, length_batches
 from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
+from ..data.kinds import more_facts, packaged_facts, with_more_asked
 from ..data.records import EditRecord
 from .examples import Asking, TrainingExamples
 
@@ -30,6 +31,8 @@ WEIGHTS: Mapping[str, float] = {
     "same_subject": 1.0,
     "unrelated": 1.0,
 }
+# Packaged facts that serve as unrelated questions where there are no others.
+_QUESTIONS = 400
 # Those that must stay and have to do with a record.
 _STAYS = ("neighborhood", "same_subject")
 _TAIL_TOKENS = 8
@@ -91,6 +94,29 @@ def scope_examples(examples: TrainingExamples, forms: int = 3, same_subject: int
     return TrainingExamples(
         examples.records, examples.questions, forms, 1, 1, examples.seed, _with_context(asking), same_subject
     )
+
+
+def with_further_kinds(
+    examples: TrainingExamples | None, count: int, seed: int = 0, forms: Mapping[str, float] = DEFAULT_FORMS
+) -> TrainingExamples:
+    """
+    Return draws with further kinds of facts, about the records' subjects where their kind is known and about packaged
+    ones, so that a scope knows more kinds of questions than the records have; see [`~hf_mend.data.kinds.FactKinds`].
+
+    Args:
+        examples ([`TrainingExamples`], *optional*): An editor's draws; packaged facts alone when missing.
+        count (`int`): The number of further facts.
+        seed (`int`, defaults to 0): Seed of the draws.
+        forms (`Mapping[str, float]`): The forms of asking where no examples have theirs.
+    """
+    records = [] if examples is None else list(examples.records)
+    own = more_facts(records, count // 2 if records else 0, seed)
+    packaged = packaged_facts(count - len(own) + _QUESTIONS, seed)
+    more, rest = packaged[: count - len(own)], packaged[count - len(own) :]
+    questions = list(examples.questions) if examples is not None and examples.questions else []
+    questions = questions or [(record.questions[0], record.target) for record in rest]
+    asking = Asking(forms) if examples is None else examples.asking
+    return TrainingExamples(with_more_asked([*records, *own, *more], seed=seed), questions, seed=seed, asking=asking)
 
 
 def _with_context(asking: Asking) -> Asking:
