@@ -11,10 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
+from ..config import EditorConfig
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
+from ..edits.four_bit import FourBitUpdates
+from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
 from .batch_state import FoundUpdates, check_finite_answers
@@ -193,8 +196,8 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.edits[i] = edit
                 if i in scopes and edit.updates:
                     edit.scope = scopes[i]
-                    # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
-                    edit.updates = {name: (u.bfloat16(), v.bfloat16()) for name, (u, v) in edit.updates.items()}
+                    edit.updates = _as_configured(edit.updates, call.context.method.config)
+                    result.nbytes = edit.nbytes
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
@@ -207,6 +210,14 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
         for i, edit in call.edits.items():
             if edit.scope is not None:
                 call.results[i].scope = report(edit, active.snapshot.bank, call.gate.strictness)
+
+
+def _as_configured(updates: Mapping[str, Update], config: EditorConfig) -> Mapping[str, Update]:
+    """Return the updates of an edit with a scope as the configuration says, those of four bits as they are."""
+    if isinstance(updates, FourBitUpdates) or config.factor_dtype == "float32":
+        return updates
+    # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
+    return {name: (u.bfloat16(), v.bfloat16()) for name, (u, v) in updates.items()}
 
 
 def _scopes(call: _Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:

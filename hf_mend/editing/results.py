@@ -21,7 +21,11 @@ def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     """Return the edit of a row, or `None` where no step was found."""
     if not found.steps[row]:
         return None
-    return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
+    kept = found.kept[row] if found.kept else None
+    edit = _new_edit(request, {} if kept else {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
+    if kept:
+        edit.updates = kept
+    return edit
 
 
 def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
@@ -81,6 +85,7 @@ def as_result(
         steps=found.steps[row],
         seconds=seconds,
         rank=edit.rank if edit else 0,
+        nbytes=edit.nbytes if edit else 0,
         update_norms=edit.norms() if edit else {},
     )
     if found.after is not None:
