@@ -130,8 +130,8 @@ class Gate(Protocol):
     # The bank of the edits that act in the pass that this thread is in, `None` where none does.
     bank_now: Callable[[], Any]
 
-    def bank(self, edits: Sequence[Edit], before: Any = None) -> Any:
-        """Return what is decided by, for edits that have a scope, behind those of another bank."""
+    def bank(self, edits: Sequence[Edit], before: Any = None, gone: Sequence[str] = ()) -> Any:
+        """Return what is decided by, for edits that have a scope, behind those of another bank that are not gone."""
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""
