@@ -108,8 +108,8 @@ class EditorConfig(metaclass=_ConfigType):
         factor_dtype (`str`, defaults to `"int4"`): How edits with a scope keep their factors: `"int4"`
             ([`~hf_mend.edits.four_bit`]), `"bfloat16"` or `"float32"`. An edit that would say its target less surely
             in four bits is kept in bfloat16.
-        factor_error (`float`, defaults to 0.002): What an edit in four bits may leave out for a lower rank, as a share
-            of the squared Frobenius norm of all of its layers.
+        factor_error (`float`, defaults to 0.0005): What an edit in four bits may leave out for a lower rank, as a
+            share of the squared Frobenius norm of all of its layers.
         options: The options of the method.
 
     Raises:
@@ -160,7 +160,7 @@ class EditorConfig(metaclass=_ConfigType):
         choices=("int4", "bfloat16", "float32"),
     )
     factor_error: float = option(
-        0.002,
+        0.0005,
         "What an edit in four bits may leave out for a lower rank, as a share of its squared Frobenius norm.",
         least=0.0,
         most=1.0,

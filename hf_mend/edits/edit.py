@@ -161,12 +161,13 @@ def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     unless another edit replaces it; and the base deltas that these require.
     """
     enabled = [edit for edit in edits if edit.enabled and not edit.is_base_delta]
-    last = {edit.prompt_key: index for index, edit in enumerate(enabled)}
+    keys = [edit.prompt_key for edit in enabled]
+    last = {key: index for index, key in enumerate(keys)}
     replaced = {one for edit in enabled for one in edit.replaces}
     acting = [
         edit
-        for index, edit in enumerate(enabled)
-        if edit.id not in replaced and (edit.prompt_key is None or last[edit.prompt_key] == index)
+        for index, (edit, key) in enumerate(zip(enabled, keys, strict=True))
+        if edit.id not in replaced and (key is None or last[key] == index)
     ]
     required = {edit.requires for edit in acting} - replaced
     return [edit for edit in edits if edit.is_base_delta and edit.id in required] + acting

@@ -26,6 +26,7 @@ _GROUP = 64  # values of one scale
 _LARGEST = 7  # of a code, whose values go from -8 on
 _STEPS = 4  # of scales between powers of two
 _ONE = 223  # the byte of a scale of 1; that of byte 0 is 0
+_NOTHING = 1e-11  # the share of what is there by rounding alone
 _NARROWER = (0, 1, 2, 3, 4)  # steps that a scale is tried below the one that cuts nothing off
 
 
@@ -55,33 +56,30 @@ class FourBitUpdates(Mapping[str, Update]):
 
     def __init__(self, parts: Sequence[FourBitPart]):
         self.parts = tuple(parts)
-        self._places = {
-            name: (number, start, start + rank)
-            for number, part in enumerate(parts)
-            for (name, rank), start in zip(part.ranks.items(), _starts(part.ranks), strict=True)
-        }
 
     def __getitem__(self, name: str) -> Update:
-        number, start, stop = self._places[name]
-        part = self.parts[number]
-        return from_four_bits(part.u[start:stop]), from_four_bits(part.v[start:stop])
+        for part in self.parts:
+            if name in part.ranks:
+                start, stop = _place(part.ranks, name)
+                return from_four_bits(part.u[start:stop]), from_four_bits(part.v[start:stop])
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return (name for part in self.parts for name in part.ranks)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(len(part.ranks) for part in self.parts)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would decode it
-        return name in self._places
+        return any(name in part.ranks for part in self.parts)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return the shapes of each layer's `u` and `v`, without decoding them."""
-        widths = [(_width(part.u.shape[1]), _width(part.v.shape[1])) for part in self.parts]
-        return {
-            name: ((stop - start, widths[number][0]), (stop - start, widths[number][1]))
-            for name, (number, start, stop) in self._places.items()
-        }
+        found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for part in self.parts:
+            d_in, d_out = _width(part.u.shape[1]), _width(part.v.shape[1])
+            found.update({name: ((rank, d_in), (rank, d_out)) for name, rank in part.ranks.items()})
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +106,7 @@ class FourBitUpdates(Mapping[str, Update]):
         """
         parts = []
         for number, ranks in enumerate(described):
-            u, v = pairs.get(f"{FOUR_BIT_TENSORS}{number}", (torch.zeros(0, 0), torch.zeros(0, 0)))
+            u, v = pairs.get(f"{FOUR_BIT_TENSORS}{number}") or (torch.zeros(0, 0), torch.zeros(0, 0))
             rows, bytes_a_row = sum(ranks.values()), [_bytes(_width(side.shape[-1])) for side in (u, v)]
             good = all(side.dtype == torch.uint8 and side.dim() == 2 and len(side) == rows for side in (u, v))
             if not good or bytes_a_row != [u.shape[1], v.shape[1]]:
@@ -184,7 +182,7 @@ def _used(sizes: Sequence[torch.Tensor], error: float) -> list[torch.Tensor]:
     every = torch.cat([one.transpose(0, 1).flatten(1) for one in sizes], 1).double()  # (edits, layers * rank)
     ordered, places = every.sort(dim=1)
     shares = ordered.square().cumsum(1) / ordered.square().sum(1, keepdim=True).clamp(min=1e-300)
-    kept = torch.zeros_like(every, dtype=torch.bool).scatter(1, places, (shares > error) & (ordered > 0))
+    kept = torch.zeros_like(every, dtype=torch.bool).scatter(1, places, (shares > max(error, _NOTHING)) & (ordered > 0))
     parts = kept.split([one.shape[0] * one.shape[2] for one in sizes], 1)
     return [
         part.unflatten(1, (one.shape[0], one.shape[2])).transpose(0, 1) for part, one in zip(parts, sizes, strict=True)
@@ -244,9 +242,11 @@ def _width(bytes_a_row: int) -> int:
     return 2 * max(0, bytes_a_row - groups)
 
 
-def _starts(ranks: Mapping[str, int]) -> list[int]:
-    starts, place = [], 0
-    for rank in ranks.values():
-        starts.append(place)
-        place += rank
-    return starts
+def _place(ranks: Mapping[str, int], layer: str) -> tuple[int, int]:
+    """Return the first of a layer's rows and the one behind its last."""
+    start = 0
+    for name, rank in ranks.items():
+        if name == layer:
+            break
+        start += rank
+    return start, start + ranks[layer]
