@@ -182,7 +182,8 @@ def _used(sizes: Sequence[torch.Tensor], error: float) -> list[torch.Tensor]:
     every = torch.cat([one.transpose(0, 1).flatten(1) for one in sizes], 1).double()  # (edits, layers * rank)
     ordered, places = every.sort(dim=1)
     shares = ordered.square().cumsum(1) / ordered.square().sum(1, keepdim=True).clamp(min=1e-300)
-    kept = torch.zeros_like(every, dtype=torch.bool).scatter(1, places, (shares > max(error, _NOTHING)) & (ordered > 0))
+    needed = (shares > max(error, _NOTHING)) & (ordered > 0)
+    kept = torch.zeros_like(needed).scatter(1, places, needed)
     parts = kept.split([one.shape[0] * one.shape[2] for one in sizes], 1)
     return [
         part.unflatten(1, (one.shape[0], one.shape[2])).transpose(0, 1) for part, one in zip(parts, sizes, strict=True)
