@@ -62,12 +62,12 @@ def _keep_better(state: BatchState, found: dict[str, Update], whole: Answers, tr
 
 def _decoded(state: BatchState, name: str, found: Update) -> Update:
     """Return what is kept of a layer's updates, in the shapes of those that were found."""
-    u, v = (torch.zeros_like(side) for side in found)
+    u, v = (torch.zeros(side.shape) for side in found)
     for row, kept in enumerate(state.kept):
         if kept is not None:
             for side, own in zip((u, v), kept[name], strict=True):
                 side[row, : len(own)] = own
-    return u, v
+    return u.to(found[0]), v.to(found[1])  # all rows at once
 
 
 def _put(state: BatchState, updates: dict[str, Update]) -> None:
