@@ -105,6 +105,11 @@ class EditorConfig(metaclass=_ConfigType):
             `save_pretrained` of a model sets it.
         scope (`bool`, defaults to `False`): Whether edits act only at the tokens where a text asks for them, as a
             learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere.
+        factor_dtype (`str`, defaults to `"int4"`): How edits with a scope keep their factors: `"int4"`
+            ([`~hf_mend.edits.four_bit`]), `"bfloat16"` or `"float32"`. An edit that would say its target less surely
+            in four bits is kept in bfloat16.
+        factor_error (`float`, defaults to 0.0005): What an edit in four bits may leave out for a lower rank, as a
+            share of the squared Frobenius norm of all of its layers.
         options: The options of the method.
 
     Raises:
@@ -148,6 +153,17 @@ class EditorConfig(metaclass=_ConfigType):
         False,
         "Whether edits act only at the tokens where a text asks for them, as a learned scope decides; otherwise they "
         "act everywhere.",
+    )
+    factor_dtype: str = option(
+        "int4",
+        "How edits with a scope keep their factors. In four bits only where the target is then said as surely.",
+        choices=("int4", "bfloat16", "float32"),
+    )
+    factor_error: float = option(
+        0.0005,
+        "What an edit in four bits may leave out for a lower rank, as a share of its squared Frobenius norm.",
+        least=0.0,
+        most=1.0,
     )
 
     # The blocks that target_modules="default" means for the method, as fractions of the model's depth: first and end.

@@ -195,7 +195,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
     scopes = _scopes(call, batches, found)
     seconds = (time.perf_counter() - started) / len(requests)
     for batch, of_rows in zip(batches, found, strict=True):
-        if scopes:
+        if scopes and call.context.method.config.factor_dtype != "float32":
             # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
             of_rows.updates = in_bfloat16(of_rows.updates)
         for row, i in enumerate(batch):
@@ -211,6 +211,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.edits[i] = edit
                 if i in scopes and edit.updates:
                     edit.scope = scopes[i]
+                    result.nbytes = edit.nbytes
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:

@@ -119,6 +119,7 @@ class EditResult:
         seconds (`float`): The duration in seconds; in a batch, an equal share.
         rank (`int`): Rank of the update; 0 also of an edit that only supersedes an earlier one, because the model says
             the target without it.
+        nbytes (`int`): Bytes of the update's factors, as they are kept, and of the scope's keys.
         update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
         paraphrases (`list[Probe]`): The request's paraphrases; ok when the model says the target there.
         locality (`list[Probe]`): The request's locality prompts; ok when the greedy next token stayed.
@@ -144,6 +145,7 @@ class EditResult:
     locality: list[Probe] = field(default_factory=list)
     superseded: str | None = None
     scope: ScopeReport | None = None
+    nbytes: int = 0
 
     @property
     def success(self) -> bool | None:
@@ -192,7 +194,8 @@ class EditResult:
             f"Edit {self.id or '(none)'}: {self._state}",
             f"  {shown(self.prompt)} -> {shown(self.target)}",
             f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
-            f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
+            f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers"
+            f", {self.nbytes / 1000:.1f} kB",
         ]
         if self.token_success is not None:
             lines.insert(

@@ -22,7 +22,11 @@ def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     """Return the edit of a row, or `None` where no step was found."""
     if not found.steps[row]:
         return None
-    return _new_edit(request, rows_updates(found.updates, found.used, row))
+    kept = found.kept[row] if found.kept else None
+    edit = _new_edit(request, {} if kept else rows_updates(found.updates, found.used, row))
+    if kept:
+        edit.updates = kept
+    return edit
 
 
 def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
@@ -78,6 +82,7 @@ def as_result(
         steps=found.steps[row],
         seconds=seconds,
         rank=edit.rank if edit else 0,
+        nbytes=edit.nbytes if edit else 0,
         update_norms={name: norms[row] for name, norms in found.norms.items()} if edit else {},
     )
     if found.after is not None:
