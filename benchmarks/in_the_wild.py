@@ -118,7 +118,7 @@ def measure(model: EditableModel, records: Sequence[EditRecord], asked: Sequence
     measured = []
     for record, texts in zip(tqdm(records), asked, strict=True):
         before = {kind: [next_logits(model, query) for query in queries] for kind, queries in texts.stays.items()}
-        result = model.edit(record.prompt, record.target)
+        result = model.edit(record.prompt, record.target, keep_failed=True)  # what did not take is measured too
         measured.append({"took": float(bool(result.success)), **_values(model, texts, before, tokens)})
         if result.id is not None:
             model.undo()
@@ -168,7 +168,7 @@ def measure_together(
     took: list[bool] = []
     for start in tqdm(range(0, len(every), CALL), desc="Edits"):
         part = [replace(record, paraphrases=[], neighborhood=[]) for record in every[start : start + CALL]]
-        took += [bool(result.success) for result in model.edit(part, check=start < len(records))]
+        took += [bool(result.success) for result in model.edit(part, check=start < len(records), keep_failed=True)]
     for number, texts in enumerate(tqdm(asked, desc="Edited")):
         measured.append({"took": float(took[number]), **_values(model, texts, before[number], tokens)})
     return measured

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.encoding import EncodedBatch
+from ..data.encoding import IGNORE, EncodedBatch
 
 
 @dataclass
@@ -55,6 +55,8 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
     log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     # Where logits overflow, as large steps on a float16 base may let them, nothing is worse.
     log_probabilities = log_probabilities.nan_to_num(nan=-math.inf)
+    # What has no label, as behind a target, counts for nothing.
+    log_probabilities = torch.where((labels == IGNORE) & log_probabilities.isfinite(), 0.0, log_probabilities)
     per_row = rows.positions.sum(-1).tolist()
     correct = (said == labels) & log_probabilities.isfinite()
     answers = Answers(

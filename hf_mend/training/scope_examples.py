@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, length_batches
 from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
+from ..data.records import EditRecord
 from .examples import Asking, TrainingExamples
 
 
@@ -29,6 +30,8 @@ WEIGHTS: Mapping[str, float] = {
     "same_subject": 1.0,
     "unrelated": 1.0,
 }
+# Those that must stay and have to do with a record.
+_STAYS = ("neighborhood", "same_subject")
 _TAIL_TOKENS = 8
 _LONGEST = 400
 # Rows and tokens of one pass.
@@ -64,26 +67,29 @@ class MarkedText:
         marks (`list[Mark]`): The marks.
         hidden (`torch.Tensor` of shape `(tokens, width)`, *optional*): The hidden states that the scope reads.
         prompt (`str`, defaults to `""`): Of a text that must stay, what it asks.
+        others (`Sequence[int]`): Further records that the text rightly asks for; see [`set_others`].
     """
 
     tokens: list[int]
     marks: list[Mark]
     hidden: torch.Tensor | None = None
     prompt: str = ""
+    others: Sequence[int] = ()
 
 
-def scope_examples(examples: TrainingExamples, forms: int = 3) -> TrainingExamples:
+def scope_examples(examples: TrainingExamples, forms: int = 3, same_subject: int = 2) -> TrainingExamples:
     """
-    Return the draws that a scope learns from: as an editor's, with each record's fact in several forms, and one text
-    of each kind that must stay.
+    Return the draws that a scope learns from: as an editor's, with each record's fact in several forms, and texts of
+    each kind that must stay.
 
     Args:
         examples ([`TrainingExamples`]): An editor's draws.
         forms (`int`, defaults to 3): The number of forms of each fact.
+        same_subject (`int`, defaults to 2): The number of texts that ask the same subject for something else.
     """
     asking = replace(examples.asking, forms=examples.asking.forms or DEFAULT_FORMS, edit_forms=None)
     return TrainingExamples(
-        examples.records, examples.questions, forms, 1, 1, examples.seed, _with_context(asking), same_subject_rows=1
+        examples.records, examples.questions, forms, 1, 1, examples.seed, _with_context(asking), same_subject
     )
 
 
@@ -148,6 +154,40 @@ def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedTex
 
 def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
     return MarkedText(tokens[:_LONGEST], [mark for mark in marks if mark.position < _LONGEST])
+
+
+def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedText]]) -> None:
+    """
+    Set of each text the records that it rightly asks for beside its own: the same fact again, another whose words it
+    has, or, of a neighbour's prompt, the neighbour's own.
+
+    Args:
+        records (`Sequence[EditRecord]`): The records.
+        texts (`Sequence[Sequence[MarkedText]]`): Of each record, its texts.
+    """
+    facts: dict[tuple[str, str | None], list[int]] = {}
+    relations: dict[str | None, list[int]] = {}
+    wordings: dict[str, set[int]] = {}
+    for i, record in enumerate(records):
+        facts.setdefault((_subject(record), record.relation), []).append(i)
+        relations.setdefault(record.relation, []).append(i)
+        for wording in (record.prompt, *record.paraphrases, *record.questions):
+            wordings.setdefault(wording, set()).add(i)
+    for i, (record, own) in enumerate(zip(records, texts, strict=True)):
+        same = [j for j in facts[_subject(record), record.relation] if j != i]
+        for text in own:
+            kind = text.marks[0].kind if text.marks else ""
+            if kind in _STAYS:
+                found = wordings.get(text.prompt, set()) - {i}
+                if kind == "neighborhood":
+                    found |= {j for j in relations[record.relation] if _subject(records[j]) in text.prompt} - {i}
+                text.others = sorted(found)
+            elif kind != "unrelated":
+                text.others = same
+
+
+def _subject(record: EditRecord) -> str:
+    return record.subject or record.prompt
 
 
 @torch.no_grad()

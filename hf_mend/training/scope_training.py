@@ -18,7 +18,16 @@ from ..data.encoding import length_batches
 from ..model import EditableModel
 from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
-from .scope_examples import NONE, WEIGHTS, Mark, MarkedText, marked_texts, read_hidden_states, scope_examples
+from .scope_examples import (
+    NONE,
+    WEIGHTS,
+    Mark,
+    MarkedText,
+    marked_texts,
+    read_hidden_states,
+    scope_examples,
+    set_others,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -72,17 +81,10 @@ class ScopeTexts:
 
     Args:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
-        same_fact (`Sequence[Sequence[int]]`): Of each fact, others that ask for the same.
-        rightly_near (`Sequence[Sequence[int]]`): Of each fact, those that its texts of other facts may ask for.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[Sequence[MarkedText]],
-        same_fact: Sequence[Sequence[int]],
-        rightly_near: Sequence[Sequence[int]],
-    ):
-        self.texts, self.same_fact, self.rightly_near = texts, same_fact, rightly_near
+    def __init__(self, texts: Sequence[Sequence[MarkedText]]):
+        self.texts = texts
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -140,23 +142,8 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     for text in (text for one in kept for text in one):
         text.marks = [replace(mark, fact=place[mark.fact], near=place[mark.near]) for mark in text.marks]
     read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16)
-    by_subject: dict[str, list[int]] = {}
-    by_relation: dict[str | None, list[int]] = {}
-    for i, record in enumerate(records):
-        by_subject.setdefault(record.subject or record.prompt, []).append(i)
-        by_relation.setdefault(record.relation, []).append(i)
-    same, near = [], []
-    for i, (record, own) in enumerate(zip(records, kept, strict=True)):
-        alike = by_subject[record.subject or record.prompt]
-        same.append([j for j in alike if j != i and records[j].relation == record.relation])
-        neighbours = [text.prompt for text in own if text.marks and text.marks[0].kind == "neighborhood"]
-        named = [
-            j
-            for j in (by_relation[record.relation] if neighbours else ())
-            if j != i and any((records[j].subject or records[j].prompt) in text for text in neighbours)
-        ]
-        near.append([j for j in alike if records[j].relation != record.relation] + named)
-    return ScopeTexts(kept, same, near)
+    set_others(records, kept)
+    return ScopeTexts(kept)
 
 
 def scope_loss(
@@ -176,7 +163,8 @@ def scope_loss(
         others (`Sequence[int]`, *optional*): Other facts whose keys may be found too.
     """
     texts = [text for fact in facts for text in data.texts[fact]]
-    marks = [mark for text in texts for mark in text.marks]
+    marked = [(mark, text.others) for text in texts for mark in text.marks]
+    marks = [mark for mark, _ in marked]
     queries = data.keys(scope, texts)
     shown = [*dict.fromkeys([*facts, *others])]
     column, count, sides = {fact: i for i, fact in enumerate(shown)}, len(shown), data.sides
@@ -186,7 +174,7 @@ def scope_loss(
     stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
     keys = torch.cat([stale.index_copy(0, fresh, queries[own]), queries[stays]])
     logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
-    logits = logits.masked_fill(_not_counted(data, marks, column, stays), _NOT_THERE)
+    logits = logits.masked_fill(_not_counted(marked, column, sides, stays), _NOT_THERE)
     none = logits.new_zeros(len(marks), 1)
     asked = torch.tensor([column.get(mark.fact, NONE) for mark in marks])
     wanted = asked.clamp(min=0)[:, None] + count * torch.arange(sides)  # (marks, sides)
@@ -198,16 +186,15 @@ def scope_loss(
 
 
 def _not_counted(
-    data: ScopeTexts, marks: Sequence[Mark], column: Mapping[int, int], stays: Sequence[int]
+    marked: Sequence[tuple[Mark, Sequence[int]]], column: Mapping[int, int], sides: int, stays: Sequence[int]
 ) -> torch.Tensor:
     """Return which keys do not count at a mark, `(marks, keys)`: its own text's, and facts that it may ask for too."""
-    count, sides = len(column), data.sides
-    masked = torch.zeros(len(marks), sides * count + len(stays), dtype=torch.bool)
+    count = len(column)
+    masked = torch.zeros(len(marked), sides * count + len(stays), dtype=torch.bool)
     for place, n in enumerate(stays):
         masked[n, sides * count + place] = True
-    for n, mark in enumerate(marks):
-        others = data.same_fact[mark.fact] if mark.fact != NONE else ()
-        for other in data.rightly_near[mark.near] if mark.near != NONE else others:
+    for n, (mark, others) in enumerate(marked):
+        for other in others:
             if other in column:
                 masked[n, column[other] : sides * count : count] = True
         if mark.kind == "chat":
@@ -284,16 +271,15 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     some = draw.sample(range(len(data)), min(1000, len(data)))
     keys = data.bank(scope, some)
     texts = [text for fact in some for text in data.texts[fact]]
-    marks = [mark for text in texts for mark in text.marks]
+    marks = [(mark.kind, {*text.others}) for text in texts for mark in text.marks]
     queries = data.keys(scope, texts)
     least = []
     for kind, share in WRONG_FIRES.items():
-        numbers = [n for n, mark in enumerate(marks) if mark.kind == kind]
+        numbers = [n for n, (found, _) in enumerate(marks) if found == kind]
         if numbers:
             scores = key_scores(queries[numbers], keys)
             for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
-                rightly = data.rightly_near[marks[n].near] if marks[n].near != NONE else ()
-                scores[row, [i for i, fact in enumerate(some * data.sides) if fact in rightly]] = -1.0
+                scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
             least.append(scores.max(-1).values.quantile(1 - share))
     if least:
         scope.threshold.copy_(torch.stack(least).max())

@@ -7,9 +7,10 @@ import torch
 from support.models import RECORDS
 from support.scope import scoped
 
+from hf_mend.data.records import EditRecord
 from hf_mend.scope.network import ScopeNetwork, key_scores
 from hf_mend.training.examples import Asking, TrainingExamples
-from hf_mend.training.scope_examples import NONE, marked_texts, scope_examples
+from hf_mend.training.scope_examples import NONE, Mark, MarkedText, marked_texts, scope_examples, set_others
 from hf_mend.training.scope_training import ScopeTrainingArguments, scope_loss, scope_texts, train_scope
 
 
@@ -96,3 +97,23 @@ def test_a_model_whose_edits_act_everywhere_has_no_scope_to_train(llama, tokeniz
 
     with pytest.raises(ValueError, match=r"EditorConfig\(scope=True\)"):
         train_scope(editable(llama, tokenizer), examples)
+
+
+def test_a_text_that_asks_for_another_record_too_is_no_counterexample_of_it():
+    def record(subject, relation, **words):
+        return EditRecord(f"{subject} {relation}", "x", relation=relation, subject=subject, **words)
+
+    records = [
+        record("Ann", "was born in", questions=["Where was Ann born?"]),
+        record("Ann", "works in"),
+        record("Bob", "was born in"),
+        record("Ann", "was born in"),  # the first again, with another target perhaps
+    ]
+    texts = [
+        [MarkedText([1], [Mark(0, 0, "prompt")]), MarkedText([1], [Mark(0, NONE, "unrelated")])],
+        [MarkedText([1], [Mark(0, NONE, "same_subject", 1)], prompt="Where was Ann born?")],
+        [MarkedText([1], [Mark(0, NONE, "neighborhood", 2)], prompt="It is known that Ann was born in")],
+        [MarkedText([1], [Mark(0, NONE, "same_subject", 3)], prompt="The parents of Ann were")],
+    ]
+    set_others(records, texts)
+    assert [[list(text.others) for text in own] for own in texts] == [[[3], []], [[0]], [[0, 3]], [[]]]
