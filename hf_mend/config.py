@@ -96,8 +96,8 @@ class EditorConfig(metaclass=_ConfigType):
         revision (`str`, *optional*): The base model's revision.
         target_modules (`str` or `list[str]`, defaults to `"default"`): The layers to edit: `"default"` (what measured
             best for the method, by fraction of depth), `"paper"` (all MLP weights of the last three blocks, or of the
-            last two of encoder and decoder), a regular expression for whole names, or a list of names or last parts
-            of names.
+            last two of encoder and decoder), `"all-linear"` (all linear layers of the blocks but routers), a regular
+            expression for whole names, or a list of names or last parts of names.
         layers_to_transform (`list[int]`, *optional*): Indices of the blocks to edit; all that `target_modules` matches
             if `None`.
         layers_pattern (`str`, *optional*): Last part of the name of the block list, if the model has several.
@@ -136,8 +136,9 @@ class EditorConfig(metaclass=_ConfigType):
         default="default",
         metadata={
             "help": "Layers to edit: 'default' (what measured best for the method, by fraction of depth), 'paper' "
-            "(all MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular "
-            "expression for whole names, or a list of names or last parts of names."
+            "(all MLP weights of the last three blocks, or of the last two of encoder and decoder), 'all-linear' (all "
+            "linear layers of the blocks but routers), a regular expression for whole names, or a list of names or "
+            "last parts of names."
         },
     )
     layers_to_transform: list[int] | None = field(
