@@ -28,13 +28,19 @@ class EditingContext:
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Maps the factors of their gradients to updates.
         scoped (`bool`, defaults to `False`): Edits act only where they are asked for: at the tokens that predict a
-            target's. Their gradients are then of those tokens alone.
+            target's, of which alone their gradients then are, or, in an encoder-decoder model, at all of the decoder's
+            in the rows that ask for them.
     """
 
     split: SplitModel
     targets: Sequence[Target]
     method: EditMethod
     scoped: bool = False
+
+    @property
+    def at_answers(self) -> bool:
+        """Whether edits act at the tokens alone that predict a target's."""
+        return self.scoped and not self.split.cuts_decoder_of_two
 
     def trace(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
@@ -51,7 +57,7 @@ class EditingContext:
         """
         with self.applied(rows, *updates):
             factors, logits = trace(self.split, self.targets, rows.inputs, rows.next_tokens, hidden)
-        if self.scoped:  # (facts * forms, seq, d)
+        if self.at_answers:  # (facts * forms, seq, d)
             present = rows.positions[..., None]  # (rows, seq, 1)
             factors = {
                 name: (x * present.to(x.device), delta * present.to(delta.device))
@@ -65,8 +71,8 @@ class EditingContext:
         return factors, logits
 
     def applied(self, rows: EncodedBatch, *updates: Mapping[str, Update]) -> AbstractContextManager[None]:
-        """Add updates to the layers' outputs within the context, in a model with scopes at `rows.positions` alone."""
-        return applied(self.targets, *updates, where=rows.positions if self.scoped else None)
+        """Add updates to the layers' outputs within the context, at `rows.positions` alone where they act so."""
+        return applied(self.targets, *updates, where=rows.positions if self.at_answers else None)
 
     def logits(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()

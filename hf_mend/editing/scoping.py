@@ -61,9 +61,12 @@ class ScopeReport:
 
 
 @torch.no_grad()
-def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None) -> torch.Tensor:
+def keys_of(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
+) -> list[torch.Tensor]:
     """
-    Return the keys of some texts at all tokens, `(rows, seq, width)`.
+    Return the keys of some texts at the tokens that predict what they are asked for, of each text `(tokens, width)`.
+    An encoder-decoder model's have one key each, that of the encoder's last token.
 
     Args:
         gate ([`~hf_mend.scope.gate.ScopeGate`]): The model's scope.
@@ -74,8 +77,12 @@ def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hidd
     if hidden is None:
         with gate.suspended():
             hidden = split.run_below(rows.inputs)
-    scope = gate.scope.to(hidden.hidden.device)
-    return scope.keys(scope.token_states(hidden.hidden, rows.inputs["attention_mask"].to(hidden.hidden.device)))
+    read = hidden.hidden if hidden.encoder is None else hidden.encoder
+    scope = gate.scope.to(read.device)
+    states = scope.token_states(read, rows.inputs["attention_mask"].to(read.device))
+    if hidden.encoder is not None:
+        return list(scope.keys(states, last=1))
+    return list(scope.keys(states)[rows.positions].split(rows.positions.sum(-1).tolist()))
 
 
 def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
@@ -96,13 +103,13 @@ def found_keys(
     gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState
 ) -> list[list[torch.Tensor]]:
     """
-    Return the keys of some facts at each of their targets' tokens: of each fact a tensor a form, `(tokens, width)`.
+    Return the keys of some facts, as [`keys_of`] does: of each fact a tensor a form.
 
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = keys_of(gate, split, rows, hidden)[rows.positions].cpu().split(rows.positions.sum(-1).tolist())
-    return [list(keys[start : start + rows.forms]) for start in range(0, len(rows), rows.forms)]
+    keys = [one.cpu() for one in keys_of(gate, split, rows, hidden)]
+    return [keys[start : start + rows.forms] for start in range(0, len(rows), rows.forms)]
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -135,8 +142,8 @@ def scopes_of(  # one argument each for what it reads and what it is for
     found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        own = keys_of(gate, split, rows)[rows.positions].cpu()  # at each of the target's tokens
-        found.update(zip([missing[k] for k in batch], own.split(rows.positions.sum(-1).tolist()), strict=True))
+        own = [one.cpu() for one in keys_of(gate, split, rows)]
+        found.update(zip([missing[k] for k in batch], own, strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
@@ -154,7 +161,7 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = keys_of(gate, split, last)[last.positions].cpu()
+    keys = torch.cat(keys_of(gate, split, last)).cpu()
     alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:

@@ -100,7 +100,7 @@ def _with_context(asking: Asking) -> Asking:
 def marked_texts(examples: TrainingExamples, encoder: Encoder, epoch: int = 0) -> Iterator[list[MarkedText]]:
     """
     Yield each record's marked texts, the bare prompt first and the same as a turn of a chat, if there are chats,
-    second.
+    second. An encoder-decoder model's are what its encoder reads, with one mark at the last token.
 
     Args:
         examples ([`TrainingExamples`]): The draws.
@@ -125,6 +125,8 @@ def _said(
 ) -> MarkedText:
     """The fact asked for, at the prompt's end and within the answer; not before, and not once it is said."""
     prompt, answer = encoder.tokens(replace(query, ends=True))
+    if encoder.is_encoder_decoder:
+        return _whole(prompt, fact, kind)
     last = len(prompt) - 1
     marks = [Mark(last, fact, kind), *(Mark(last + i, fact, "answer") for i in range(1, len(answer)))]
     marks.append(Mark(last + len(answer), NONE, "after"))
@@ -140,6 +142,8 @@ def _said(
 
 def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Random) -> MarkedText:
     prompt, _ = encoder.tokens(replace(query, answer=None))
+    if encoder.is_encoder_decoder:
+        return replace(_whole(prompt, NONE, kind, near), prompt=query.prompt)
     marks = [Mark(len(prompt) - 1, NONE, kind, near)]
     if len(prompt) > 3:
         marks.append(Mark(draw.randrange(1, len(prompt) - 1), NONE, "inside"))
@@ -148,8 +152,16 @@ def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Ra
 
 def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:
     prompt, _ = encoder.tokens(replace(query, answer=None))
+    if encoder.is_encoder_decoder:
+        return _whole(prompt, NONE, "unrelated")
     places = {len(prompt) - 1, *draw.sample(range(len(prompt)), min(4, len(prompt)))}
     return _cut(prompt, [Mark(place, NONE, "unrelated") for place in sorted(places)])
+
+
+def _whole(tokens: list[int], fact: int, kind: str, near: int = NONE) -> MarkedText:
+    """A text that is decided on as a whole."""
+    tokens = tokens[-_LONGEST:]
+    return MarkedText(tokens, [Mark(len(tokens) - 1, fact, kind, near)])
 
 
 def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
@@ -193,7 +205,7 @@ def _subject(record: EditRecord) -> str:
 @torch.no_grad()
 def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: Encoder, bf16: bool = False) -> None:
     """
-    Set the texts' hidden states where the model is cut, in bfloat16.
+    Set the texts' hidden states that a scope reads, in bfloat16: where the model is cut, or the encoder's output.
 
     Args:
         texts (`Sequence[MarkedText]`): The texts.
@@ -207,7 +219,8 @@ def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: 
         for batch in length_batches(lengths, _ROWS, _TOKENS):
             rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
             with torch.autocast(split.device.type, torch.bfloat16, enabled=bf16):
-                hidden = split.run_below(rows.inputs).hidden
+                state = split.run_below(rows.inputs)
+            hidden = state.hidden if state.encoder is None else state.encoder
             for row, i in enumerate(batch):
                 texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)
             bar.update(len(batch))
