@@ -104,7 +104,8 @@ class EditorConfig(metaclass=_ConfigType):
         base_fingerprint (`dict[str, Any]`, *optional*): Architecture, shapes and hash of the base's edited weights;
             `save_pretrained` of a model sets it.
         scope (`bool`, defaults to `False`): Whether edits act only at the tokens where a text asks for them, as a
-            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere.
+            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere. With it,
+            an encoder-decoder model's edited layers are the decoder's.
         options: The options of the method.
 
     Raises:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..edits.hook import Hook
+from ..edits.hook import Acting, Hook
+from .bank import KeyBank
 from .gate import ScopeGate, _acting, _suspended
 from .network import ScopeNetwork
 
@@ -20,8 +22,8 @@ class EncoderGate(ScopeGate):
     changes. The key is that of the whole text, at its last token, and the edit that is chosen acts at all tokens of
     the row's answer.
 
-    The decoder gets the encoder's output in each of its passes, from whatever way of generating. So nothing of a
-    decision has to be kept, and no cache has a layer for it.
+    The decoder gets the encoder's output in each of its passes, from whatever way of generating. So no cache has to
+    keep anything, and a pass on the very tensors of the one before takes over what was decided there.
 
     Args:
         model (`nn.Module`): The base model.
@@ -49,11 +51,19 @@ class EncoderGate(ScopeGate):
         hidden, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
         if hidden is None:  # a decoder by itself, which is asked for nothing
             return
+        mask = mask if isinstance(mask, torch.Tensor) and mask.shape == hidden.shape[:2] else None
+        decision = self._local.decision
+        if not isinstance(decision, _Decision) or not decision.is_of(hidden, mask, bank, self.strictness):
+            decision = _Decision(hidden, mask, bank, self.strictness, self._chosen(hidden, mask, bank))
+            self._local.decision = decision
+        if self._local.current is not None:
+            self._local.current.acting = decision.acting
+
+    def _chosen(self, hidden: torch.Tensor, mask: torch.Tensor | None, bank: KeyBank) -> Acting | None:
+        """Return where edits act, from the encoder's output and its mask."""
         if self.scope.centre.device != hidden.device:
             self.scope.to(hidden.device)
-        present = None
-        if isinstance(mask, torch.Tensor) and mask.shape == hidden.shape[:2]:
-            present = mask.to(hidden.device).bool()
+        present = None if mask is None else mask.to(hidden.device).bool()
         with torch.autocast(hidden.device.type, enabled=False), torch.inference_mode(False):
             states = self.scope.token_states(hidden.clone() if hidden.is_inference() else hidden, present)
             # What is not there counts for nothing on either side, so the last place has the whole text's key.
@@ -62,8 +72,49 @@ class EncoderGate(ScopeGate):
         if present is not None:
             chosen = torch.where(present.any(-1), chosen, -1)
         acting = _acting(chosen, bank)
-        if self._local.current is not None and acting is not None:
-            self._local.current.acting = replace(acting, by_row=True)
+        return None if acting is None else replace(acting, by_row=True)
+
+
+class _Decision:
+    """
+    Where edits act in passes on some tensors.
+
+    Args:
+        hidden (`torch.Tensor`): The encoder's output.
+        mask (`torch.Tensor`, *optional*): Its mask.
+        bank ([`KeyBank`]): The edits' keys.
+        strictness (`float`): What is added to their thresholds.
+        acting ([`~hf_mend.edits.hook.Acting`], *optional*): Where edits act.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        bank: KeyBank,
+        strictness: float,
+        acting: Acting | None,
+    ):
+        self.bank, self.strictness, self.acting = bank, strictness, acting
+        self._tensors = [None if one is None else (weakref.ref(one), _version(one)) for one in (hidden, mask)]
+
+    def is_of(self, hidden: torch.Tensor, mask: torch.Tensor | None, bank: KeyBank, strictness: float) -> bool:
+        """Whether these are the tensors, unchanged since, and the same edits and thresholds."""
+        if bank is not self.bank or strictness != self.strictness:
+            return False
+        for known, one in zip(self._tensors, (hidden, mask), strict=True):
+            if (known is None) != (one is None):
+                return False
+            if known is not None and one is not None:
+                reference, version = known
+                if reference() is not one or version is None or version != _version(one):
+                    return False
+        return True
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was written to, `None` where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

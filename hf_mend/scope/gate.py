@@ -39,6 +39,7 @@ class _OfThread(threading.local):
     """A thread's own pass."""
 
     current: _Pass | None = None
+    decision: Any = None  # of an encoder-decoder model's last pass
 
 
 # Gates that are suspended, in a thread or asyncio task.

@@ -283,6 +283,47 @@ def test_positional_arguments_are_known_by_name(t5):
     assert torch.equal(by_place, by_name) and not torch.allclose(by_place, base, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_a_generation_decides_once(model, monkeypatch, options):
+    counted = []
+    keys = type(model.scope).keys
+    monkeypatch.setattr(type(model.scope), "keys", lambda *given, **more: counted.append(1) or keys(*given, **more))
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    model.generate(**_inputs(model, OTHER, PROMPT), **settings, **options)
+    assert len(counted) == 1
+
+
+def test_a_decision_is_made_anew_for_other_values_in_the_same_tensors(t5):
+    inputs, ids = _inputs(t5, PROMPT), _answers(t5, 1)
+    with torch.no_grad():
+        states = t5.get_encoder()(**inputs).last_hidden_state
+        other = t5.get_encoder()(input_ids=inputs["input_ids"].flip(1)).last_hidden_state
+
+        def logits():
+            outputs = BaseModelOutput(last_hidden_state=states)
+            return t5(encoder_outputs=outputs, attention_mask=inputs["attention_mask"], decoder_input_ids=ids).logits
+
+        first = logits()
+        t5.scope_strictness = 1.0
+        strict = logits()
+        t5.scope_strictness = 0.0
+        assert torch.equal(logits(), first) and not torch.allclose(strict, first, atol=1e-3)
+        states.copy_(other)
+        found = logits()
+        with t5.disable_edits():
+            assert torch.equal(logits(), found)
+            states.copy_(t5.get_encoder()(**inputs).last_hidden_state)
+            assert torch.equal(logits(), strict)
+        inputs["attention_mask"].zero_()
+        found = logits()
+        with t5.disable_edits():
+            assert torch.equal(logits(), found)
+        inputs["attention_mask"].fill_(1)
+        assert torch.equal(logits(), first)
+        t5.undo()
+        assert torch.equal(logits(), strict)
+
+
 def test_an_interrupted_pass_leaves_nothing(t5):
     def fail(*_):
         raise KeyboardInterrupt
