@@ -7,24 +7,35 @@ Measure how well a model carries 1, 10, 100 and 1,000 edits, made in one call or
 facts: edit success, generality (paraphrases), neighbourhood and unrelated locality against the un-edited model, and
 the model's own perplexity on text that has nothing to do with the facts (Python's documentation, which comes with the
 interpreter). Writes JSON, a Markdown table and a plot. States that the JSON holds already are not measured again.
+
+    python benchmarks/many_edits.py --data DIR --methods "" --scoped model_cards/smollm2-135m-instruct
+
+keeps 100, 1,000 and 10,000 edits of an editor with a scope, made in calls of ten, and measures them in the wild as
+`in_the_wild.py` does; facts_train.json fills up. The edits stay in a store beside the results, and finished parts in
+a `.progress.jsonl`: a run that is interrupted goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from common import DATA, config_options, load_base, parse_with_data
+from train_editor_forms import HELD_OUT_TEXTS
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
 from hf_mend.config import config_class
+from hf_mend.data.forms import FormTemplates, Surroundings, packaged_texts, with_forms
 from hf_mend.demo.smollm2 import SMOLLM2_ID
+from hf_mend.evaluation.asking import all_asked
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.evaluation.scores import held_out_passages, perplexity
+from hf_mend.evaluation.wild import WildSettings, measure_in_the_wild
+from hf_mend.evaluation.wild_figures import figures_table, wild_means
 from hf_mend.hub.cards import machine
 from hf_mend.hub.plots import series_colors
 
@@ -106,6 +117,31 @@ def plot(states: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure_scoped(
+    arguments: argparse.Namespace, base: Any, tokenizer: Any, kept: dict[str, Any], write: Callable[[], None]
+) -> None:
+    """Measures the states of `--scoped` in the wild that `kept` lacks."""
+    model = EditableModel.from_pretrained(base, arguments.scoped, tokenizer=tokenizer).eval()
+    facts, more = (list(read_counterfact(arguments.data / name)) for name in (arguments.facts, "facts_train.json"))
+    questions = read_questions(arguments.data / "nq_open_test.jsonl")
+    records = with_forms(facts[: arguments.measured], FormTemplates.load().split()[1])
+    others = facts[arguments.measured :]
+    around = Surroundings(others or facts, questions, packaged_texts()[-HELD_OUT_TEXTS:])
+    asked = all_asked(model, records, around, [question for question, _ in questions])
+    states = kept.setdefault("in the wild", {})
+    for count in (int(count) for count in arguments.scoped_counts.split(",")):
+        if str(count) in states:
+            continue
+        found = measure_in_the_wild(
+            model, records, asked, WildSettings(count, arguments.call, batch_size=50), [*more, *others],
+            arguments.results.with_suffix(".progress.jsonl"), arguments.results.with_suffix(".store"),
+            held_out_passages(model),
+        )  # fmt: skip
+        states[str(count)] = wild_means(found.values) | found.perplexity
+        print(count, {key: round(value, 3) for key, value in states[str(count)].items()}, flush=True)
+        write()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", **DATA)
@@ -121,6 +157,8 @@ def main() -> None:
     parser.add_argument("--counts", default="1,10,100,1000", help="edits in one call")
     parser.add_argument("--sequential", default="10,100,1000", help="edits in calls of --call")
     parser.add_argument("--call", type=int, default=10)
+    parser.add_argument("--scoped", type=Path, help="an editor with a scope, to measure in the wild")
+    parser.add_argument("--scoped-counts", default="100,1000,10000", help="its edits, in calls of --call")
     parser.add_argument("--measured", type=int, default=100, help="facts measured in each state")
     parser.add_argument("--seed", type=int, default=0, help="order of the facts")
     parser.add_argument(
@@ -139,7 +177,13 @@ def main() -> None:
     many = [(int(count), arguments.call) for count in arguments.sequential.split(",") if count]
     states = kept["states"]
     base, tokenizer = load_base()
-    for item in arguments.methods.split(","):
+    kept |= {"base_model": SMOLLM2_ID, "facts": arguments.facts, "machine": machine(base.device)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+    for item in filter(None, arguments.methods.split(",")):
         title, method = item.split("=")
         missing = [s for s in [*one_call, *many] if f"{title}/{s[0]}/{s[1]}" not in states]
         if not missing:
@@ -151,16 +195,18 @@ def main() -> None:
             name = f"{title}/{count}/{edits_per_call}"
             states[name] = {"method": title, "count": count, "edits_per_call": edits_per_call, **state}
             print(name, {key: round(value, 3) for key, value in state.items()}, flush=True)
-            kept |= {
-                "base_model": SMOLLM2_ID,
-                "facts": arguments.facts,
-                "machine": machine(model.device),
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    markdown = table(states, kept["perplexity_before"])
+            write()
+    parts = []
+    if states:
+        parts.append(table(states, kept["perplexity_before"]))
+        plot(states, arguments.results.with_suffix(".png"))
+    if arguments.scoped:
+        measure_scoped(arguments, base, tokenizer, kept, write)
+    if "in the wild" in kept:
+        columns = {f"{count} edits": figures for count, figures in kept["in the wild"].items()}
+        parts.append("In the wild, of an editor with a scope:\n\n" + figures_table(columns) + "\n")
+    markdown = "\n".join(parts)
     arguments.results.with_suffix(".md").write_text(markdown, encoding="utf-8")
-    plot(states, arguments.results.with_suffix(".png"))
     print(markdown)
 
 

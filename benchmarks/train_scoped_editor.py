@@ -4,7 +4,8 @@ Trains the editor and the scope of SmolLM2-135M-Instruct: edits that act only wh
     python benchmarks/train_scoped_editor.py --data DIR --output build/editor --minutes 35 --scope-steps 1500
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json and nq_open_train.jsonl; the facts of
-examples/data are added to its own. Held out is what `benchmarks/train_editor_forms.py` names: relations, of each other
+examples/data are added to its own, and by rule facts of further kinds, about the same subjects and of questions. Held
+out is what `benchmarks/train_editor_forms.py` names: relations, of each other
 relation's templates the last question and the last prompt about the same subject, the last of the packaged texts.
 
 An edit acts at the tokens that predict its target's, so what stands before them is the un-edited model's own. It runs
@@ -32,6 +33,8 @@ from transformers import DynamicCache
 from hf_mend import EditableModel, EditRecord, read_questions
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import DEFAULT_FORMS
+from hf_mend.data.kinds import more_facts, with_more_asked
+from hf_mend.data.statements import facts_of_questions
 from hf_mend.editing.scoping import own_queries
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
@@ -41,6 +44,7 @@ FACTS = 16
 FORMS = 4  # of each fact in a step, its own prompt among them
 ROWS = 20  # texts of like lengths in one pass
 WARM_UP = 20
+QUESTIONS = 2000  # of the unrelated questions, those that become facts where a rule fits
 
 
 class Prefixes:
@@ -201,6 +205,7 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, default=START, help="a saved editor")
     parser.add_argument("--hold-out", default=HELD_OUT, help="relations that training never sees")
     parser.add_argument("--facts", type=int, help="at most so many facts, drawn at random")
+    parser.add_argument("--further-facts", type=int, default=5000, help="of further kinds, about the same subjects")
     parser.add_argument("--minutes", type=float, default=35, help="of the editor's training, the processor's time")
     parser.add_argument("--scope-steps", type=int, default=1500)
     parser.add_argument("--scope-facts", type=int, default=10_000)
@@ -209,9 +214,12 @@ def main() -> None:
     arguments = parse_with_data(parser)
     torch.manual_seed(arguments.seed)
     torch.set_flush_denormal(True)  # keys of thousands of facts give many
-    records = training_records(arguments, arguments.hold_out.split(","), mixed=False)
-    questions = read_questions(arguments.data / "nq_open_train.jsonl")
+    facts = training_records(arguments, arguments.hold_out.split(","), mixed=False)
+    asked, questions = facts_of_questions(read_questions(arguments.data / "nq_open_train.jsonl")[:QUESTIONS])
+    questions += read_questions(arguments.data / "nq_open_train.jsonl")[QUESTIONS:]
     questions += read_questions(arguments.examples / "questions.jsonl")
+    further = more_facts(facts, arguments.further_facts, arguments.seed)
+    records = [*with_more_asked([*facts, *further], seed=arguments.seed), *asked]
     asking = Asking(DEFAULT_FORMS, CONTEXT_RATE, None, context_texts())
     examples = TrainingExamples(records, questions, FORMS - 1, 0, 0, arguments.seed, asking)
     base, tokenizer = load_base()
@@ -220,7 +228,9 @@ def main() -> None:
     model = EditableModel(start.unload(), replace(config, scope=True), tokenizer).eval()
     model.editor.load_state_dict(state)
     train_editor(model, examples, arguments.minutes, arguments.learning_rate, arguments.seed)
-    options = ScopeTrainingArguments(arguments.scope_steps, max_facts=arguments.scope_facts, bf16=True)
+    options = ScopeTrainingArguments(
+        arguments.scope_steps, max_facts=arguments.scope_facts, further_facts=0, seed=arguments.seed, bf16=True
+    )
     print(train_scope(model, examples, options))
     model.save_pretrained(arguments.output, dtype=torch.bfloat16)
 

@@ -19,6 +19,9 @@ OUTPUT = Path(__file__).with_name("api.md")
 # Beside the package's own names: what README and guides use from its modules.
 FURTHER = {
     "evaluation.evaluate": ["evaluate", "State"],
+    "evaluation.wild_states": ["evaluate_in_the_wild", "WildState"],
+    "evaluation.wild": ["measure_in_the_wild", "WildSettings", "Wild"],
+    "evaluation.wild_figures": ["wild_means", "confusion", "strictness_curve"],
     "evaluation.scores": [
         "bootstrap_interval",
         "counterfact_scores",

@@ -31,6 +31,8 @@ from .editing.requests import EditResult, as_requests, check_limits, check_reque
 from .editing.steering import ActsWhereAsked
 from .edits.active import ActiveEdits
 from .edits.carrier import ActsWhileOwned, CarriesEdits
+from .edits.collection import chosen
+from .edits.edit import Edit
 from .edits.passes import acting_edits
 from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
@@ -389,24 +391,31 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         with self._active.draft():
             yield self.edit(prompt, target, **kwargs)
 
-    def merge_and_unload(self, safe_merge: bool = False) -> PreTrainedModel:
+    def merge_and_unload(self, safe_merge: bool = False, edits: Sequence[Edit | str] | None = None) -> PreTrainedModel:
         """
         Add all edits to the base model's weights and return the plain transformers model, with a `PeftModel`'s active
         adapters in its weights too. Its parameters need a gradient again where they did before the model was wrapped.
-        This object is spent then.
+        This object is spent then. Weights have no scope: there the edits act everywhere.
 
         Args:
             safe_merge (`bool`, defaults to `False`): Check that no merged weight holds NaN or infinity before anything
                 is written, at the cost of a copy of one weight at a time.
+            edits (`Sequence[Edit | str]`, *optional*): The edits to merge, or their ids; the others are gone. All by
+                default.
 
         Raises:
+            KeyError: No edit has such an id; nothing has changed then.
             TypeError: A weight cannot take an update (a quantised base, an output layer tied to the embedding), or an
                 adapter cannot be merged; nothing has changed then.
             ValueError: With `safe_merge`, a merged weight would hold NaN or infinity; nothing has changed then.
             RuntimeError: The model has been merged or unloaded already.
         """
         self._check_usable()
-        with self._active.merged(safe=safe_merge):
+        only = None
+        if edits is not None:
+            ids = edits if isinstance(edits, str) else [one if isinstance(one, str) else one.id for one in edits]
+            only = chosen(self._active.edits, ids)
+        with self._active.merged(safe=safe_merge, only=only):
             self._base_state.restore_gradients(self.base_model)
             self._active.store = None
             self._spent = "edits have been merged into the base model's weights"

@@ -80,6 +80,15 @@ class EvaluationOptions(Options):
         choose_metrics(arguments["metrics"], records)  # raises its errors before a model is loaded
         return records, arguments | {name: getattr(self, name) for name in names}
 
+    def in_the_wild(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of [`~hf_mend.evaluation.wild_states.evaluate_in_the_wild`]."""
+        from ..data.readers import read_questions
+
+        names = ("edits", "limit", "seed", "text", "scope")
+        calls = {} if self.edits_per_call is None else {"edits_per_call": self.edits_per_call}
+        asked = read_questions(self.questions) if self.questions else []
+        return {name: arguments[name] for name in names} | calls | {"questions": asked}
+
     def words(self, data: str) -> list[str]:
         """Return the options that differ from their defaults as words of a shell command."""
         words = [data]
@@ -104,13 +113,22 @@ def evaluate(
     options: EvaluationOptions,
     output: Annotated[Path | None, OUTPUT] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the figures into the editor's card.")] = False,
+    wild: Annotated[
+        bool,
+        typer.Option(help="Ask in questions, chats and behind other text, and read what the model answers freely."),
+    ] = True,
+    teacher_forced: Annotated[bool, typer.Option(help="Measure the field's teacher-forced metrics.")] = True,
+    scope: Annotated[
+        bool, typer.Option(help="Without it, edits act everywhere, as merged and exported ones do.")
+    ] = True,
     revision: Revision = None,
     base: ModelOptions,
     as_json: AsJson = False,
 ) -> Report:
     """
-    Measure an editor, or a method that needs no training: success, generality, locality and the other metrics that the
-    data allows, with 95 % bootstrap intervals, for edits made alone or kept together.
+    Measure an editor, or a method that needs no training, for edits made alone or kept together: as people meet them,
+    asked in many forms and answered freely, and teacher-forced: success, generality, locality and the other metrics
+    that the data allows. With 95 % bootstrap intervals.
 
     \b
     Example:
@@ -121,11 +139,19 @@ def evaluate(
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
     for folder in [*([] if output is None else [output]), *([Path(editor)] if card else [])]:
         check_writable(folder)
+    if not wild and not teacher_forced:
+        raise ValueError("--no-wild --no-teacher-forced leaves nothing to measure; leave one of them out")
     records, arguments = options.read(data)
-    result = measure(editor, editor, records, arguments, options.config, base, revision, output)
+    arguments["scope"] = scope
+    in_the_wild = options.in_the_wild(arguments) if wild else None
+    result = measure(
+        editor, editor, records, arguments, options.config, base, revision, output, in_the_wild, teacher_forced
+    )
     from ..evaluation.reports import metrics_table, write_results
 
-    words = [*options.words(as_given(data)), *base_words(base)]
+    given = {"wild": wild, "teacher-forced": teacher_forced, "scope": scope}
+    off = [f"--no-{name}" for name, is_on in given.items() if not is_on]
+    words = [*options.words(as_given(data)), *off, *base_words(base)]
     command = shlex.join(["hf-mend", "eval", as_given(editor), *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": [result]}
     text = metrics_table(result)
@@ -148,14 +174,22 @@ def measure(
     base: ModelOptions,
     revision: str | None,
     output: Path | None,
+    wild: dict[str, Any] | None = None,
+    teacher_forced: bool = True,
 ) -> dict[str, Any]:
-    """Measure one editor or method on a data set; measurements in the output folder are not repeated."""
+    """
+    Measure one editor or method on a data set, in the wild with the arguments `wild`, if given; measurements in the
+    output folder are not repeated.
+    """
     model = load(name, config, base, revision)
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.reports import as_result
+    from ..evaluation.wild_states import evaluate_in_the_wild
     from ..hub.cards import machine
 
-    states = run(model, records, progress_file=None if output is None else output / "progress.jsonl", **arguments)
+    progress = None if output is None else output / "progress.jsonl"
+    states = run(model, records, progress_file=progress, **arguments) if teacher_forced else []
+    in_the_wild = [] if wild is None else evaluate_in_the_wild(model, records, progress_file=progress, **wild)
     settings = {
         "method": model.editor_config.method,
         "base_model": model.editor_config.base_model_name_or_path,
@@ -163,7 +197,7 @@ def measure(
         "training_time": _training_time(name, revision) if model.editor.trains else None,
         "settings": {name: value for name, value in arguments.items() if name not in ("text", "edits")},
     }
-    return as_result(title, settings, states)
+    return as_result(title, settings, states, in_the_wild)
 
 
 def _training_time(editor: str, revision: str | None) -> str | None:
@@ -245,9 +279,14 @@ def _write_card(folder: Path, data: str, result: dict[str, Any], command: str) -
 
     config = EditorConfig.from_json_file(folder / "editor_config.json")
     layers = list((config.base_fingerprint or {}).get("layers", {}))
-    measured = {}
-    for state in result["states"]:
-        kept = "" if state["edits"] == 1 else f", {state['edits']} edits kept at once"
-        calls = f" (calls of {state['edits_per_call']})" if state["edits_per_call"] else ""
-        measured[f"{data}{kept}{calls}"] = {**state["metrics"], "edits": float(state["measured"])}
-    write_card(folder, config, layers, CardNotes(measured=measured, command=command))
+    groups: dict[str, dict[str, dict[str, float]]] = {"states": {}, "wild": {}}
+    for kind, measured in groups.items():
+        for state in result.get(kind, ()):
+            kept = "" if state["edits"] == 1 else f", {state['edits']} edits kept at once"
+            calls = f" (calls of {state['edits_per_call']})" if state["edits_per_call"] and kept else ""
+            where = "" if state.get("scope", True) else ", without their scopes"
+            measured[f"{data}{kept}{calls}{where}"] = {**state["metrics"], "edits": float(state["measured"])}
+    curves = [state["strictness"] for state in result.get("wild", ()) if state["strictness"]]
+    notes = CardNotes(measured=groups["states"], command=command, wild=groups["wild"])
+    notes.strictness = curves[-1] if curves else []
+    write_card(folder, config, layers, notes)

@@ -10,7 +10,7 @@ import typer
 from .common import AsJson, BaseModel, DeviceMap, Dtype, Report, TrustRemoteCode, plural
 
 
-def export(  # typer makes an argument or option of each of the ten parameters
+def export(  # typer makes an argument or option of each of the eleven parameters
     edits: Annotated[str, typer.Argument(help="Saved edits: a folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
@@ -23,6 +23,9 @@ def export(  # typer makes an argument or option of each of the ten parameters
     ] = True,
     max_rank: Annotated[
         int | None, typer.Option(help="Highest rank of an adapter's layer; those above it are truncated by SVD.")
+    ] = None,
+    edit: Annotated[
+        list[str] | None, typer.Option(help="The id of an edit to export; repeatable. Left out: all of them.")
     ] = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
@@ -46,19 +49,19 @@ def export(  # typer makes an argument or option of each of the ten parameters
 
     check_writable(output)
     model = load_edited(edits, base_model, device_map=device_map, dtype=dtype, trust_remote_code=trust_remote_code)
-    count = len(model.edits)
-    if count == 0:
+    if len(model.edits) == 0:
         raise ValueError(f"{edits} holds no edit; make one with hf-mend edit ... --save {edits}")
+    count = len({*edit}) if edit else len(model.edits)
     error = 0.0
     if to == "lora":
-        error = model.save_lora(output, uniform_rank=uniform_rank, max_rank=max_rank)
+        error = model.save_lora(output, edit, uniform_rank=uniform_rank, max_rank=max_rank)
         text = f"{plural(count, 'edit')} as a LoRA adapter in {output}; PeftModel.from_pretrained(base, ...) loads it"
         if error:
             text += f"\nTruncated to rank {max_rank}: the largest relative error of a layer is {error:.3g}"
     else:
         tokenizer = model.tokenizer
         with replaced_folder(output) as work:
-            model.merge_and_unload().save_pretrained(work)
+            model.merge_and_unload(edits=edit).save_pretrained(work)
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
             for file in (path for path in work.iterdir() if path.is_file()):

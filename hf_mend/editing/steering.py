@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..edits.collection import check_known
 from ..edits.edit import Edit
 from ..scope.encoder_gate import EncoderGate
 from ..scope.files import scope_id
-from ..scope.gate import ScopeGate
+from ..scope.gate import ScopeGate, Watch
 from ..scope.network import ScopeNetwork
 from .scoping import excluding, keys_of, scopes_of
 
@@ -126,6 +127,36 @@ class ActsWhereAsked:
             for i, edit in enumerate(edits)
         ]
         return sorted(found, key=lambda one: (not one.acts, one.threshold - one.score))
+
+    @contextmanager
+    def watching(self, only: Sequence[str] | None = None) -> Iterator[Watch]:
+        """
+        Watch what the scope decides in the passes within the context, in this thread.
+
+        Args:
+            only (`Sequence[str]`, *optional*): Of each row of these passes, the id of the one edit that may act in it.
+
+        Raises:
+            ValueError: The model's edits act everywhere, or a pass has another number of rows than `only`.
+        """
+        with self._scoped().watched(only) as watch:
+            yield watch
+
+    def scope_margins(self, keys: torch.Tensor, own: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return how far the texts of some keys are past the thresholds: of their own edits, and of the nearest others.
+
+        Args:
+            keys (`torch.Tensor` of shape `(texts, width)`): The keys, as [`watching`] finds them.
+            own (`Sequence[str]`): Of each text, the id of its own edit.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit.
+        """
+        gate, bank = self._scoped(), self._active.acting.bank
+        bank = gate.bank([]) if bank is None else bank
+        margins: tuple[torch.Tensor, torch.Tensor] = bank.margins(keys, own)
+        return margins
 
     def include(self, edit_id: str, texts: str | Sequence[str], chat: bool = False) -> Edit:
         """

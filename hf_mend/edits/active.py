@@ -165,19 +165,22 @@ class ActiveEdits(ActsInPasses):
             return gone
 
     @contextmanager
-    def merged(self, safe: bool = False) -> Iterator[None]:
+    def merged(self, safe: bool = False, only: Sequence[Edit] | None = None) -> Iterator[None]:
         """
         Add all edits to the weights and discard them. Adapters around the base model's layers are merged first: some
         scale the weight that they find. If the context ends in an error, weights, adapters and edits are as they were.
 
         Args:
             safe (`bool`, defaults to `False`): Check first that all merged weights are finite.
+            only (`Sequence[Edit]`, *optional*): The edits that are merged; the others are discarded.
 
         Raises:
             TypeError: A layer's weight cannot be written to, or is another's too; no weight has changed then.
             ValueError: With `safe`, a merged weight would hold NaN or infinity; no weight has changed then.
         """
         with self.lock, self.draft():  # what is left of a scope for the merge is nobody's else
+            if only is not None:
+                self.replace(only)
             self._act_everywhere()
             now, before = self._now, self._installed
             edited = [target for target in now.targets if target.name in now.sums and now.sums[target.name].edits]

@@ -15,7 +15,7 @@ from ..data.deprecation import renamed_method
 from ..hub.files import EDITS_NAME
 from ..hub.transfer import find_files
 from .active import ActiveEdits
-from .collection import Edits, with_enabled
+from .collection import Edits, chosen, with_enabled
 from .compression import Compression, compressed
 from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked, warn_of_no_scope
 from .edits_file import read_edits_file, write_edits_file
@@ -233,16 +233,18 @@ class CarriesEdits:
     def save_lora(
         self,
         save_directory: str | Path,
-        edits: Sequence[Edit] | None = None,
+        edits: Sequence[Edit | str] | None = None,
         uniform_rank: bool = True,
         max_rank: int | None = None,
     ) -> float:
         """
-        Write edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits.
+        Write edits as a LoRA adapter that plain `PeftModel.from_pretrained` loads with the edited model's logits. An
+        adapter has no scope: there the edits act everywhere.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            edits (`Sequence[Edit]`, *optional*): The edits to write; all that the model carries by default.
+            edits (`Sequence[Edit | str]`, *optional*): The edits to write, or the ids of some that the model carries;
+                all of these by default.
             uniform_rank (`bool`, defaults to `True`): Pad all layers to one rank, and write zeros for the layers of
                 the same names in other blocks. Inference servers require it: some drop a kind of layer that is not in
                 all blocks, or scale all layers by one rank. Without it, the file is smaller, and exact in PEFT alone.
@@ -252,19 +254,20 @@ class CarriesEdits:
             `float`: The largest relative error (Frobenius norm) among the layers that were truncated, or 0.
 
         Raises:
+            KeyError: No edit has such an id.
             ValueError: There is no edit, one requires a base delta that is missing, or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
-        edits = self._active.edits if edits is None else edits
-        check_required(edits, "save_lora")
-        edits = active_edits(edits)
-        warn_of_no_scope(edits)
-        updates, error = stacked(edits), 0.0
+        wanted = self._active.edits if edits is None else chosen(self._active.edits, edits)
+        check_required(wanted, "save_lora")
+        written = active_edits(wanted)
+        warn_of_no_scope(written)
+        updates, error = stacked(written), 0.0
         if max_rank is not None and any(len(u) > max_rank for u, _ in updates.values()):
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
             updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
-            edits = []  # their rows are no longer apart
+            written = []  # their rows are no longer apart
         warn_of_unloadable(self.base_model, updates)
         write_lora(
             save_directory,
@@ -273,7 +276,7 @@ class CarriesEdits:
             self.editor_config.task_type,
             self.editor_config.base_model_name_or_path,
             layers_of_same_kind(self.base_model, updates) if uniform_rank else None,
-            edits,
+            written,
         )
         return error
 

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from ..data.display import html_table, shown
 from ..hub.atomic import replaced_file
-from .edit import Edit, active_edits
+from .edit import Edit, active_edits, each_base_delta_once
 
 
 _SHOWN_IN_NOTEBOOKS = 50
@@ -165,6 +165,28 @@ def with_enabled(edits: Sequence[Edit], ids: Sequence[str], enabled: bool) -> li
     check_apart(edits, chosen)
     changed = [edit.id in chosen and edit.enabled != enabled for edit in edits]
     return [replace(edit, enabled=enabled) if new else edit for edit, new in zip(edits, changed, strict=True)]
+
+
+def chosen(edits: Sequence[Edit], wanted: Sequence[Edit | str]) -> list[Edit]:
+    """
+    Return the wanted edits; those that are named by their ids come with the base deltas that they require.
+
+    Args:
+        edits (`Sequence[Edit]`): The edits that ids name.
+        wanted (`Sequence[Edit | str]`): Edits, or ids.
+
+    Raises:
+        KeyError: An id is not among the edits.
+        TypeError: The wanted are one text, which is no list of ids.
+    """
+    if isinstance(wanted, str):
+        raise TypeError(f"edits is {wanted!r}, expected a list of edits or of their ids, such as [{wanted!r}]")
+    ids = {one for one in wanted if isinstance(one, str)}
+    check_known(edits, sorted(ids))
+    named = [edit for edit in edits if edit.id in ids]
+    required = {edit.requires for edit in named}
+    deltas = [edit for edit in each_base_delta_once(edits) if edit.is_base_delta and edit.id in required - ids]
+    return [*deltas, *named, *(one for one in wanted if not isinstance(one, str))]
 
 
 def check_known(edits: Sequence[Edit], ids: Sequence[str]) -> None:

@@ -178,8 +178,8 @@ def warn_of_no_scope(edits: Sequence[Edit]) -> None:
     if scoped:
         logger.warning_once(
             f"{scoped} of the edits act only where they are asked for; in merged weights and LoRA adapters they act "
-            "everywhere, and disturb one another and other texts. Merge or export few of them, and measure what "
-            "is left"
+            "everywhere, and disturb one another and other texts. Merge or export few of them (edits=[ids]), and "
+            "measure what that costs: evaluate_in_the_wild(..., scope=False), or hf-mend eval --no-scope"
         )
 
 

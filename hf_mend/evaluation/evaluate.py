@@ -84,6 +84,7 @@ def evaluate(
     max_steps: int | None = None,
     batch_size: int = 10,
     progress_file: str | Path | None = None,
+    scope: bool = True,
 ) -> list[State]:
     """
     Evaluate a model's editor, or its editing method, on a data set.
@@ -108,6 +109,8 @@ def evaluate(
         batch_size (`int`, defaults to 10): Records in one forward pass.
         progress_file (`str` or `Path`, *optional*): JSON lines of finished measurements, from which an interrupted
             evaluation resumes when it is called again with the same arguments, editor, base and data.
+        scope (`bool`, defaults to `True`): Whether edits keep their scopes. Without them they act everywhere: what
+            merged weights and LoRA adapters would do.
 
     Returns:
         `list[State]`: The states in the order of `edits`.
@@ -143,13 +146,15 @@ def evaluate(
         "seed": seed,
         "max_steps": steps,
         "batch_size": batch_size,
+        **({} if scope else {"scope": False}),
     }
-    run = Run(model, records, chosen, passages, steps, seed, batch_size, Progress(progress_file, settings))
+    run = Run(model, records, chosen, passages, steps, seed, batch_size, Progress(progress_file, settings), scope)
+    by_themselves = model.scope is not None and not scope  # acting everywhere, no two can share a pass
     before = perplexity(model, passages) if passages else None
     states = []
     for count in edits:
         measured, others = usable[count][:limit], usable[count][len(usable[count][:limit]) :]
-        if count == 1 and all(len(unit) == 1 for unit in measured):
+        if count == 1 and all(len(unit) == 1 for unit in measured) and not by_themselves:
             parts = list(run.alone([unit[0] for unit in measured]))
         else:
             parts = list(run.kept_together(measured, others, count, edits_per_call))

@@ -16,6 +16,8 @@ from .. import __version__
 from ..hub.cards import table
 from ..hub.plots import can_draw, draw_comparison
 from .evaluate import State
+from .wild_figures import figures_table
+from .wild_states import WildState
 
 
 # The titles of the metrics, in the order of the tables.
@@ -48,7 +50,9 @@ TITLES = {
 }
 
 
-def as_result(name: str, settings: Mapping[str, Any], states: Sequence[State]) -> dict[str, Any]:
+def as_result(
+    name: str, settings: Mapping[str, Any], states: Sequence[State], wild: Sequence[WildState] = ()
+) -> dict[str, Any]:
     """
     Return the results of one editor or method as JSON values.
 
@@ -57,18 +61,55 @@ def as_result(name: str, settings: Mapping[str, Any], states: Sequence[State]) -
         settings (`Mapping[str, Any]`): Its method, base model and the like. `training_time`, which an editor's card
             may state, becomes a column of the comparison.
         states (`Sequence[State]`): The states that were measured; see [`~hf_mend.evaluation.evaluate.evaluate`].
+        wild (`Sequence[WildState]`): Those in the wild; see
+            [`~hf_mend.evaluation.wild_states.evaluate_in_the_wild`].
     """
-    return {"name": name, **settings, "states": [asdict(state) for state in states]}
+    in_the_wild = {"wild": [asdict(state) for state in wild]} if wild else {}
+    return {"name": name, **settings, **in_the_wild, "states": [asdict(state) for state in states]}
 
 
 def metrics_table(result: Mapping[str, Any]) -> str:
-    """Return one editor's or method's states as a Markdown table with intervals, one column per state."""
-    states = result["states"]
+    """
+    Return one editor's or method's states as Markdown tables with intervals, one column per state: those in the wild,
+    then those that are teacher-forced.
+    """
+    states, wild = result["states"], result.get("wild", [])
+    parts = [wild_tables(wild)] if wild else []
+    if states:
+        parts += ["Teacher-forced:"] if wild else []
+        parts.append(_forced_table(states))
+    return "\n\n".join(parts)
+
+
+def _forced_table(states: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
-    rows = [[TITLES[name], *(_with_interval(state, name) for state in states)] for name in names]
+    rows = [[TITLES[name], *(with_interval(state, name) for state in states)] for name in names]
     rows.append(["facts measured", *(str(state["measured"]) for state in states)])
     rows += [[title, *(cell(state) for state in states)] for title, cell in COSTS.items()]
     return table(("", *(_title(state) for state in states)), rows)
+
+
+def wild_tables(states: Sequence[Mapping[str, Any]]) -> str:
+    """
+    Return states in the wild as Markdown tables, one column per state: the figures, and for each state with a scope
+    what this decides, and how that changes with its strictness.
+    """
+    names = dict.fromkeys(name for state in states for name in state["metrics"])
+    rows = [[name, *(with_interval(state, name) for state in states)] for name in names]
+    rows.append(["facts measured", *(str(state["measured"]) for state in states)])
+    parts = ["In the wild (free answers, in all forms of asking):", table(("", *map(_title, states)), rows)]
+    for state in states:
+        if state["decisions"]:
+            columns = dict.fromkeys(name for row in state["decisions"].values() for name in row)
+            shares = {name: {k: row[name] for k, row in state["decisions"].items() if name in row} for name in columns}
+            curve = {f"{point['strictness']:+.2f}": _without_strictness(point) for point in state["strictness"]}
+            parts += [f"What the scope decides at a text's end, {_title(state)}:", figures_table(shares)]
+            parts += [f"By `scope_strictness`, {_title(state)}:", figures_table(curve)]
+    return "\n\n".join(parts)
+
+
+def _without_strictness(point: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in point.items() if name != "strictness"}
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +130,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
             result["name"],
             _title(state),
             str(state["measured"]),
-            *(_with_interval(state, name) for name in names),
+            *(with_interval(state, name) for name in names),
             *(cell(state) for cell in COSTS.values()),
             *([result.get("training_time") or ""] if trained else []),
         ]
@@ -109,7 +150,8 @@ def shown(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def _with_interval(state: Mapping[str, Any], name: str) -> str:
+def with_interval(state: Mapping[str, Any], name: str) -> str:
+    """Return a state's figure, with its interval if it has one."""
     if name not in state["metrics"]:
         return ""
     interval = state["intervals"].get(name)
@@ -118,8 +160,10 @@ def _with_interval(state: Mapping[str, Any], name: str) -> str:
 
 
 def _title(state: Mapping[str, Any]) -> str:
-    calls = f", calls of {state['edits_per_call']}" if state["edits_per_call"] else ""
-    return f"{state['edits']} edit{'' if state['edits'] == 1 else 's'}{calls}"
+    alone = state["edits"] == 1
+    calls = f", calls of {state['edits_per_call']}" if state["edits_per_call"] and not alone else ""
+    where = "" if state.get("scope", True) else ", without scopes"
+    return f"{state['edits']} edit{'' if alone else 's'}{calls}{where}"
 
 
 def _memory(state: Mapping[str, Any]) -> str:

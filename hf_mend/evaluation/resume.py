@@ -12,6 +12,7 @@ import torch
 
 from ..bases.fingerprint import fingerprint_of
 from ..model import EditableModel
+from ..scope.files import scope_id
 
 
 class Progress:
@@ -58,9 +59,15 @@ class Progress:
 
 
 def hash_of_editor(model: EditableModel) -> str:
-    """Return a hash of the configuration and weights of a model's editor, and of its base."""
+    """Return a hash of the configuration and weights of a model's editor, of its scope, and of its base."""
     digest = hashlib.sha256(model.editor_config.to_json().encode())
-    base = [fingerprint_of(model.base_model, model.targets), str(model.config.name_or_path), str(model.dtype)]
+    base: list[Any] = [
+        fingerprint_of(model.base_model, model.targets),
+        str(model.config.name_or_path),
+        str(model.dtype),
+    ]
+    if model.scope is not None:
+        base += [scope_id(model.scope), model.scope_strictness]
     digest.update(json.dumps(base).encode())
     for name, tensor in sorted(model.editor.state_dict().items()):
         digest.update(name.encode())

@@ -19,6 +19,7 @@ from ..data.encoding import batches
 from ..data.records import EditRecord
 from ..model import EditableModel
 from .generation import answer
+from .made_edits import without_scopes
 from .metrics import Measured, evaluate_records, measure_records
 from .resume import Progress
 from .scores import counterfact_scores, in_the_wild, n_gram_entropy, perplexity, portability
@@ -42,6 +43,7 @@ class Run:
         seed (`int`): The seed of methods that draw.
         batch_size (`int`): Records in one forward pass.
         progress ([`~hf_mend.evaluation.resume.Progress`]): The store of the finished parts.
+        scope (`bool`, defaults to `True`): Whether edits keep their scopes.
     """
 
     model: EditableModel
@@ -52,6 +54,7 @@ class Run:
     seed: int
     batch_size: int
     progress: Progress
+    scope: bool = True
 
     def alone(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Measure single edits: a few one by one, for time, memory and perplexity; then all, in batches."""
@@ -138,7 +141,9 @@ class Run:
                         replace(self.records[i], paraphrases=[], neighborhood=[]) for unit in call for i in unit
                     ]
                     model.edit(records, max_steps=self.max_steps, force=True)
-                yield time.perf_counter() - began, peak.read()
+                cost = time.perf_counter() - began, peak.read()
+                with nullcontext() if self.scope else model.carrying(without_scopes(model.edits)):
+                    yield cost
             finally:
                 model.undo_all()
 

@@ -18,7 +18,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .plots import CURVE_NAME, METRICS_NAME, SHARES, can_draw, draw_metrics, draw_training
+from .plots import (
+    CURVE_NAME,
+    METRICS_NAME,
+    SHARES,
+    STRICTNESS_NAME,
+    can_draw,
+    draw_metrics,
+    draw_strictness,
+    draw_training,
+)
 from .text import on_one_line
 
 
@@ -35,6 +44,15 @@ METRICS = {
     "neighborhood_kl": "neighborhood kl",
     "unrelated_kl": "unrelated kl",
 }
+# The figures in the wild of a card and their titles, in the order of its table.
+WILD_METRICS = {
+    **{name: name for name in ("prompt", "paraphrase", "behind text", "question", "question in a chat", "chat")},
+    **{name: name for name in ("later turn", "neighbours", "neighbours behind text", "same subject")},
+    "same subject in a chat": "same subject in a chat",
+    "unrelated: bits": "unrelated, bit for bit",
+    "unrelated in a chat: bits": "in a chat too",
+    "repeats": "repeats",
+}
 _NOT_SETTINGS = ("base_fingerprint", "base_model_name_or_path", "revision", "task_type")
 
 
@@ -49,12 +67,17 @@ class CardNotes:
         measured (`dict[str, dict[str, float]]`): Title of a group of facts -> its metrics, as
             [`~hf_mend.evaluation.metrics.summarize`] returns them.
         command (`str`, *optional*): The shell command that repeats the measurement.
+        wild (`dict[str, dict[str, float]]`): Title of a group of facts -> its figures in the wild, as
+            [`~hf_mend.evaluation.wild_states.WildState`] has them, with `edits`, the number of facts.
+        strictness (`list[dict[str, float]]`): The curve of the scope's strictness, for the plot.
     """
 
     training: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     command: str | None = None
+    wild: dict[str, dict[str, float]] = field(default_factory=dict)
+    strictness: list[dict[str, float]] = field(default_factory=list)
 
 
 def write_card(
@@ -92,7 +115,7 @@ def write_card(
     }
     if notes.training:
         sections["training"] = table(("setting", "value"), list(notes.training.items()))
-    if notes.training or notes.measured:  # an earlier editor's figures are not this one's
+    if notes.training or notes.measured or notes.wild:  # an earlier editor's figures are not this one's
         sections |= _measured_sections(notes, config)
         sections["plots"] = _plots(folder, notes)
     update_card(folder, sections)
@@ -120,27 +143,32 @@ def machine(device: torch.device | None = None) -> str:
 
 def _measured_sections(notes: CardNotes, config: EditorConfig) -> dict[str, str]:
     """Return the card sections with measurements: the table, and the front matter's `model-index`."""
-    if not notes.measured:
+    if not notes.measured and not notes.wild:
         return {"metrics": _NOT_MEASURED, "results": ""}
-    text = metrics_table(notes.measured)
+    parts = []
+    if notes.wild:
+        parts += [_IN_THE_WILD, metrics_table(notes.wild, WILD_METRICS)]
+    if notes.measured:
+        parts += [_TEACHER_FORCED, metrics_table(notes.measured)]
+    text = "\n\n".join(parts)
     if notes.command is None:
         text += "\n\n`EditorTrainer.evaluate` measures it again, given the same facts."
     else:
         text += f"\n\nThis measures it again:\n\n```bash\n{notes.command}\n```"
-    return {"metrics": text, "results": _model_index(notes.measured, config)}
+    return {"metrics": text, "results": _model_index(notes, config)}
 
 
-def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> str:
+def metrics_table(measured: Mapping[str, Mapping[str, float]], titles: Mapping[str, str] = METRICS) -> str:
     """Return the metrics of groups of facts as a Markdown table with one row per group."""
-    names = [name for name in METRICS if any(name in metrics for metrics in measured.values())]
+    names = [name for name in titles if any(name in metrics for metrics in measured.values())]
     rows = [
         (title, f"{metrics['edits']:.0f}", *(f"{metrics[n]:.3f}" if n in metrics else "" for n in names))
         for title, metrics in measured.items()
     ]
-    return table(("facts", "edits", *(METRICS[name] for name in names)), rows)
+    return table(("facts", "edits", *(titles[name] for name in names)), rows)
 
 
-def _model_index(measured: Mapping[str, Mapping[str, float]], config: EditorConfig) -> str:
+def _model_index(notes: CardNotes, config: EditorConfig) -> str:
     """Return the metrics as the Hub's `model-index` in YAML, with values rounded to four digits."""
     name = f"{Path(config.base_model_name_or_path or 'editor').name}-{config.method}"
     task = "text2text-generation" if config.task_type == "SEQ_2_SEQ_LM" else "text-generation"
@@ -152,11 +180,12 @@ def _model_index(measured: Mapping[str, Mapping[str, float]], config: EditorConf
             dataset_name=title,
             dataset_config=title,
             metric_type=metric,
-            metric_name=METRICS[metric],
+            metric_name=name,
             metric_value=round(float(metrics[metric]), 4),
         )
+        for measured, titles in ((notes.wild, WILD_METRICS), (notes.measured, METRICS))
         for title, metrics in measured.items()
-        for metric in METRICS
+        for metric, name in titles.items()
         if metric in metrics
     ]
     return _yaml({"model-index": eval_results_to_model_index(name, results)})
@@ -226,7 +255,17 @@ def training_time(path: str | Path) -> str | None:
 
 
 _NOT_MEASURED = (
-    "Nothing was measured for this card. `EditorTrainer.evaluate` measures edit success, generality and locality."
+    "Nothing was measured for this card. `hf-mend eval` measures edits as people meet them, and "
+    "`EditorTrainer.evaluate` edit success, generality and locality, teacher-forced."
+)
+_IN_THE_WILD = (
+    "As people meet edits: each fact asked in these forms and answered freely to the model's own end; a right answer "
+    "starts with the target, in a chat holds it, and repeats are right answers that say it three times or more. What "
+    "must stay: the next token, and for unrelated texts its logits, bit for bit."
+)
+_TEACHER_FORCED = (
+    "Teacher-forced, as the field measures: of the target's tokens, each given those before it. Free answers are "
+    "right less often."
 )
 
 
@@ -294,6 +333,9 @@ def _plots(folder: str | Path, notes: CardNotes) -> str:
     if can_draw() and notes.measured:
         draw_metrics(Path(folder) / METRICS_NAME, notes.measured)
         lines.append(f"![What was measured, by group of facts]({METRICS_NAME})")
+    if can_draw() and notes.strictness:
+        draw_strictness(Path(folder) / STRICTNESS_NAME, notes.strictness)
+        lines.append(f"![How often edits act where they should, and where not, by strictness]({STRICTNESS_NAME})")
     if can_draw() and draw_training(Path(folder) / CURVE_NAME, notes.history):
         lines.append(f"![Loss and metrics over the training steps]({CURVE_NAME})")
     return "\n\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 
 CURVE_NAME = "training.png"
 METRICS_NAME = "metrics.png"
+STRICTNESS_NAME = "strictness.png"
 # The metrics that are shares and their titles.
 SHARES = {
     "edit_success": "edit success",
@@ -80,6 +81,33 @@ def draw_metrics(path: str | Path, measured: Mapping[str, Mapping[str, float]]) 
     axes.set_ylim(0, 1.25)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.legend(loc="upper center", ncols=min(3, len(measured)), fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_strictness(path: str | Path, curve: Sequence[Mapping[str, float]]) -> None:
+    """
+    Draw how often the right edit acts, by form of asking, against how often one acts where none should.
+
+    Args:
+        path (`str` or `Path`): The PNG file.
+        curve (`Sequence[Mapping[str, float]]`): Points of
+            [`~hf_mend.evaluation.wild_figures.strictness_curve`].
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    over_all = ("strictness", "wrong edit", "fired")
+    stays = ("neighbours", "same subject", "unrelated")
+    forms = [name for name in curve[0] if name not in over_all and not name.startswith(stays)]
+    for name, color in zip(forms, itertools.cycle(series_colors()), strict=False):
+        style = {"linewidth": 2.5, "color": "black"} if name == "recall" else {"color": color}
+        axes.plot([point["fired"] for point in curve], [point[name] for point in curve], "o-", label=name, **style)
+    for point in curve[:: max(1, len(curve) // 6)]:
+        place = (point["fired"], point["recall"])
+        axes.annotate(f"{point['strictness']:+g}", place, xytext=(4, -10), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="an edit acts where none should", ylabel="the right edit acts", ylim=(-0.02, 1.05))
+    _finish(axes)
     figure.savefig(path, dpi=110)
 
 

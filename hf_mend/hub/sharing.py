@@ -87,7 +87,7 @@ class PushesToHub:
         return push_written(self.save_edits, "edits", repo_id, replaces=files_like(EDITS_NAME), **push_kwargs)
 
     def push_lora_to_hub(
-        self, repo_id: str, edits: Sequence[Edit] | None = None, uniform_rank: bool = True, **push_kwargs: Any
+        self, repo_id: str, edits: Sequence[Edit | str] | None = None, uniform_rank: bool = True, **push_kwargs: Any
     ) -> CommitInfo:
         """
         Upload edits as a LoRA adapter, which `PeftModel.from_pretrained(base, repo_id)` loads.

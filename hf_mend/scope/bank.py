@@ -15,6 +15,8 @@ from .network import key_scores, may_pass
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
 _SCORES_AT_ONCE = 1 << 24
+# Less than any score is past any threshold.
+_OUT = -2.0
 
 
 class KeyBank:
@@ -68,19 +70,49 @@ class KeyBank:
         rows = self._keys.to(device).rows, self._thresholds.to(device).rows, self._owner.to(device).rows
         return _Keys(*rows, self._excluded)
 
-    def choose(self, queries: torch.Tensor, strictness: float = 0.0) -> torch.Tensor:
+    def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the number of the edit that each text asks for, -1 where it asks for none.
 
         Args:
             queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
             strictness (`float`, defaults to 0.0): What is added to every threshold.
+            only (`torch.Tensor` of shape `(texts,)`, *optional*): The number of the one edit that each may ask for.
         """
         if not self.ids:
             return queries.new_full((len(queries),), -1, dtype=torch.long)
         held = self._on(queries.device)
         size = max(1, _SCORES_AT_ONCE // len(held.keys))
-        return torch.cat([held.choose(part, strictness) for part in queries.split(size)])
+        parts = queries.split(size)
+        allowed = [None] * len(parts) if only is None else only.to(queries.device).split(size)
+        return torch.cat([held.choose(*pair, strictness) for pair in zip(parts, allowed, strict=True)])
+
+    def margins(self, queries: torch.Tensor, own: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return how far texts are past the thresholds: of their own edits, and of the nearest others.
+
+        Args:
+            queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
+            own (`Sequence[str]`): Of each text, the id of its own edit.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit, or a text is
+            excluded.
+        """
+        none = queries.new_full((len(queries),), _OUT)
+        if not self.ids:
+            return none, none.clone()
+        held, numbers = self._on(queries.device), {one: number for number, one in enumerate(self.ids)}
+        mine = torch.tensor([numbers.get(one, -1) for one in own], device=queries.device)
+        size = max(1, _SCORES_AT_ONCE // len(held.keys))
+        found = []
+        for part, numbered in zip(queries.split(size), mine.split(size), strict=True):
+            over, owner = held.over(part, slice(None))
+            is_own = owner == numbered[:, None]
+            found.append(
+                (over.masked_fill(~is_own, _OUT).max(-1).values, over.masked_fill(is_own, _OUT).max(-1).values)
+            )
+        return torch.cat([one for one, _ in found]), torch.cat([one for _, one in found])
 
     def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -131,20 +163,27 @@ class _Keys:
     owner: torch.Tensor
     excluded: Mapping[int, torch.Tensor]
 
-    def choose(self, queries: torch.Tensor, strictness: float) -> torch.Tensor:
+    def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
         # Of tens of thousands of keys a few are worth a whole look.
         near = may_pass(queries, self.keys, self.thresholds + strictness).nonzero()[:, 0]
         if not len(near):
             return queries.new_full((len(queries),), -1, dtype=torch.long)
-        owner, scores = self.owner[near], key_scores(queries, self.keys[near])  # (keys,), (texts, keys)
-        over = scores - self.thresholds[near]
+        over, owner = self.over(queries, near)
+        if only is not None:
+            over = over.masked_fill(owner != only[:, None], _OUT)
+        best = over.max(-1)
+        return torch.where(best.values >= strictness, owner[best.indices], -1)
+
+    def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how far texts are past the thresholds of some keys, `(texts, keys)`, and the keys' edits."""
+        owner, scores = self.owner[keys], key_scores(queries, self.keys[keys])
+        over = scores - self.thresholds[keys]
         for number, excluded in self.excluded.items():
             # An excluded text that is at least as near as the key keeps the edit out.
             own = owner == number
             nearest = key_scores(queries, excluded.to(queries.device)).max(-1).values
-            over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], -2.0)
-        best = over.max(-1)
-        return torch.where(best.values >= strictness, owner[best.indices], -1)
+            over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], _OUT)
+        return over, owner
 
 
 def _on(tensors: Sequence[torch.Tensor], rows: GrowingRows) -> list[torch.Tensor]:

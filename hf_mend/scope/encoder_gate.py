@@ -12,7 +12,7 @@ from torch import nn
 
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
-from .gate import ScopeGate, _acting, _suspended
+from .gate import ScopeGate, Watch, _acting, _suspended, _watch
 from .network import ScopeNetwork
 
 
@@ -52,15 +52,22 @@ class EncoderGate(ScopeGate):
         if hidden is None:  # a decoder by itself, which is asked for nothing
             return
         mask = mask if isinstance(mask, torch.Tensor) and mask.shape == hidden.shape[:2] else None
-        decision = self._local.decision
-        if not isinstance(decision, _Decision) or not decision.is_of(hidden, mask, bank, self.strictness):
-            decision = _Decision(hidden, mask, bank, self.strictness, self._chosen(hidden, mask, bank))
-            self._local.decision = decision
+        watch, decision = _watch.get(), self._local.decision
+        known = isinstance(decision, _Decision) and decision.is_of(hidden, mask, bank, self.strictness)
+        if watch is not None or not known:
+            keys, acting = self._chosen(hidden, mask, bank, watch)
+            decision = _Decision(hidden, mask, bank, self.strictness, acting)
+            self._local.decision = None if watch is not None else decision
+            if watch is not None:
+                watch.keys.append(keys)
+                watch.acted |= acting is not None
         if self._local.current is not None:
             self._local.current.acting = decision.acting
 
-    def _chosen(self, hidden: torch.Tensor, mask: torch.Tensor | None, bank: KeyBank) -> Acting | None:
-        """Return where edits act, from the encoder's output and its mask."""
+    def _chosen(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, bank: KeyBank, watch: Watch | None
+    ) -> tuple[torch.Tensor, Acting | None]:
+        """Return the rows' keys and where edits act, from the encoder's output and its mask."""
         if self.scope.centre.device != hidden.device:
             self.scope.to(hidden.device)
         present = None if mask is None else mask.to(hidden.device).bool()
@@ -68,11 +75,12 @@ class EncoderGate(ScopeGate):
             states = self.scope.token_states(hidden.clone() if hidden.is_inference() else hidden, present)
             # What is not there counts for nothing on either side, so the last place has the whole text's key.
             keys = self.scope.keys(states, last=1)[:, 0]  # (rows, width)
-            chosen = bank.choose(keys, self.strictness)  # (rows,)
+            only = None if watch is None else watch.numbers(bank, len(keys), 1)
+            chosen = bank.choose(keys, self.strictness, only)  # (rows,)
         if present is not None:
             chosen = torch.where(present.any(-1), chosen, -1)
         acting = _acting(chosen, bank)
-        return None if acting is None else replace(acting, by_row=True)
+        return keys, None if acting is None else replace(acting, by_row=True)
 
 
 class _Decision:

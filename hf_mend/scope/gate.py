@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,8 +42,35 @@ class _OfThread(threading.local):
     decision: Any = None  # of an encoder-decoder model's last pass
 
 
+@dataclass
+class Watch:
+    """
+    What a context asks of the passes in it, and what it learns of them.
+
+    Args:
+        only (`Sequence[str]`, *optional*): Of each row, the id of the one edit that may act in it.
+        keys (`list[torch.Tensor]`): Of each pass, the keys at its last token, `(rows, width)`.
+        acted (`bool`): Whether an edit acted anywhere.
+    """
+
+    only: Sequence[str] | None = None
+    keys: list[torch.Tensor] = field(default_factory=list)
+    acted: bool = False
+
+    def numbers(self, bank: KeyBank, rows: int, length: int) -> torch.Tensor | None:
+        """Return the number of the edit that may act at each token, `(rows * length,)`; `None` where all may."""
+        if self.only is None:
+            return None
+        if len(self.only) != rows:
+            raise ValueError(f"a pass has {rows} rows, and edits for {len(self.only)} were named; name one a row")
+        numbers = {one: number for number, one in enumerate(bank.ids)}
+        return torch.tensor([numbers.get(one, -1) for one in self.only]).repeat_interleave(length)
+
+
 # Gates that are suspended, in a thread or asyncio task.
 _suspended: ContextVar[tuple[ScopeGate, ...]] = ContextVar("suspended", default=())
+# What watches passes, in a thread or asyncio task.
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 class ScopeGate:
@@ -101,6 +128,22 @@ class ScopeGate:
         finally:
             _suspended.set(before)
 
+    @contextmanager
+    def watched(self, only: Sequence[str] | None = None) -> Iterator[Watch]:
+        """
+        Watch the decisions of the passes within the context, in this thread.
+
+        Args:
+            only (`Sequence[str]`, *optional*): Of each row of these passes, the id of the one edit that may act in it.
+        """
+        before = _watch.get()
+        watch = Watch(only)
+        try:
+            _watch.set(watch)
+            yield watch
+        finally:
+            _watch.set(before)
+
     # ---- the hooks of a pass ----
 
     # While they are added or removed, torch may call hooks without the keyword arguments; no edit acts then.
@@ -131,10 +174,15 @@ class ScopeGate:
         with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
             states, mask = self._states(current, hidden.clone() if hidden.is_inference() else hidden, cache)
             keys = self.scope.keys(states, hidden.shape[1])  # (rows, seq, key width)
-            chosen = bank.choose(keys.flatten(0, 1), self.strictness)  # (rows * seq,)
+            watch = _watch.get()
+            only = None if watch is None else watch.numbers(bank, *hidden.shape[:2])
+            chosen = bank.choose(keys.flatten(0, 1), self.strictness, only)  # (rows * seq,)
         if mask is not None:
             chosen = torch.where(mask.reshape(-1).bool(), chosen, -1)
         current.acting = _acting(chosen, bank)
+        if watch is not None:
+            watch.keys.append(keys[:, -1])
+            watch.acted |= current.acting is not None
 
     def _states(
         self, current: _Pass, hidden: torch.Tensor, cache: Cache | None

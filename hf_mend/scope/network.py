@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import nn
@@ -174,8 +175,8 @@ def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
             The keys.
     """
-    cosines = [q @ k.T for q, k in zip(_parts(queries), _parts(keys), strict=True)]
-    least = torch.stack(cosines).mul(-_ROUNDED_MINIMUM).logsumexp(0)
+    cosines = (-_ROUNDED_MINIMUM * q @ k.T for q, k in zip(_parts(queries), _parts(keys), strict=True))
+    least = reduce(torch.logaddexp, cosines)
     return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, length_batches
 from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
+from ..data.kinds import more_facts, packaged_facts, with_more_asked
 from ..data.records import EditRecord
 from .examples import Asking, TrainingExamples
 
@@ -30,6 +31,8 @@ WEIGHTS: Mapping[str, float] = {
     "same_subject": 1.0,
     "unrelated": 1.0,
 }
+# Packaged facts that serve as unrelated questions where there are no others.
+_QUESTIONS = 400
 # Those that must stay and have to do with a record.
 _STAYS = ("neighborhood", "same_subject")
 _TAIL_TOKENS = 8
@@ -93,6 +96,29 @@ def scope_examples(examples: TrainingExamples, forms: int = 3, same_subject: int
     )
 
 
+def with_further_kinds(
+    examples: TrainingExamples | None, count: int, seed: int = 0, forms: Mapping[str, float] = DEFAULT_FORMS
+) -> TrainingExamples:
+    """
+    Return draws with further kinds of facts, about the records' subjects where their kind is known and about packaged
+    ones, so that a scope knows more kinds of questions than the records have; see [`~hf_mend.data.kinds.FactKinds`].
+
+    Args:
+        examples ([`TrainingExamples`], *optional*): An editor's draws; packaged facts alone when missing.
+        count (`int`): The number of further facts.
+        seed (`int`, defaults to 0): Seed of the draws.
+        forms (`Mapping[str, float]`): The forms of asking where no examples have theirs.
+    """
+    records = [] if examples is None else list(examples.records)
+    own = more_facts(records, count // 2 if records else 0, seed)
+    packaged = packaged_facts(count - len(own) + _QUESTIONS, seed)
+    more, rest = packaged[: count - len(own)], packaged[count - len(own) :]
+    questions = list(examples.questions) if examples is not None and examples.questions else []
+    questions = questions or [(record.questions[0], record.target) for record in rest]
+    asking = Asking(forms) if examples is None else examples.asking
+    return TrainingExamples(with_more_asked([*records, *own, *more], seed=seed), questions, seed=seed, asking=asking)
+
+
 def _with_context(asking: Asking) -> Asking:
     return asking if asking.context_rate > 0 else replace(asking, context_rate=0.4)
 
@@ -153,9 +179,10 @@ def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Ra
 def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:
     prompt, _ = encoder.tokens(replace(query, answer=None))
     if encoder.is_encoder_decoder:
-        return _whole(prompt, NONE, "unrelated")
+        return replace(_whole(prompt, NONE, "unrelated"), prompt=query.prompt)
     places = {len(prompt) - 1, *draw.sample(range(len(prompt)), min(4, len(prompt)))}
-    return _cut(prompt, [Mark(place, NONE, "unrelated") for place in sorted(places)])
+    marks = [Mark(place, NONE, "unrelated") for place in sorted(places)]
+    return replace(_cut(prompt, marks), prompt=query.prompt)
 
 
 def _whole(tokens: list[int], fact: int, kind: str, near: int = NONE) -> MarkedText:
@@ -171,7 +198,7 @@ def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
 def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedText]]) -> None:
     """
     Set of each text the records that it rightly asks for beside its own: the same fact again, another whose words it
-    has, or, of a neighbour's prompt, the neighbour's own.
+    has, or, of a neighbour's prompt, the neighbour's own. Unrelated questions may be about other records, too.
 
     Args:
         records (`Sequence[EditRecord]`): The records.
@@ -189,12 +216,12 @@ def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedTex
         same = [j for j in facts[_subject(record), record.relation] if j != i]
         for text in own:
             kind = text.marks[0].kind if text.marks else ""
-            if kind in _STAYS:
+            if kind in _STAYS or kind == "unrelated":
                 found = wordings.get(text.prompt, set()) - {i}
                 if kind == "neighborhood":
                     found |= {j for j in relations[record.relation] if _subject(records[j]) in text.prompt} - {i}
                 text.others = sorted(found)
-            elif kind != "unrelated":
+            else:
                 text.others = same
 
 

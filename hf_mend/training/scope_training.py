@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.encoding import length_batches
+from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
 from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
@@ -26,6 +27,7 @@ from .scope_examples import (
     read_hidden_states,
     scope_examples,
     set_others,
+    with_further_kinds,
 )
 
 
@@ -34,7 +36,7 @@ logger = logging.get_logger(__name__)
 # Steps after which the keys of all facts are computed anew.
 _FRESH_KEYS = 65
 # Other facts among whose keys a step's have to be found.
-_OTHER_FACTS = 2000
+_OTHER_FACTS = 1000
 # Kinds of texts that give a fact's keys, in the order of the bank.
 _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
@@ -56,6 +58,8 @@ class ScopeTrainingArguments:
         learning_rate (`float`, defaults to 2e-3): The largest, after a short warm-up and before it falls.
         max_facts (`int`, defaults to 10000): The most facts; their texts' hidden states are in memory, about 0.35 MB a
             fact at a width of 576.
+        further_facts (`int`, defaults to 2000): Facts of further kinds, made by rule, beside the given ones: a scope
+            learns what questions mean from many kinds of them.
         seed (`int`, defaults to 0): Seed of the draws and of the network.
         bf16 (`bool`, defaults to `False`): Read the hidden states in bfloat16.
     """
@@ -64,6 +68,7 @@ class ScopeTrainingArguments:
     facts_per_step: int = 40
     learning_rate: float = 2e-3
     max_facts: int = 10_000
+    further_facts: int = 2000
     seed: int = 0
     bf16: bool = False
 
@@ -72,6 +77,8 @@ class ScopeTrainingArguments:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if type(self.further_facts) is not int or self.further_facts < 0:
+            raise ValueError(f"further_facts is {self.further_facts!r}, expected a whole number of at least 0")
 
 
 class ScopeTexts:
@@ -173,14 +180,15 @@ def scope_loss(
     stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
     keys = torch.cat([stale.index_copy(0, fresh, queries[own]), queries[stays]])
     logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
-    logits = logits.masked_fill(_not_counted(marked, column, sides, stays), _NOT_THERE)
-    none = logits.new_zeros(len(marks), 1)
+    not_counted = _not_counted(marked, column, sides, stays)
     asked = torch.tensor([column.get(mark.fact, NONE) for mark in marks])
     wanted = asked.clamp(min=0)[:, None] + count * torch.arange(sides)  # (marks, sides)
-    whole = torch.cat([logits, none], 1).logsumexp(1)
-    without = torch.cat([logits.scatter(1, wanted, _NOT_THERE), none], 1).logsumexp(1)
-    found = whole - logits.gather(1, wanted).logsumexp(1) + _ABSENT * without
+    own_keys = logits.gather(1, wanted).masked_fill(not_counted.gather(1, wanted), _NOT_THERE).logsumexp(1)
+    others_keys = logits.masked_fill(not_counted.scatter(1, wanted, True), _NOT_THERE).logsumexp(1)
+    without = torch.logaddexp(others_keys, torch.zeros(()))  # "none" has the logit 0
+    whole = torch.logaddexp(without, own_keys)
     weights = torch.tensor([WEIGHTS[mark.kind] for mark in marks])
+    found = whole - own_keys + _ABSENT * without
     return (torch.where(asked != NONE, found, whole) * weights).sum() / weights.sum()
 
 
@@ -202,25 +210,31 @@ def _not_counted(
 
 
 def train_scope(
-    model: EditableModel, examples: TrainingExamples, args: ScopeTrainingArguments | None = None
+    model: EditableModel, examples: TrainingExamples | None = None, args: ScopeTrainingArguments | None = None
 ) -> dict[str, float]:
     """
-    Train a model's scope on the facts of its editor, and set it.
+    Train a model's scope on the facts of its editor, or on packaged ones alone, and set it.
 
     Args:
         model ([`EditableModel`]): A model of `EditorConfig(scope=True)`, without edits.
-        examples ([`TrainingExamples`]): An editor's draws.
+        examples ([`TrainingExamples`], *optional*): An editor's draws. Without them, the facts are the
+            `further_facts` of the options, and any method of any base gets a scope.
         args ([`ScopeTrainingArguments`], *optional*): The options.
 
     Returns:
         `dict[str, float]`: The last steps' mean loss, and the threshold.
 
     Raises:
-        ValueError: The model's edits act everywhere, or it carries edits.
+        ValueError: The model's edits act everywhere, it carries edits, or there are no facts.
     """
     args = args or ScopeTrainingArguments()
     if model.scope is None:
         raise ValueError("the model's edits act everywhere; make it with EditorConfig(scope=True) to train a scope")
+    if examples is None and not args.further_facts:
+        raise ValueError("there are neither examples nor further_facts to train a scope on; give one of them")
+    if examples is None or args.further_facts:
+        forms = available_forms(DEFAULT_FORMS, model.encoder.tokenizer)
+        examples = with_further_kinds(examples, args.further_facts, args.seed, forms)
     data = scope_texts(model, examples, args)
     torch.manual_seed(args.seed)
     scope = ScopeNetwork(model.scope.width)
@@ -270,6 +284,9 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     some = draw.sample(range(len(data)), min(1000, len(data)))
     keys = data.bank(scope, some)
     texts = [text for fact in some for text in data.texts[fact]]
+    texts = [text for text in texts if text.marks]
+    # Within an unrelated text a fact may stand that is asked for rightly: at its end it is not.
+    texts = [replace(text, marks=text.marks[-1:]) if text.marks[-1].kind == "unrelated" else text for text in texts]
     marks = [(mark.kind, {*text.others}) for text in texts for mark in text.marks]
     queries = data.keys(scope, texts)
     least = []

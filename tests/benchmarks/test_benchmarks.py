@@ -10,7 +10,10 @@ import pytest
 from support.facts import write_facts
 from support.models import build_model, make_tokenizer
 from support.paths import ROOT
+from support.scope import scoped
 from support.training import QUESTIONS
+
+from hf_mend.edits.store import EditStore
 
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -98,3 +101,29 @@ def test_edits_of_an_encoder_decoder_model_are_asked_together(monkeypatch):
     assert kept.kept_table(found).startswith("| kept | prompt | paraphrase | behind text |")
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+def test_edits_with_a_scope_are_kept_and_measured_in_the_wild(script, tmp_path, monkeypatch):
+    scoped(build_model("llama"), make_tokenizer()).save_pretrained(tmp_path / "editor")
+    options = ("--results", str(tmp_path / "many"), "--methods", "", "--scoped", str(tmp_path / "editor"))
+    options = (*options, "--measured", "2", "--call", "2", "--scoped-counts")
+    script("many_edits", *options, "2")
+    assert len(EditStore(tmp_path / "many.store").edits) == 2
+    script("many_edits", *options, "2,4")
+    states = json.loads((tmp_path / "many.json").read_text())["in the wild"]
+    assert list(states) == ["2", "4"] and "perplexity" in states["4"]
+    assert len(EditStore(tmp_path / "many.store").edits) == 4
+    assert "| behind text |" in (tmp_path / "many.md").read_text()
+
+
+def test_in_the_wild_measures_alone_beside_others_and_without_scopes(script, tmp_path):
+    scoped(build_model("llama"), make_tokenizer()).save_pretrained(tmp_path / "editor")
+    options = ("--editor", str(tmp_path / "editor"), "--limit", "2", "--store", str(tmp_path / "store"))
+    for name, more in {"alone": (), "kept": ("--kept", "4"), "merged": ("--no-scope",)}.items():
+        script("in_the_wild", *options, *more, "--results", str(tmp_path / "wild" / name))
+    found = {
+        name: json.loads((tmp_path / "wild" / f"{name}.json").read_text()) for name in ("alone", "kept", "merged")
+    }
+    assert all(len(document["edits"]) == 2 for document in found.values())
+    assert found["alone"]["decisions"] and found["kept"]["strictness"] and not found["merged"]["decisions"]
+    assert "What the scope decides" in (tmp_path / "wild" / "kept.md").read_text()

@@ -295,6 +295,7 @@ WRONG = {
         ("eval", "editor", "facts.json", "--config", "ridge=1"),
         "--config is for methods",
     ),
+    "nothing to measure": (("eval", "editor", "facts.json", "--no-wild", "--no-teacher-forced"), "leaves nothing to"),
     "a card of a method": (("eval", "gradient", "facts.json", "--card"), "writes into an editor's folder"),
     "nothing to resume": (("train", "facts.json", "-o", "x", "--resume"), "leave --resume out to begin anew"),
 }
@@ -378,7 +379,8 @@ def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world)
 def test_an_editor_is_measured(world, tmp_path):
     shutil.copytree(world / "editor", tmp_path / "editor")
     arguments = ("eval", tmp_path / "editor", world / "facts.json", "--questions", world / "questions.jsonl",
-                 "--edits", "1,3", "--limit", 4, "--seed", 7, "-o", tmp_path / "out", "--card")  # fmt: skip
+                 "--edits", "1,3", "--limit", 4, "--seed", 7, "-o", tmp_path / "out", "--card",
+                 "--no-wild")  # fmt: skip
     done = invoke(*arguments)
     assert done.exit_code == 0, done.stderr
     document = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -386,7 +388,7 @@ def test_an_editor_is_measured(world, tmp_path):
     assert [(state["edits"], state["measured"]) for state in result["states"]] == [(1, 4), (3, 4)]
     shares = ("edit_success", "generality", "neighborhood", "unrelated", "drawdown", "exact_match", "perplexity")
     assert set(shares) <= set(result["states"][0]["metrics"]) and result["method"] == "mend"
-    command = "hf-mend eval editor facts.json --edits 1,3 --limit 4 --seed 7 --questions questions.jsonl"
+    command = "hf-mend eval editor facts.json --edits 1,3 --limit 4 --seed 7 --questions questions.jsonl --no-wild"
     assert document["command"] == command
     success = result["states"][1]["metrics"]["edit_success"]
     assert re.search(rf"^\| edit success \| .* \| {success:.3f} \[", done.stdout, re.M)
@@ -400,13 +402,43 @@ def test_an_editor_is_measured(world, tmp_path):
     assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
 
 
+def test_an_editor_is_measured_in_the_wild(world, tmp_path):
+    shutil.copytree(world / "editor", tmp_path / "editor")
+    arguments = ("eval", tmp_path / "editor", world / "facts.json", "--questions", world / "questions.jsonl",
+                 "--edits", "1,2", "--limit", 2, "-o", tmp_path / "out", "--card", "--metrics", "success")  # fmt: skip
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.stderr
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [(state["edits"], state["measured"], state["scope"]) for state in result["wild"]] == [
+        (1, 2, True),
+        (2, 2, True),
+    ]
+    assert len(result["states"]) == 2 and {"prompt", "behind text", "unrelated: bits"} <= set(
+        result["wild"][0]["metrics"]
+    )
+    assert "perplexity" in result["wild"][1]["metrics"] and result["wild"][1]["decisions"] == {}
+    assert (
+        done.stdout.index("In the wild") < done.stdout.index("| behind text |") < done.stdout.index("Teacher-forced:")
+    )
+    card = (tmp_path / "editor" / "README.md").read_text()
+    assert "As people meet edits" in card and "Teacher-forced, as the field measures" in card
+    assert "| facts.json, 2 edits kept at once (calls of 10) | 2 |" in card
+    alone = invoke(*arguments[:-5], "--no-teacher-forced", "--no-scope", "--json")
+    assert alone.exit_code == 0, alone.stderr
+    document = json.loads(alone.stdout)
+    assert document["results"][0]["states"] == [] and document["results"][0]["wild"] == result["wild"], (
+        "it has no scope"
+    )
+    assert document["command"].endswith("--no-teacher-forced --no-scope")
+
+
 @pytest.mark.parametrize(
     ("method", "field", "option"),
     [("gradient", "margin=1.5", "--edits-per-call"), ("ft", "num_steps=3", "--in-calls-of")],  # the earlier name
 )
 def test_a_method_is_measured_in_calls(world, method, field, option):
     done = invoke("eval", method, world / "facts.json", "-m", world / "base", "--edits", 4, option, 2,
-                  "--metrics", "success", "--config", field, "--json", "--limit", 4)  # fmt: skip
+                  "--metrics", "success", "--config", field, "--json", "--limit", 4, "--no-wild")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     (state,) = result["states"]
@@ -450,7 +482,7 @@ def test_editors_and_methods_are_compared(world, tmp_path):
         "--metrics success,neighborhood --limit 2 --base-model base --output out"
     )
     alone = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", "1,2", "--limit", 2,
-                   "--metrics", "success,neighborhood", "--json")  # fmt: skip
+                   "--metrics", "success,neighborhood", "--json", "--no-wild")  # fmt: skip
     states = json.loads(alone.stdout)["results"][0]["states"]
     assert [s["metrics"] for s in states] == [s["metrics"] for s in document["results"][1]["states"]]
     assert len(re.findall(r"^\| (?:trained|gradient) \| [12] edits? \|", done.stdout, re.M)) == 4

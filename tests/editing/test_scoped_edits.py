@@ -243,6 +243,27 @@ def test_merging_says_that_there_is_no_scope(model, caplog):
     assert all_logits(merged, tokenizer, OTHER) is not None
 
 
+def test_some_edits_are_merged_and_exported(model, tokenizer, llama, tmp_path):
+    base = copy.deepcopy(llama)
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, check=False)
+    wanted, other = model.edits
+    model.save_lora(tmp_path / "one", [wanted.id])
+    model.save_lora(tmp_path / "same", [wanted])
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
+    assert files[0] == files[1]
+    for names, error in ((["none"], KeyError), (wanted.id, TypeError)):
+        with pytest.raises(error, match="no edit has the id 'none'|expected a list of edits or of their ids"):
+            model.merge_and_unload(edits=names)
+        with pytest.raises(error):
+            model.save_lora(tmp_path / "x", names)
+    assert model.edits.ids == [wanted.id, other.id]
+    merged = model.merge_and_unload(edits=[wanted])
+    for name, (u, v) in wanted.updates.items():
+        base.get_submodule(name).weight.data += v.float().T @ u.float()
+    torch.testing.assert_close(all_logits(merged, tokenizer, OTHER), all_logits(base, tokenizer, OTHER))
+
+
 def test_an_exported_adapter_is_the_open_scope(model, tokenizer, llama, tmp_path):
     from peft import PeftModel
 

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from support.models import RECORDS, build_model, editable
+from support.scope import scoped
 
 from hf_mend import EditableModel, EditRecord
 from hf_mend.data.encoding import Query
@@ -47,11 +48,12 @@ def by_hand(model: EditableModel, groups: list[list[EditRecord]], tokenizer) -> 
         model.edit([r.prompt for r in group], [r.target for r in group], force=True)
         edited = copy.deepcopy(model.base_model)
         for name, update in stacked(model.edits).items():
-            edited.get_submodule(name).weight.data += dense(update)
+            edited.get_submodule(name).weight.data += dense((update[0].float(), update[1].float()))
         model.undo_all()
         base = model.base_model
         for module in edited.modules():
             module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         for record in group:
             for kind, prompts in (("edit_success", [record.prompt]), ("generality", record.paraphrases)):
                 for prompt in prompts:
@@ -99,6 +101,17 @@ def test_the_figures_are_those_of_weights_with_the_edits_in_them(model, tokenize
         assert four.metrics["perplexity"] == pytest.approx(perplexity(model, passages), rel=1e-5)
     low, high = alone.intervals["edit_success"]
     assert low <= alone.metrics["edit_success"] <= high
+
+
+def test_edits_without_their_scopes_are_those_of_merged_weights(llama, tokenizer):
+    model = scoped(llama, tokenizer)
+    chosen = [name for name in METRICS if name in ("success", "generality", "neighborhood", "unrelated", "drawdown")]
+    order = [RECORDS[unit[0]] for unit in shuffled_units(RECORDS, 0)]
+    states = evaluate(model, RECORDS, edits=(1, 4), limit=4, metrics=chosen, scope=False)
+    for state, groups in zip(states, ([[record] for record in order[:4]], [order[:4]]), strict=True):
+        assert {name: state.metrics[name] for name in SHARES} == pytest.approx(by_hand(model, groups, tokenizer))
+    within = evaluate(model, RECORDS, edits=(4,), limit=4, metrics=chosen)
+    assert within[0].metrics["unrelated_kl"] < states[1].metrics["unrelated_kl"] and not model.edits
 
 
 def test_more_edits_than_measured_and_calls_one_after_another(model, tokenizer):

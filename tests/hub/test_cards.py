@@ -198,3 +198,20 @@ def test_a_published_card_is_as_the_hub_wants_it(folder):
     for picture in (line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")):
         assert (folder / picture).is_file()
     assert "```bash" in text, "the command that measures it again"
+
+
+@pytest.mark.skipif(not can_draw(), reason="needs matplotlib")
+def test_figures_in_the_wild_come_first_with_the_curve_of_strictness(tmp_path):
+    points = [(0.0, 0.9, 0.3), (0.1, 0.8, 0.1), (0.2, 0.6, 0.0)]
+    curve = [
+        {"strictness": s, "prompt": right, "recall": right, "wrong edit": 0.0, "fired": fired, "neighbours": fired}
+        for s, right, fired in points
+    ]
+    wild = {"all": {"edits": 7.0, "prompt": 0.9, "behind text": 0.8, "unrelated: bits": 1.0, "repeats": 0.02}}
+    write_card(tmp_path, EditorConfig(), [], CardNotes(measured=MEASURED, wild=wild, strictness=curve))
+    text = text_of(tmp_path)
+    assert text.index("As people meet edits") < text.index("| all | 7 | 0.900 | 0.800 | 1.000 | 0.020 |")
+    assert text.index("0.020 |") < text.index("Teacher-forced, as the field") < text.index("| 0.988 |")
+    assert "strictness.png" in text and (tmp_path / "strictness.png").stat().st_size > 1000
+    named = {(one.metric_name, one.metric_value) for one in ModelCard.load(tmp_path / "README.md").data.eval_results}
+    assert {("unrelated, bit for bit", 1.0), ("prompt", 0.9), ("edit success", 0.9877)} <= named

@@ -283,6 +283,24 @@ def test_positional_arguments_are_known_by_name(t5):
     assert torch.equal(by_place, by_name) and not torch.allclose(by_place, base, atol=1e-3)
 
 
+def test_passes_are_watched_and_told_which_edit_may_act(model):
+    model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, check=False)
+    first, second = (edit.id for edit in model.edits)
+    texts = (PROMPT, RECORDS[1].prompt)
+    plain, base = _logits(model, *texts), _base_logits(model, *texts)
+    with model.watching() as watch:
+        assert torch.equal(_logits(model, *texts), plain)
+    assert watch.acted and torch.allclose(
+        watch.keys[0], torch.cat([edit.scope.keys for edit in model.edits]), atol=1e-4
+    )
+    with model.watching([first, first]) as watch:
+        found = _logits(model, *texts)
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], base[1])
+    with model.watching([second, first]) as watch:
+        assert torch.equal(_logits(model, *texts), base)
+    assert not watch.acted and torch.equal(_logits(model, *texts), plain)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_a_generation_decides_once(model, monkeypatch, options):
     counted = []

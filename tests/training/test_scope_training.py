@@ -10,7 +10,15 @@ from support.scope import scoped
 from hf_mend.data.records import EditRecord
 from hf_mend.scope.network import ScopeNetwork, key_scores
 from hf_mend.training.examples import Asking, TrainingExamples
-from hf_mend.training.scope_examples import NONE, Mark, MarkedText, marked_texts, scope_examples, set_others
+from hf_mend.training.scope_examples import (
+    NONE,
+    Mark,
+    MarkedText,
+    marked_texts,
+    scope_examples,
+    set_others,
+    with_further_kinds,
+)
 from hf_mend.training.scope_training import ScopeTrainingArguments, scope_loss, scope_texts, train_scope
 
 
@@ -69,7 +77,7 @@ def test_the_loss_is_cross_entropy_over_all_keys_and_none(llama, tokenizer, exam
 
 def test_training_finds_facts_in_the_words_of_its_texts(llama, tokenizer, examples):
     model = scoped(llama, tokenizer)
-    result = train_scope(model, examples, ScopeTrainingArguments(steps=150, facts_per_step=8))
+    result = train_scope(model, examples, ScopeTrainingArguments(steps=150, facts_per_step=8, further_facts=0))
     assert result["loss"] < 0.5
     data = scope_texts(model, examples, ScopeTrainingArguments())
     marks = [mark for one in data.texts for text in one for mark in text.marks]
@@ -86,10 +94,30 @@ def test_training_finds_facts_in_the_words_of_its_texts(llama, tokenizer, exampl
             assert torch.equal(value, value.bfloat16().float()), name
 
 
+def test_a_scope_without_records_learns_from_packaged_facts(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    before = model.scope.values.detach().clone()
+    train_scope(model, args=ScopeTrainingArguments(steps=3, facts_per_step=4, further_facts=12))
+    assert not torch.equal(model.scope.values, before)
+    with pytest.raises(ValueError, match="there are neither examples nor further_facts"):
+        train_scope(model, args=ScopeTrainingArguments(further_facts=0))
+
+
+def test_further_kinds_stand_beside_the_records(examples):
+    wider = with_further_kinds(examples, 10)
+    assert len(wider) == len(RECORDS) + 10 and wider.questions == examples.questions
+    assert [record.prompt for record in wider.records[: len(RECORDS)]] == [record.prompt for record in RECORDS]
+    alone = with_further_kinds(None, 10)
+    assert len(alone) == 10 and alone.questions
+    assert not {question for question, _ in alone.questions} & {q for one in alone.records for q in one.questions}
+
+
 @pytest.mark.parametrize("name", ["steps", "facts_per_step", "max_facts"])
 def test_counts_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} is 0, expected a whole number of at least 1"):
         ScopeTrainingArguments(**{name: 0})
+    with pytest.raises(ValueError, match="further_facts is -1, expected a whole number of at least 0"):
+        ScopeTrainingArguments(further_facts=-1)
 
 
 def test_a_model_whose_edits_act_everywhere_has_no_scope_to_train(llama, tokenizer, examples):

@@ -1,0 +1,131 @@
+"""The texts on which an edit is measured in the wild: what must be said, and what must stay."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from ..bases.limits import longest_input
+from ..data.encoding import Query
+from ..data.forms import Surroundings, writes_chats
+from ..data.records import EditRecord
+from ..model import EditableModel
+
+
+# What must stay, but for what asks the same subject for something else, does not count where it asks for what another
+# kept edit is about.
+_ALWAYS_COUNT = "same subject"
+# Tokens that a text leaves for its answer.
+_ROOM = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """
+    The texts on which one edit is measured.
+
+    Args:
+        said (`dict[str, Query]`): Form of asking -> a text to which the model should say the edit's target.
+        stays (`dict[str, Query]`): Kind -> a text whose answer should stay.
+    """
+
+    said: dict[str, Query]
+    stays: dict[str, Query]
+
+    def counted(self, others: Collection[str]) -> list[str]:
+        """
+        Return the kinds of what must stay that count beside other edits.
+
+        Args:
+            others (`Collection[str]`): What the other edits are about.
+        """
+        return [
+            kind
+            for kind, query in self.stays.items()
+            if kind.startswith(_ALWAYS_COUNT) or not any(subject in query.prompt for subject in others)
+        ]
+
+
+def ask_in_the_wild(
+    record: EditRecord, around: Surroundings, unrelated: Sequence[str], number: int, chat: bool = True
+) -> Asked:
+    """
+    Draw the texts on which an edit is measured; the draw depends on the record's number alone.
+
+    Args:
+        record ([`EditRecord`]): The record; forms that it has no texts for are left out.
+        around ([`~hf_mend.data.forms.Surroundings`]): Gives what stands before a text.
+        unrelated (`Sequence[str]`): Texts that have nothing to do with any edit.
+        number (`int`): The record's number.
+        chat (`bool`, defaults to `True`): Ask in chats too, which needs a tokenizer with a chat template.
+    """
+    draw = random.Random(f"in the wild/{number}")
+    avoid = record.prompt
+    prompt = Query(record.prompt, record.target)
+    paraphrase = replace(prompt, prompt=draw.choice(record.paraphrases or [record.prompt]))
+    said = {"prompt": prompt, "paraphrase": paraphrase}
+    said["behind text"] = replace(paraphrase, context=around.context(draw, avoid))
+    question = replace(prompt, prompt=draw.choice(record.questions)) if record.questions else None
+    if question is not None:
+        said |= {"question": question, "question in a chat": replace(question, chat=True)}
+    said["chat"] = replace(paraphrase, chat=True)
+    said["later turn"] = replace(question or paraphrase, chat=True, turns=around.turns(draw, avoid))
+    stays: dict[str, Query] = {}
+    if record.neighborhood:
+        neighbour = Query(draw.choice(record.neighborhood))
+        stays["neighbours"] = neighbour
+        stays["neighbours behind text"] = replace(neighbour, context=around.context(draw, avoid))
+        stays["neighbours in a chat"] = replace(neighbour, chat=True)
+    if record.same_subject:
+        same = Query(draw.choice(record.same_subject))
+        stays |= {"same subject": same, "same subject in a chat": replace(same, chat=True)}
+    if unrelated:
+        other = Query(draw.choice(unrelated))
+        stays |= {"unrelated": other, "unrelated in a chat": replace(other, chat=True)}
+    return Asked(*({kind: query for kind, query in part.items() if chat or not query.chat} for part in (said, stays)))
+
+
+def all_asked(
+    model: EditableModel, records: Sequence[EditRecord], around: Surroundings, unrelated: Sequence[str]
+) -> list[Asked]:
+    """
+    Draw the texts of all records; see [`ask_in_the_wild`]. Where the model does not take a text, what stands before it
+    is left out.
+    """
+    encoder, longest = model.encoder, longest_input(model.config)
+    chat = writes_chats(encoder.tokenizer)
+    most = None if longest is None else max(1, longest - _ROOM)
+
+    def fitting(texts: dict[str, Query]) -> dict[str, Query]:
+        return {kind: encoder.shortened(query, most) for kind, query in texts.items()}
+
+    drawn = [ask_in_the_wild(record, around, unrelated, number, chat) for number, record in enumerate(records)]
+    return [Asked(fitting(texts.said), fitting(texts.stays)) for texts in drawn]
+
+
+def subjects_of(record: EditRecord) -> set[str]:
+    """Return what an edit is about."""
+    return {record.subject} if record.subject else set()
+
+
+def is_right(answer: str, query: Query) -> bool:
+    """
+    Whether an answer starts with the target, in a chat holds it, as whole words; case and marks do not count.
+
+    Args:
+        answer (`str`): What the model says.
+        query ([`Query`]): What it was asked, with its target.
+    """
+    target, said = _words(query.answer or ""), _words(answer)
+    return f" {target} " in f" {said} " if query.chat else f"{said} ".startswith(f"{target} ")
+
+
+def is_repeat(answer: str, query: Query) -> bool:
+    """Whether an answer says the target three times or more; the arguments are those of [`is_right`]."""
+    return len(re.findall(rf"\b{re.escape(_words(query.answer or ''))}\b", _words(answer))) >= 3
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower().replace("_", " ")))
