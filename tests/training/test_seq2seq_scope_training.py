@@ -12,7 +12,7 @@ from support.scope import scoped
 from hf_mend import EditorTrainer, EditorTrainingArguments
 from hf_mend.scope.network import key_scores
 from hf_mend.training.examples import Asking, TrainingExamples
-from hf_mend.training.scope_examples import NONE, marked_texts, scope_examples
+from hf_mend.training.scope_examples import NONE, Mark, MarkedText, marked_texts, scope_examples, set_others
 from hf_mend.training.scope_training import ScopeTrainingArguments, scope_texts, train_scope
 
 
@@ -73,3 +73,12 @@ def test_an_editor_is_trained_to_say_the_target_and_end(model, examples, tmp_pat
     assert batch.edit.next_tokens[0, -1] == model.tokenizer.eos_token_id
     trainer.train()
     assert 0 <= trainer.evaluate()["eval_edit_success"] <= 1
+
+
+def test_an_unrelated_question_about_another_record_is_no_counterexample_of_it():
+    texts = [
+        [MarkedText([1], [Mark(0, NONE, "unrelated")], prompt=RECORDS[1].prompt)],
+        [MarkedText([1], [Mark(0, NONE, "unrelated")], prompt="what is the colour of grass?")],
+    ]
+    set_others(RECORDS[:2], texts)
+    assert [[list(text.others) for text in own] for own in texts] == [[[1]], [[]]]
