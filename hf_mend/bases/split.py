@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.encoding import EncodedBatch
 from .targets import Target, block_lists, lowest_block
 from .threads import as_this_thread, hooked, present_forward, replaced_forward
+from .unpadded import Unpadded
 from .weights import device_of
 
 
@@ -81,11 +82,21 @@ class SplitModel:
         self.tokens_first: bool = config.model_type in _TOKENS_FIRST
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
+        self._needs_mask = True
 
     @property
     def device(self) -> torch.device:
         """The device of the inputs."""
         return device_of(self.model.get_input_embeddings())
+
+    def inputs_of(self, rows: EncodedBatch) -> Inputs:
+        """
+        Return the arguments of the model for a batch. Where padding, which stands at the end, changes no token before
+        it, nothing is masked, and the model is told so: it would look into the mask, and the host wait for it.
+        """
+        if self._needs_mask or not rows.places.pads_right:
+            return rows.inputs
+        return {**rows.inputs, "attention_mask": _of_ones(rows.inputs["attention_mask"])}
 
     @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
@@ -126,6 +137,7 @@ class SplitModel:
         state = HiddenState(found["hidden"], found.get("encoder"))
         if self._resumes is None:
             self._resumes = self._check(inputs, state)
+            self._needs_mask = not self._runs_without_mask(inputs)
         return state
 
     def _check(self, inputs: Inputs, state: HiddenState) -> bool:
@@ -145,6 +157,24 @@ class SplitModel:
             "whole model instead, which is slower and as exact"
         )
         return False
+
+    def _runs_without_mask(self, inputs: Inputs) -> bool:
+        """Whether padding behind a text changes none of its logits, though no mask tells of it."""
+        if set(inputs) != {"input_ids", "attention_mask"} or self.tokens_first or self.cuts_decoder_of_two:
+            return False
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            return False  # offloaded: a further pass would cost more than is won
+        length = int(inputs["attention_mask"][0].sum())
+        ids = torch.cat([inputs["input_ids"][:1, :length], inputs["input_ids"][:1, :2]], 1)
+        mask = torch.ones_like(ids)
+        mask[:, length:] = 0
+        try:
+            masked = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :length].float()
+            plain = self.model(input_ids=ids, attention_mask=_of_ones(mask), use_cache=False).logits
+        except Exception:  # a longer text than the model takes, or foreign code that takes no such mask
+            return False
+        tolerance, plain = _TOLERANCE[plain.dtype], plain[:, :length].float()
+        return bool((masked - plain).abs().max() <= tolerance * masked.abs().max())
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
         """
@@ -186,6 +216,10 @@ class SplitModel:
             return self.model(**inputs, **extra, use_cache=False)
 
 
+def _of_ones(mask: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(mask).as_subclass(Unpadded)
+
+
 @contextmanager
 def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
     """
@@ -207,7 +241,7 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
+def logits_at(model: Any, chosen: torch.Tensor) -> Iterator[None]:
     """
     Restrict the vocabulary projection to chosen positions within the context: logits have the shape `(1, chosen,
     vocab)`.
@@ -216,17 +250,25 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
 
     Args:
         model (`nn.Module`): A model with output embeddings.
-        mask (`torch.Tensor` of shape `(rows, seq)`, bool): The positions to keep, in row-major order.
+        chosen (`torch.Tensor`): The positions to keep: a mask of shape `(rows, seq)`, or their numbers, counted
+            through all rows, for which nothing waits.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        hidden, chosen = args[0], mask.to(args[0].device)
+        hidden, own = args[0], chosen.to(args[0].device)
         if hidden.dim() == 4:  # ProphetNet's streams, of which the first predicts the next token
-            return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
-        return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
+            return (_chosen(hidden[:, 0], own)[None, None],)  # (1, 1, chosen, width)
+        return (_chosen(hidden, own).unsqueeze(0),)  # (1, chosen, width)
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook, select):
         yield
+
+
+def _chosen(hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the chosen positions, `(chosen, width)`."""
+    if chosen.dtype == torch.bool:
+        return hidden[chosen]
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
 
 
 def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None = None) -> torch.Tensor:
@@ -239,7 +281,7 @@ def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None =
         state ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
     if state is None:
-        state = split.run_below(rows.inputs)
-    with logits_at(split.model, rows.positions):
-        logits: torch.Tensor = split.run_above(rows.inputs, state).logits[0]
+        state = split.run_below(split.inputs_of(rows))
+    with logits_at(split.model, rows.places.positions):
+        logits: torch.Tensor = split.run_above(split.inputs_of(rows), state).logits[0]
     return logits

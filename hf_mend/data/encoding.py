@@ -12,9 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import chat_end, render_chat
 from .joining import end_of_sentence, separator_between
+from .places import Places, on_device
 
 
 IGNORE = -100
+
+# Queries whose tokens an encoder keeps: those of a call, whose texts are looked at several times.
+_KEPT = 16384
 
 
 @dataclass
@@ -38,6 +42,9 @@ class EncodedBatch:
     subjects: torch.Tensor | None = None
     forms: int = 1
 
+    def __post_init__(self) -> None:
+        self._places: Places | None = None
+
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
 
@@ -46,6 +53,15 @@ class EncodedBatch:
         """The number of facts, in whatever number of forms."""
         return len(self) // self.forms
 
+    @property
+    def places(self) -> Places:
+        """Where `positions` are, known on the host: of a batch that came from it, without asking the device."""
+        if self._places is None:
+            mask = None if "decoder_input_ids" in self.inputs else self.inputs.get("attention_mask")
+            on_host = self.positions.cpu(), self.next_tokens.cpu(), None if mask is None else mask.cpu()
+            self._places = Places.of(*on_host, self.positions.device)
+        return self._places
+
     def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects[index]
@@ -53,9 +69,14 @@ class EncodedBatch:
         return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms)
 
     def to(self, device: torch.device | str) -> EncodedBatch:
-        inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        subjects = None if self.subjects is None else self.subjects.to(device)
-        return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects, self.forms)
+        places = self.places.to(device)
+        inputs = {name: on_device(value, device) for name, value in self.inputs.items()}
+        subjects = None if self.subjects is None else on_device(self.subjects, device)
+        moved = EncodedBatch(
+            inputs, on_device(self.next_tokens, device), on_device(self.positions, device), subjects, self.forms
+        )
+        moved._places = places
+        return moved
 
 
 def bare_prompt(prompt: str) -> str:
@@ -157,6 +178,7 @@ class Encoder:
         self.pad_token_id: int = padding[0] if padding else 0
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
+        self._kept: dict[Query, tuple[list[int], list[int]]] = {}
 
     def __call__(self, queries: Sequence[Query], forms: int = 1) -> EncodedBatch:
         """
@@ -192,6 +214,14 @@ class Encoder:
             ValueError: The chat template refuses the chat or leaves the prompt out, or a token is none of the model's
                 embedding.
         """
+        known = self._kept.get(query)
+        if known is None:
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            known = self._kept[query] = self._tokens(query)
+        return list(known[0]), list(known[1])
+
+    def _tokens(self, query: Query) -> tuple[list[int], list[int]]:
         text, separator = self._begun(query)
         prompt, answer = self._read_ids(text, special=not query.chat), self._answer_ids(query, text, separator)
         if query.ends and answer:

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
+from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
@@ -27,6 +28,7 @@ from .results import absence_edit, as_edit, as_result, base_delta_edit, unchange
 from .scoping import ScopeReport, found_keys, own_queries, report, scopes_of
 from .scoring import Answers
 from .search import find_updates
+from .summary import in_bfloat16
 
 
 # Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
@@ -49,6 +51,8 @@ class _Call:
         gate ([`~hf_mend.scope.gate.ScopeGate`], *optional*): Decides where edits act.
         now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
             of its prompt acts, and the row of the answers.
+        kept (`list[tuple[list[int], EncodedBatch, HiddenState]]`): The numbers of the requests that were found in one
+            batch, their texts, and what lies below the edited layers, which no edit changes.
         results, edits: A request's number -> its result, and its edit if one was made.
     """
 
@@ -61,6 +65,7 @@ class _Call:
     made_by: str
     gate: ScopeGate | None = None
     now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
+    kept: list[tuple[list[int], EncodedBatch, HiddenState]] = field(default_factory=list)
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
 
@@ -83,10 +88,15 @@ class _Call:
         """Return the model's answers to queries, under its edits."""
         return self.context.answers(self.encoder(queries).to(self.context.split.device))
 
+    @torch.no_grad()
     def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
         """Return the model's answers to some of the requests, by number: the answers of a batch, and the row."""
-        found = {}
-        for batch in self.batches(numbers):
+        found: dict[int, tuple[Answers, int]] = {}
+        for batch, rows, hidden in self.kept:
+            if set(batch) <= {*numbers}:
+                answers = self.context.answers(rows, hidden)
+                found.update({i: (answers, row) for row, i in enumerate(batch)})
+        for batch in self.batches([i for i in numbers if i not in found]):
             answers = self.answers([self.requests[i].query for i in batch])
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
@@ -153,8 +163,13 @@ def _to_look_at_again(call: _Call, numbers: Sequence[int]) -> Sequence[int]:
     """
     if call.gate is not None:
         return [i for i in numbers if i not in call.edits or (call.results[i].scope or _MISSED).missed]
+    return numbers if _looks_at_all(call) else []
+
+
+def _looks_at_all(call: _Call) -> bool:
+    """Whether all requests are scored again, of a model without scopes."""
     alone = len(call.requests) == 1 or call.context.method.joins
-    return [] if alone and not call.now else numbers
+    return not alone or bool(call.now)
 
 
 _MISSED = ScopeReport(0.0, 0.0, ("prompt",))
@@ -180,6 +195,9 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
     scopes = _scopes(call, batches, found)
     seconds = (time.perf_counter() - started) / len(requests)
     for batch, of_rows in zip(batches, found, strict=True):
+        if scopes:
+            # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
+            of_rows.updates = in_bfloat16(of_rows.updates)
         for row, i in enumerate(batch):
             edit = as_edit(requests[i], of_rows, row)
             result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, seconds)
@@ -193,8 +211,6 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.edits[i] = edit
                 if i in scopes and edit.updates:
                     edit.scope = scopes[i]
-                    # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
-                    edit.updates = {name: (u.bfloat16(), v.bfloat16()) for name, (u, v) in edit.updates.items()}
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
@@ -234,7 +250,9 @@ def _find_in_batches(
     if call.context.method.joins and call.gate is None:
         preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
-    device = call.context.split.device
+    options, device = call.options, call.context.split.device
+    if call.gate is None and not call.context.method.joins and _looks_at_all(call) and options.max_steps == 1:
+        options = replace(options, check=False)  # what is made of a single step is seen then
     encoded = [call.rows(batch).to(device) for batch in batches]
     alone = call.gate is not None  # with scopes, no token has two edits
     calls = [encoded] if call.context.method.joins and not alone else [[rows] for rows in encoded]
@@ -243,7 +261,9 @@ def _find_in_batches(
     with off, tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) <= 1) as bar:
         for rows in calls:
             size = 1 if alone else None
-            found += find_updates(call.context, rows, call.options, size, preserved_keys, base_delta, bar.update)
+            found += find_updates(call.context, rows, options, size, preserved_keys, base_delta, bar.update)
+    if call.gate is None:
+        call.kept = [(list(batch), one.rows, one.hidden) for batch, one in zip(batches, found, strict=True)]
     return found
 
 
@@ -259,7 +279,7 @@ def _trace_missing_keys(call: _Call, earlier: Sequence[Edit]) -> None:
     batches = call.batches(range(len(requests)), requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
         rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)
-        hidden = context.split.run_below(rows.inputs)
+        hidden = context.split.run_below(context.split.inputs_of(rows))
         factors, _ = context.trace(rows, hidden)
         look = BatchLook(context, rows, hidden, torch.arange(len(rows)))
         inputs = context.method.key_inputs(factors, look.places)

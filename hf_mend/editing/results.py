@@ -15,13 +15,14 @@ from ..methods import EditMethod
 from .batch_state import FoundUpdates
 from .requests import EditRequest, EditResult
 from .scoring import Answers
+from .summary import rows_updates
 
 
 def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     """Return the edit of a row, or `None` where no step was found."""
     if not found.steps[row]:
         return None
-    return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
+    return _new_edit(request, rows_updates(found.updates, found.used, row))
 
 
 def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
@@ -32,12 +33,8 @@ def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | 
 
 
 def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
-    present = {}
-    for name, (u, v) in updates.items():
-        used = (v != 0).any(-1) & (u != 0).any(-1)
-        present[name] = (u[used].contiguous(), v[used].contiguous())
     metadata = {"time": _now(), **request.metadata}
-    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, present, metadata)
+    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, updates, metadata)
 
 
 def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> Edit | None:
@@ -81,7 +78,7 @@ def as_result(
         steps=found.steps[row],
         seconds=seconds,
         rank=edit.rank if edit else 0,
-        update_norms=edit.norms() if edit else {},
+        update_norms={name: norms[row] for name, norms in found.norms.items()} if edit else {},
     )
     if found.after is not None:
         result.set_after(found.after, row, encoder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..bases.fused import fetched
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..data.forms import writes_chats
@@ -65,8 +66,8 @@ def keys_of(
     gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
 ) -> list[torch.Tensor]:
     """
-    Return the keys of some texts at the tokens that predict what they are asked for, of each text `(tokens, width)`.
-    An encoder-decoder model's have one key each, that of the encoder's last token.
+    Return the keys of some texts at the tokens that predict what they are asked for, of each text `(tokens, width)`,
+    in the host's memory. An encoder-decoder model's have one key each, that of the encoder's last token.
 
     Args:
         gate ([`~hf_mend.scope.gate.ScopeGate`]): The model's scope.
@@ -76,13 +77,14 @@ def keys_of(
     """
     if hidden is None:
         with gate.suspended():
-            hidden = split.run_below(rows.inputs)
+            hidden = split.run_below(split.inputs_of(rows))
     read = hidden.hidden if hidden.encoder is None else hidden.encoder
     scope = gate.scope.to(read.device)
     states = scope.token_states(read, rows.inputs["attention_mask"].to(read.device))
     if hidden.encoder is not None:
-        return list(scope.keys(states, last=1))
-    return list(scope.keys(states)[rows.positions].split(rows.positions.sum(-1).tolist()))
+        return list(fetched([scope.keys(states, last=1)])[0])
+    (keys,) = fetched([rows.places.at(scope.keys(states))])
+    return list(keys.split(rows.places.counts))
 
 
 def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
@@ -108,7 +110,7 @@ def found_keys(
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = [one.cpu() for one in keys_of(gate, split, rows, hidden)]
+    keys = keys_of(gate, split, rows, hidden)
     return [keys[start : start + rows.forms] for start in range(0, len(rows), rows.forms)]
 
 
@@ -142,13 +144,12 @@ def scopes_of(  # one argument each for what it reads and what it is for
     found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        own = [one.cpu() for one in keys_of(gate, split, rows)]
-        found.update(zip([missing[k] for k in batch], own, strict=True))
+        found.update(zip([missing[k] for k in batch], keys_of(gate, split, rows), strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
         texts = [name for name, part in zip(one, parts, strict=True) for _ in part]
-        thresholds = gate.scope.threshold.detach().cpu().expand(len(texts)).clone()
+        thresholds = gate.threshold.expand(len(texts)).clone()
         scope = EditScope(gate.scope_id, torch.cat(parts), thresholds, texts)
         scopes.append(excluding(scope, gate, split, encoder, excluded[i] if excluded else ()))
     return scopes
@@ -161,7 +162,7 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = torch.cat(keys_of(gate, split, last)).cpu()
+    keys = torch.cat(keys_of(gate, split, last))
     alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..bases.fused import fetched
 from ..data.encoding import EncodedBatch
 
 
@@ -50,20 +52,31 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
         rows ([`EncodedBatch`]): Prompts and targets.
         logits (`torch.Tensor` of shape `(positions, vocab)`): The model's logits at the rows' positions.
     """
-    labels = rows.next_tokens[rows.positions].to(logits.device)
-    said = logits.argmax(-1)
-    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    return score_and_fetch(rows, logits)[0]
+
+
+def score_and_fetch(
+    rows: EncodedBatch, logits: torch.Tensor, further: Sequence[torch.Tensor] = ()
+) -> tuple[Answers, list[torch.Tensor]]:
+    """
+    Score the targets of some rows, as [`score_targets`] does, and return further tensors in the host's memory: it
+    waits once for all of them.
+    """
+    labels = rows.places.labels.to(logits.device)
+    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    chosen, log_probabilities, *rest = fetched([logits.argmax(-1), log_probabilities, *further])
     # Where logits overflow, as large steps on a float16 base may let them, nothing is worse.
     log_probabilities = log_probabilities.nan_to_num(nan=-math.inf)
-    per_row = rows.positions.sum(-1).tolist()
-    correct = (said == labels) & log_probabilities.isfinite()
+    labels = torch.tensor([label for said in rows.places.said for label in said], dtype=torch.long)
+    correct = (chosen == labels) & log_probabilities.isfinite()
+    per_row = rows.places.counts
     answers = Answers(
         [float(part.sum()) for part in log_probabilities.split(per_row)],
-        [part.tolist() for part in said.split(per_row)],
+        [part.tolist() for part in chosen.split(per_row)],
         [part.tolist() for part in correct.split(per_row)],
         [float(part.min()) for part in log_probabilities.split(per_row)],
     )
-    return answers if rows.forms == 1 else _of_facts(answers, rows.forms)
+    return (answers if rows.forms == 1 else _of_facts(answers, rows.forms)), rest
 
 
 def _of_facts(answers: Answers, forms: int) -> Answers:

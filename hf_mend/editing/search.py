@@ -11,10 +11,11 @@ from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .acceptance import AcceptAll, AcceptByGroup, AcceptByRow
-from .batch_state import BatchState, FoundUpdates, check_finite, check_finite_answers
+from .batch_state import BatchState, FoundUpdates, check_finite_answers
 from .combining import Combination
 from .context import EditingContext
 from .proposals import FromGradient, FromSearch, Proposer, SearchOptions
+from .summary import summarised
 
 
 @torch.no_grad()
@@ -61,21 +62,23 @@ def find_updates(
     states = [proposer.begin(rows) for rows in batches]
     combine = Combination(states, context.method, group_size, preserved_keys)
     _search(states, proposer, combine, _acceptance(states, proposer, group_size))
+    made = summarised([one.updates for one in states])
     for one in states:
-        check_finite("update", one.updates)
         if options.check and one.answers is not None and all(one.before.finite):
             check_finite_answers(one.answers)
     return [
         FoundUpdates(
-            one.updates,
+            summary.updates,
             one.before,
             one.answers if options.check else None,
             one.steps,
             one.rows,
             one.hidden,
             one.inputs,
+            summary.used,
+            summary.norms,
         )
-        for one in states
+        for one, summary in zip(states, made, strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
 from .network import key_scores, may_pass
@@ -33,6 +34,8 @@ class KeyBank:
         self._thresholds = GrowingRows(torch.zeros(0))
         self._keys: GrowingRows | None = None
         self._excluded: dict[int, torch.Tensor] = {}
+        # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
+        self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
         self._add(edits)
 
     def _add(self, edits: Sequence[Edit]) -> None:
@@ -62,13 +65,19 @@ class KeyBank:
         return len(self.ids)
 
     def _on(self, device: torch.device) -> _Keys:
-        """Return the keys on a device, where they stay."""
+        """Return the keys on a device, where they stay: those of further edits come behind them."""
         assert self._keys is not None
-        if self._keys.rows.device != device:  # together in the end: the same on each device
-            moved = self._keys.to(device), self._thresholds.to(device), self._owner.to(device)
-            self._keys, self._thresholds, self._owner = moved
-        rows = self._keys.to(device).rows, self._thresholds.to(device).rows, self._owner.to(device).rows
-        return _Keys(*rows, self._excluded)
+        own = [self._keys, self._thresholds, self._owner]
+        held = own
+        if self._keys.rows.device != device:
+            held = self._elsewhere.get(device) or [GrowingRows(one.rows[:0].to(device)) for one in own]
+            count = len(held[0].rows)
+            if count < len(self._keys.rows):
+                more = [on_device(one.rows[count:], device) for one in own]
+                held = [one.extended([rows]) for one, rows in zip(held, more, strict=True)]
+                self._elsewhere = {**self._elsewhere, device: held}
+        keys, thresholds, owner = (one.rows for one in held)
+        return _Keys(keys, thresholds, owner, self._excluded)
 
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -140,16 +149,16 @@ class KeyBank:
 
         Args:
             edit_id (`str`): The edit's id.
-            keys (`torch.Tensor` of shape `(keys, width)`): Its keys.
+            keys (`torch.Tensor` of shape `(keys, width)`): Its keys, in the host's memory.
         """
         if self._keys is None:
             return None, 0.0
         held = self._on(self._keys.rows.device)
         own = [number for number, one in enumerate(self.ids) if one == edit_id]
-        others = ~torch.isin(held.owner, torch.tensor(own, dtype=torch.long, device=held.owner.device))
+        others = ~torch.isin(held.owner, torch.tensor(own, dtype=torch.long))
         if not others.any():
             return None, 0.0
-        scores = key_scores(keys.to(held.keys.device), held.keys).max(0).values.masked_fill(~others, -1.0)
+        scores = key_scores(keys, held.keys).max(0).values.masked_fill(~others, -1.0)
         best = int(scores.argmax())
         return self.ids[int(held.owner[best])], float(scores[best])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ class ScopeGate:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = _OfThread()
+
+    @cached_property
+    def threshold(self) -> torch.Tensor:
+        """The threshold of further edits, in the host's memory."""
+        return self.scope.threshold.detach().cpu()
 
     def bank(self, edits: Sequence[Edit], before: KeyBank | None = None) -> KeyBank:
         """Return the bank of edits that have a scope, behind those of another bank."""

@@ -242,7 +242,9 @@ def train_scope(
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.
     scope.standardise(torch.cat([_hidden(text)[1:] for text in sample]))
-    optimizer = torch.optim.AdamW(scope.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        scope.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     warm_up = min(50, args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -260,12 +262,13 @@ def train_scope(
         loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(float(loss.detach())):
-            raise ValueError(f"the scope's loss is {float(loss)} at step {step}; lower learning_rate")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(f"the scope's loss is {value} at step {step}; lower learning_rate")
         nn.utils.clip_grad_norm_(scope.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(value)
     _finish(scope, data, draw)
     model.set_scope(scope)
     return {"loss": sum(losses[-50:]) / len(losses[-50:]), "threshold": float(scope.threshold)}

@@ -55,3 +55,17 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
 
 def test_a_bank_without_edits_chooses_none():
     assert KeyBank([]).choose(unit(3)).tolist() == [-1, -1, -1]
+
+
+def test_keys_on_a_device_grow_with_the_bank_s_and_the_host_keeps_its_own():
+    """`cpu:0` is the same memory and another device to torch."""
+    device = torch.device("cpu:0")
+    keys = unit(6)
+    bank = KeyBank([scoped_edit(i, keys[i : i + 1], 0.99) for i in range(4)])
+    before = bank._on(device)
+    wider = bank.extended([scoped_edit(i, keys[i : i + 1], 0.99) for i in range(4, 6)])
+    there = wider._on(device)
+    assert torch.equal(there.keys, keys) and there.owner.tolist() == [*range(6)]
+    assert torch.equal(before.keys, keys[:4]) and torch.equal(bank._on(device).keys, keys[:4])
+    assert wider._on(keys.device).keys.data_ptr() != there.keys.data_ptr()
+    assert wider.choose(keys).tolist() == [*range(6)]
