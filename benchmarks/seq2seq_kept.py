@@ -135,7 +135,7 @@ def kept_together(
         before = {kind: answers(prompts) for kind, prompts in stays.items()}
         logits = first_logits(model, stays["unrelated"])
         bare = {record.prompt: replace(record, paraphrases=[], neighborhood=[], unrelated=[]) for record in chunk}
-        with model.edited([*bare.values()], check=False, force=True):
+        with model.edited([*bare.values()], force=True):
             for form in SAID:
                 wanted = [record.target for record, one in zip(chunk, own, strict=True) for _ in one[form]]
                 said = answers([text for one in own for text in one[form]])

@@ -79,7 +79,7 @@ def logits(model: EditableModel) -> torch.Tensor:
 def of_result(result: EditResult, ids: list[str]) -> dict[str, Any]:
     """A result without its time; the ids of edits that are not in a file are random, so they are left out too."""
     values = dataclasses.asdict(result)
-    del values["seconds"], values["id"]
+    del values["seconds"], values["id"], values["nbytes"]  # the last is newer
     assert values.pop("scope") is None  # the version before had no scopes
     values["superseded"] = values["superseded"] if values["superseded"] in ids else values["superseded"] is not None
     return values

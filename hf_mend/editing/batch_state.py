@@ -12,6 +12,7 @@ from ..bases.gradients import Factors
 from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
 from ..data.places import on_device
+from ..edits.four_bit import FourBitUpdates
 from ..edits.low_rank import Update
 from .scoring import Answers
 
@@ -28,6 +29,8 @@ class FoundUpdates:
         steps (`list[int]`): Gradient steps of each row.
         inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
             from a method that joins.
+        kept (`list[FourBitUpdates | None]`): Each row's update in four bits, `None` for one that is kept as it is;
+            empty where all are.
         rows ([`EncodedBatch`]): The texts, a row a request, or one for each form of it.
         hidden ([`HiddenState`]): Their output of `run_below`.
         used (`dict[str, list[list[int]]]`): Layer name -> of each row, which of `rank` are not zero.
@@ -43,6 +46,7 @@ class FoundUpdates:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     used: dict[str, list[list[int]]] = field(default_factory=dict)
     norms: dict[str, list[float]] = field(default_factory=dict)
+    kept: list[FourBitUpdates | None] = field(default_factory=list)
 
 
 @dataclass
@@ -67,6 +71,7 @@ class BatchState:
             joins, the value residuals wanted at `inputs`, summed over the steps.
         seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates that the rows are under, as
             [`~hf_mend.edits.hook.applied`] takes them.
+        kept (`list[FourBitUpdates | None]`): As in [`FoundUpdates`].
     """
 
     rows: EncodedBatch
@@ -81,6 +86,7 @@ class BatchState:
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, Update] = field(default_factory=dict)
+    kept: list[FourBitUpdates | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.steps = [0] * self.rows.facts

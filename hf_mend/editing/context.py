@@ -43,6 +43,12 @@ class EditingContext:
         """Whether edits act at the tokens alone that predict a target's."""
         return self.scoped and not self.split.cuts_decoder_of_two
 
+    @property
+    def four_bit_error(self) -> float | None:
+        """What edits may lose that are kept in four bits; `None` where they are not."""
+        config = self.method.config
+        return config.factor_error if self.scoped and config.factor_dtype == "int4" else None
+
     def trace(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> tuple[Factors, torch.Tensor]:

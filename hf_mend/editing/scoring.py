@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bases.fused import fetched
-from ..data.encoding import EncodedBatch
+from ..data.encoding import IGNORE, EncodedBatch
 
 
 @dataclass
@@ -68,6 +68,8 @@ def score_and_fetch(
     # Where logits overflow, as large steps on a float16 base may let them, nothing is worse.
     log_probabilities = log_probabilities.nan_to_num(nan=-math.inf)
     labels = torch.tensor([label for said in rows.places.said for label in said], dtype=torch.long)
+    # What has no label, as behind a target, counts for nothing.
+    log_probabilities = torch.where((labels == IGNORE) & log_probabilities.isfinite(), 0.0, log_probabilities)
     correct = (chosen == labels) & log_probabilities.isfinite()
     per_row = rows.places.counts
     answers = Answers(

@@ -14,6 +14,7 @@ from .acceptance import AcceptAll, AcceptByGroup, AcceptByRow
 from .batch_state import BatchState, FoundUpdates, check_finite_answers
 from .combining import Combination
 from .context import EditingContext
+from .keeping import keep_in_four_bits
 from .proposals import FromGradient, FromSearch, Proposer, SearchOptions
 from .summary import summarised
 
@@ -77,6 +78,7 @@ def find_updates(
             one.inputs,
             summary.used,
             summary.norms,
+            one.kept,
         )
         for one, summary in zip(states, made, strict=True)
     ]
@@ -112,9 +114,14 @@ def _search(states: Sequence[BatchState], proposer: Proposer, combine: Combinati
             state.residuals = {name: d * method.config.margin for name, d in state.residuals.items()}
     if method.sizes_steps or acceptance.reverted:
         combine()
+    error = proposer.context.four_bit_error
+    if error is not None and not acceptance.corrections:
+        keep_in_four_bits(states, proposer, error)
     if proposer.options.check:
         proposer.look_again(states)
         for correct in acceptance.corrections:
             if correct():
                 combine()
                 proposer.look_again(states)
+    if error is not None and acceptance.corrections:
+        keep_in_four_bits(states, proposer, error)

@@ -121,10 +121,11 @@ class ActsWhereAsked:
         rows = self.encoder([query]).to(self.split.device)
         key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
         scores, thresholds = (values.tolist() for values in bank.scores(key))
-        chosen = int(bank.choose(key[None], gate.strictness)[0])
+        chosen, numbers = int(bank.choose(key[None], gate.strictness)[0]), bank.numbers
         found = [
             ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], thresholds[i] + gate.strictness, i == chosen)
-            for i, edit in enumerate(edits)
+            for edit in edits
+            for i in [numbers[edit.id]]
         ]
         return sorted(found, key=lambda one: (not one.acts, one.threshold - one.score))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..bases.targets import Target
 from ..bases.threads import hooked, is_hooked, unhook
+from .decoded import decoded
 from .low_rank import Update, side_path
 
 
@@ -141,8 +142,8 @@ class Gate(Protocol):
     # The bank of the edits that act in the pass that this thread is in, `None` where none does.
     bank_now: Callable[[], Any]
 
-    def bank(self, edits: Sequence[Edit], before: Any = None) -> Any:
-        """Return what is decided by, for edits that have a scope, behind those of another bank."""
+    def bank(self, edits: Sequence[Edit], before: Any = None, gone: Sequence[str] = ()) -> Any:
+        """Return what is decided by, for edits that have a scope, behind those of another bank that are not gone."""
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""
@@ -178,10 +179,11 @@ def added_where_asked(
     for edit_id, tokens in acting.tokens.items():
         edit = edits.get(edit_id)
         if edit is not None and name in edit.updates:
-            u, v = (side.to(output.device, torch.float32) for side in edit.updates[name])
-            term = side_path(x[tokens.to(x.device)].to(output.device), (u, v))
-            at = tokens.to(output.device)
-            flat = flat.index_copy(0, at, plus(flat[at], term))
+            update = decoded(edit.updates, name, output.device)
+            if len(update[0]):
+                term = side_path(x[tokens.to(x.device)].to(output.device), update)
+                at = tokens.to(output.device)
+                flat = flat.index_copy(0, at, plus(flat[at], term))
     return flat.reshape(output.shape)
 
 

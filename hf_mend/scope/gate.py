@@ -107,9 +107,9 @@ class ScopeGate:
         """The threshold of further edits, in the host's memory."""
         return self.scope.threshold.detach().cpu()
 
-    def bank(self, edits: Sequence[Edit], before: KeyBank | None = None) -> KeyBank:
-        """Return the bank of edits that have a scope, behind those of another bank."""
-        return KeyBank(edits) if before is None else before.extended(edits)
+    def bank(self, edits: Sequence[Edit], before: KeyBank | None = None, gone: Sequence[str] = ()) -> KeyBank:
+        """Return the bank of edits that have a scope, behind those of another bank that are not gone."""
+        return KeyBank(edits) if before is None else before.without(gone).extended(edits)
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""

@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, editable
+from support.models import RECORDS, EditableModel, all_logits, editable
 from support.scope import scoped
 
-from hf_mend import EditableModel
 from hf_mend.scope.network import key_scores
 
 

@@ -191,6 +191,7 @@ def test_merging_says_that_there_is_no_scope(model, caplog):
     model.edit(PROMPT, TARGET, max_steps=1, check=False)
     merged = model.merge_and_unload()
     assert "in merged weights and LoRA adapters they act everywhere" in caplog.text
+    logging.warning_once.cache_clear()  # other tests expect to be the first
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.methods import nll, row, searching
-from support.models import RECORDS, all_logits, fitting
+from support.models import RECORDS, EditableModel, all_logits, fitting
 from torch import nn
 
-from hf_mend import EditableModel, evaluate_records
+from hf_mend import evaluate_records
 from hf_mend.bases.gradients import kl_divergence
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.edits.low_rank import dense
