@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..bases.unwrap import hidden_width
 from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
@@ -238,7 +237,7 @@ def train_scope(
         examples = with_further_kinds(examples, args.further_facts, args.seed, forms)
     data = scope_texts(model, examples, args)
     torch.manual_seed(args.seed)
-    scope = ScopeNetwork(hidden_width(model.base_model))
+    scope = ScopeNetwork(model.scope.width)
     draw = random.Random(args.seed)
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.

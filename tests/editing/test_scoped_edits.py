@@ -304,11 +304,6 @@ def test_a_model_without_a_scope_says_so(llama, tokenizer):
             call()
 
 
-def test_encoder_decoder_models_are_refused(_built_models, tokenizer):
-    with pytest.raises(ValueError, match="scope=True.*is for causal models.*T5"):
-        editable(copy.deepcopy(_built_models["t5"]), tokenizer, scope=True)
-
-
 @pytest.mark.parametrize("method", ["malmen", "memit", "rome", "ft", "lora", "gradient", "ultraedit"])
 def test_any_method_has_a_scope(llama, tokenizer, method):
     model = scoped(llama, tokenizer, method=method)
