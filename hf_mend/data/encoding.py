@@ -34,6 +34,8 @@ class EncodedBatch:
         subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
             where none is known.
         forms (`int`, defaults to 1): How many neighbouring rows ask for one fact, each in another form.
+        further ([`EncodedBatch`], *optional*): The same texts with the whole answer as input, and one position more:
+            that of what follows the answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -41,6 +43,7 @@ class EncodedBatch:
     positions: torch.Tensor
     subjects: torch.Tensor | None = None
     forms: int = 1
+    further: EncodedBatch | None = None
 
     def __post_init__(self) -> None:
         self._places: Places | None = None
@@ -76,6 +79,7 @@ class EncodedBatch:
             inputs, on_device(self.next_tokens, device), on_device(self.positions, device), subjects, self.forms
         )
         moved._places = places
+        moved.further = None if self.further is None else self.further.to(device)
         return moved
 
 
@@ -199,6 +203,13 @@ class Encoder:
                 if query.after is not None:  # of the decoder's tokens the answer's are only read
                     read = len(self.decoder_prefix) - 1 + len(self._answer_ids(query, "", ""))
                     rows.positions[row, :read], rows.next_tokens[row, :read] = False, IGNORE
+        return rows
+
+    def with_further(self, queries: Sequence[Query]) -> EncodedBatch:
+        """The queries as one batch, and the same texts with the whole answer as input: its `further`."""
+        rows = self(queries)
+        pairs = [self.tokens(query) for query in queries]
+        rows.further = self.pad([(prompt, [*answer, IGNORE]) for prompt, answer in pairs])
         return rows
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from ..data.encoding import EncodedBatch
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..methods import EditMethod
-from .scoring import Answers, score_and_fetch
+from .scoring import Answers, score_and_fetch, without_following
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,17 @@ class EditingContext:
         rows: EncodedBatch,
         hidden: HiddenState | None = None,
         updates: Sequence[Mapping[str, Update]] = (),
+        behind: HiddenState | None = None,
     ) -> tuple[Answers, list[torch.Tensor]]:
         """
         Return the model's answers to the rows, and further tensors in the host's memory: it waits once for all of
         them. The other arguments are those of `trace`.
+
+        Args:
+            behind ([`HiddenState`], *optional*): The output of `run_below` for the rows' `further`, from which the
+                same pass tells what follows the targets too.
         """
-        return score_and_fetch(rows, self.logits(rows, hidden, updates), further)
+        if behind is None or rows.further is None:
+            return score_and_fetch(rows, self.logits(rows, hidden, updates), further)
+        answers, found = score_and_fetch(rows.further, self.logits(rows.further, behind, updates), further)
+        return without_following(answers), found
