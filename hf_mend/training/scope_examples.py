@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, float] = {
     "answer": 0.6,
     "after": 0.7,
     "inside": 0.3,
-    "neighborhood": 1.0,
+    "neighborhood": 1.5,
     "same_subject": 1.0,
     "unrelated": 1.0,
 }

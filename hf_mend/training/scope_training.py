@@ -35,8 +35,9 @@ logger = logging.get_logger(__name__)
 
 # Steps after which the keys of all facts are computed anew.
 _FRESH_KEYS = 65
-# Other facts among whose keys a step's have to be found.
-_OTHER_FACTS = 1000
+# Other facts among whose keys a step's have to be found: any, and for each fact some of its own relation, which only
+# their subjects tell apart.
+_OTHER_FACTS, _ALIKE = 400, 20
 # Kinds of texts that give a fact's keys, in the order of the bank.
 _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
@@ -87,10 +88,14 @@ class ScopeTexts:
 
     Args:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
+        relations (`Sequence[str | None]`): Of each fact, its relation.
     """
 
-    def __init__(self, texts: Sequence[Sequence[MarkedText]]):
-        self.texts = texts
+    def __init__(self, texts: Sequence[Sequence[MarkedText]], relations: Sequence[str | None]):
+        self.texts, self.relations = texts, relations
+        self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
+        for fact, relation in enumerate(relations):
+            self.alike.setdefault(relation, []).append(fact)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -149,7 +154,7 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
         text.marks = [replace(mark, fact=place[mark.fact], near=place[mark.near]) for mark in text.marks]
     read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16)
     set_others(records, kept)
-    return ScopeTexts(kept)
+    return ScopeTexts(kept, [record.relation for record in records])
 
 
 def scope_loss(
@@ -258,7 +263,7 @@ def train_scope(
         if len(order) < args.facts_per_step:
             order = draw.sample(every, len(data))
         facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
-        others = draw.sample(every, min(len(data), _OTHER_FACTS))
+        others = _others(data, facts, draw)
         loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()
         loss.backward()
@@ -272,6 +277,15 @@ def train_scope(
     _finish(scope, data, draw)
     model.set_scope(scope)
     return {"loss": sum(losses[-50:]) / len(losses[-50:]), "threshold": float(scope.threshold)}
+
+
+def _others(data: ScopeTexts, facts: Sequence[int], draw: random.Random) -> list[int]:
+    """Return further facts among whose keys those of a step have to be found: any, and some of their relations."""
+    found = draw.sample(range(len(data)), min(len(data), _OTHER_FACTS))
+    for fact in facts:
+        alike = data.alike[data.relations[fact]]
+        found += draw.sample(alike, min(len(alike), _ALIKE))
+    return found
 
 
 @torch.no_grad()
