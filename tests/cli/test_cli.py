@@ -587,7 +587,7 @@ def test_edits_are_merged_into_a_plain_model(world, kept, tmp_path):
 
 
 def test_a_conversation_from_a_pipe(world, tmp_path):
-    lines = [PROMPT, f"/edit {PROMPT} => {TARGET}", PROMPT, "/list", f"/save {tmp_path / 'kept'}", "/undo", PROMPT,
+    lines = [PROMPT, f"/edit {PROMPT} => oslo town", PROMPT, "/list", f"/save {tmp_path / 'kept'}", "/undo", PROMPT,
              f"/load {tmp_path / 'kept'}", "/help", "/quit", "/not reached"]  # fmt: skip
     arguments = ("chat", "-e", world / "editor", "--max-new-tokens", 6)
     done = invoke(*arguments, "--json", input="\n".join(lines))
@@ -595,7 +595,7 @@ def test_a_conversation_from_a_pipe(world, tmp_path):
     assert len(turns) == 9
     first, edited, second, listed, saved, undone, third, loaded, _ = turns
     assert first["before"] == first["after"] == second["before"] == third["after"], "undo brings the answer back"
-    assert edited["edit"]["target"] == TARGET and second["after"] != second["before"]
+    assert edited["edit"]["target"] == "oslo town" and second["after"] != second["before"]
     assert [edit["id"] for edit in listed["edits"]] == [undone["undone"]["id"]] == [edited["edit"]["id"]]
     assert saved["count"] == 1 and loaded["loaded"] == listed["edits"]
     assert done.exit_code == (0 if edited["ok"] else 1)
