@@ -127,6 +127,13 @@ def gradient_factors(
         delta = gradient.reshape(rows, -1, gradient.shape[-1])
         found[name].append(((x * (delta != 0).any(-1, keepdim=True)).float(), delta.float()))
     factors: Factors = {}
+    for target in targets:
+        if target.name not in found:
+            raise ValueError(
+                f"the layer {target.name!r} did not run, so it cannot be edited: a kernel for the whole block stands "
+                "in for it, or the model passes it by on text; load the base model with use_kernels=False, or choose "
+                "other target_modules"
+            )
     for name, pairs in found.items():
         if not pairs:
             raise ValueError(

@@ -217,12 +217,21 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
     Args:
         model (`nn.Module`): A model with output embeddings.
         mask (`torch.Tensor` of shape `(rows, seq)`, bool): The positions to keep, in row-major order.
+
+    Raises:
+        ValueError: In a pass, of a model whose logits are not one for each of the tokens, as a diffusion model's.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
         hidden, chosen = args[0], mask.to(args[0].device)
         if hidden.dim() == 4:  # ProphetNet's streams, of which the first predicts the next token
             return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
+        if hidden.shape[:-1] != chosen.shape:
+            raise ValueError(
+                f"{type(model).__name__} gives logits at positions {tuple(hidden.shape[:-1])} for tokens "
+                f"{tuple(chosen.shape)}, so they are not those of each token's next one, and it cannot be edited; "
+                "pass a model that predicts text from left to right"
+            )
         return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook, select):
