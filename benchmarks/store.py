@@ -137,7 +137,7 @@ def compress_figures(count: int) -> tuple[dict[str, float], dict[str, dict[str, 
     base, tokenizer = load_smollm2()
     model = EditableModel.from_pretrained(base, EDITOR, tokenizer)
     records = list(read_counterfact(ROOT / "examples" / "data" / "facts_test.json"))[:count]
-    model.edit([r.prompt for r in records], [r.target for r in records], force=True)
+    model.edit([r.prompt for r in records], [r.target for r in records], force=True, keep_failed=True)
     rows = model.encoder([Query(r.prompt, r.target) for r in records])
 
     def said() -> float:

@@ -196,7 +196,7 @@ def check(model_type: str) -> dict[str, Any]:
 def _check(base: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
     model = EditableModel(base, tokenizer=tokenizer).eval()
     plain = all_logits(model, tokenizer)
-    result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=2)
+    result = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=2, keep_failed=True)
     wrong = []
     if result.probability_after == result.probability_before:
         wrong.append("an edit changes nothing")

@@ -108,7 +108,8 @@ def main() -> None:
     untouched = {(text, chat): logits(model, text, chat) for text in UNRELATED for chat in (False, True)}
     for number, row in enumerate(EDITS, start=1):
         prompt, target = row[:2]
-        print(f"\n{number}. Edit the model to complete {prompt!r} with {target!r}.\n\n{model.edit(prompt, target)}\n")
+        print(f"\n{number}. Edit the model to complete {prompt!r} with {target!r}.\n", flush=True)
+        print(f"{model.edit(prompt, target)}\n")  # with what it writes before and after
         for name, (text, chat) in forms(row).items():
             print(f"  {name}: {text!r}")
             print(f"      before: {before[f'{name}: {text}']!r}\n      after:  {answer(model, text, chat)!r}")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .config import EditorConfig
     from .data.readers import read_counterfact, read_edits, read_questions, write_edits
     from .data.records import EditDataset, EditRecord
-    from .editing.requests import EditResult
+    from .editing.edit_result import EditResult
     from .edits.collection import Edits
     from .edits.compression import Compression
     from .edits.edit import Edit
@@ -59,7 +59,7 @@ _MODULES = {
     "config": ["EditorConfig"],
     "data.readers": ["read_counterfact", "read_edits", "read_questions", "write_edits"],
     "data.records": ["EditDataset", "EditRecord"],
-    "editing.requests": ["EditResult"],
+    "editing.edit_result": ["EditResult"],
     "edits.collection": ["Edits"],
     "edits.compression": ["Compression"],
     "edits.edit": ["Edit"],

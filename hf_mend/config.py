@@ -96,15 +96,21 @@ class EditorConfig(metaclass=_ConfigType):
         revision (`str`, *optional*): The base model's revision.
         target_modules (`str` or `list[str]`, defaults to `"default"`): The layers to edit: `"default"` (what measured
             best for the method, by fraction of depth), `"paper"` (all MLP weights of the last three blocks, or of the
-            last two of encoder and decoder), a regular expression for whole names, or a list of names or last parts
-            of names.
+            last two of encoder and decoder), `"all-linear"` (all linear layers of the blocks but routers), a regular
+            expression for whole names, or a list of names or last parts of names.
         layers_to_transform (`list[int]`, *optional*): Indices of the blocks to edit; all that `target_modules` matches
             if `None`.
         layers_pattern (`str`, *optional*): Last part of the name of the block list, if the model has several.
         base_fingerprint (`dict[str, Any]`, *optional*): Architecture, shapes and hash of the base's edited weights;
             `save_pretrained` of a model sets it.
         scope (`bool`, defaults to `False`): Whether edits act only at the tokens where a text asks for them, as a
-            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere.
+            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere. With it,
+            an encoder-decoder model's edited layers are the decoder's.
+        factor_dtype (`str`, defaults to `"int4"`): How edits with a scope keep their factors: `"int4"`
+            ([`~hf_mend.edits.four_bit`]), `"bfloat16"` or `"float32"`. An edit that would say its target less surely
+            in four bits is kept in bfloat16.
+        factor_error (`float`, defaults to 0.0005): What an edit in four bits may leave out for a lower rank, as a
+            share of the squared Frobenius norm of all of its layers.
         options: The options of the method.
 
     Raises:
@@ -131,8 +137,9 @@ class EditorConfig(metaclass=_ConfigType):
         default="default",
         metadata={
             "help": "Layers to edit: 'default' (what measured best for the method, by fraction of depth), 'paper' "
-            "(all MLP weights of the last three blocks, or of the last two of encoder and decoder), a regular "
-            "expression for whole names, or a list of names or last parts of names."
+            "(all MLP weights of the last three blocks, or of the last two of encoder and decoder), 'all-linear' (all "
+            "linear layers of the blocks but routers), a regular expression for whole names, or a list of names or "
+            "last parts of names."
         },
     )
     layers_to_transform: list[int] | None = field(
@@ -148,6 +155,17 @@ class EditorConfig(metaclass=_ConfigType):
         False,
         "Whether edits act only at the tokens where a text asks for them, as a learned scope decides; otherwise they "
         "act everywhere.",
+    )
+    factor_dtype: str = option(
+        "int4",
+        "How edits with a scope keep their factors. In four bits only where the target is then said as surely.",
+        choices=("int4", "bfloat16", "float32"),
+    )
+    factor_error: float = option(
+        0.0005,
+        "What an edit in four bits may leave out for a lower rank, as a share of its squared Frobenius norm.",
+        least=0.0,
+        most=1.0,
     )
 
     # The blocks that target_modules="default" means for the method, as fractions of the model's depth: first and end.

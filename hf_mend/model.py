@@ -24,11 +24,14 @@ from .data.display import shown
 from .data.encoding import Encoder
 from .data.records import EditRecord
 from .editing.calibration_text import observe_calibration_text
+from .editing.call import AfterEdits
 from .editing.context import EditingContext
+from .editing.edit_result import EditResult
 from .editing.pipeline import make_edits
 from .editing.proposals import SearchOptions
-from .editing.requests import EditResult, as_requests, check_limits, check_requests
+from .editing.requests import as_requests, check_limits, check_requests
 from .editing.steering import ActsWhereAsked
+from .editing.writing import RecentWriters, Writer
 from .edits.active import ActiveEdits
 from .edits.carrier import ActsWhileOwned, CarriesEdits
 from .edits.collection import chosen
@@ -99,15 +102,11 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        if editor_config.scope and self.config.is_encoder_decoder:
-            raise ValueError(
-                f"EditorConfig(scope=True) is for causal models, and {type(base_model).__name__} has an encoder and a "
-                "decoder; leave scope out"
-            )
         self._gate = self._new_gate(ScopeNetwork(hidden_width(base_model))) if editor_config.scope else None
         self._active = ActiveEdits(self.targets, base_model, self._gate)
         self._ownership = ActsWhileOwned(self._active)
         self.card_notes = CardNotes()
+        self._writers = RecentWriters()
         self._spent: str | None = None
         self.eval()
 
@@ -286,7 +285,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         """Return base model, edited layers and method, bundled anew as a wrapper may replace the editor."""
         return EditingContext(self.split, self.targets, self.editor, scoped=self._gate is not None)
 
-    def edit(  # its eleven parameters are public
+    def edit(  # its thirteen parameters are public
         self,
         prompt: str | EditRecord | Sequence[str] | Sequence[EditRecord],
         target: str | Sequence[str] | None = None,
@@ -299,6 +298,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         max_steps: int | None = None,
         force: bool = False,
         check: bool = True,
+        check_earlier: int = 8,
+        keep_failed: bool | None = None,
         batch_size: int = 16,
     ) -> EditResult | list[EditResult]:
         """
@@ -326,6 +327,11 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 not.
             check (`bool`, defaults to `True`): Check with the edited model whether the edit took. Without it, one step
                 is made and the result has no measurements after the edit.
+            check_earlier (`int`, defaults to 8): Ask so many of the latest earlier edits again, in one pass: the
+                result names those that no longer hold. Edits with a scope disturb no others, except by asking for the
+                same. 0 for none.
+            keep_failed (`bool`, *optional*): Keep an edit that did not take. By default it is taken back, except with
+                `max_steps=1`, whose one step is made in any case.
             batch_size (`int`, defaults to 16): The most edits in one pass; long requests go in smaller batches.
 
         Returns:
@@ -339,6 +345,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         """
         self._check_usable()
         check_limits(max_steps=max_steps, batch_size=batch_size)
+        if check_earlier < 0:
+            raise ValueError(f"check_earlier is {check_earlier}, expected 0 or more")
         single = isinstance(prompt, (str, EditRecord))
         requests = as_requests(prompt, target, chat, paraphrases, locality, messages, separator)
         encoder = self.encoder
@@ -351,14 +359,31 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             torch.inference_mode(False),
         ):  # an edit needs a gradient in any mode of the caller
             options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
-            results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate)
+            after = AfterEdits(max_steps == 1 if keep_failed is None else keep_failed, check_earlier)
+            before = self._active.snapshot
+            results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate, after)
+            now = self._active.snapshot
+        writers = [Writer(self, encoder, request.query, before, now) for request in requests]
+        for result, writer in zip(results, writers, strict=True):
+            result.set_writer(writer)
+        self._writers.add(writers)
+        self._warn_of(results)
+        return results[0] if single else results
+
+    def _warn_of(self, results: Sequence[EditResult]) -> None:
+        """Warn of edits that did not take, and of earlier ones that a call has disturbed."""
         for result in results:
             if result.success is False:
+                name, back = f"edit {result.id}" if result.id else "an edit", ", and was taken back"
                 logger.warning(
-                    f"{f'edit {result.id}' if result.id else 'an edit'} did not take: {shown(result.prompt)} -> "
+                    f"{name} did not take{back if result.taken_back else ''}: {shown(result.prompt)} -> "
                     f"{shown(result.target)}; see its result"
                 )
-        return results[0] if single else results
+        for one in results[0].lost:
+            logger.warning(
+                f"the earlier edit {one.id} no longer holds: {shown(one.prompt)} -> {shown(one.target)}; undo what "
+                "was edited since, or make it again"
+            )
 
     def observe(self, texts: Iterable[str | tuple[str, str]]) -> None:
         """
@@ -394,7 +419,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         of [`~EditableModel.edit`].
         """
         with self._active.draft():
-            yield self.edit(prompt, target, **kwargs)
+            yield self.edit(prompt, target, **{"keep_failed": True, **kwargs})
 
     def merge_and_unload(self, safe_merge: bool = False, edits: Sequence[Edit | str] | None = None) -> PreTrainedModel:
         """

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, make_tokenizer
+from support.models import RECORDS, EditableModel, all_logits, build_model, make_tokenizer
 
 import hf_mend
-from hf_mend import EditableModel, EditorConfig
+from hf_mend import EditorConfig
 from hf_mend.bases.targets import find_targets
 from hf_mend.config import option, options_of_methods
 from hf_mend.methods import Mend, MendConfig, get_method, register_method

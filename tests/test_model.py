@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 
-from hf_mend import EditableModel, EditorConfig, EditStore, get_editable_model
+from hf_mend import EditorConfig, EditStore, get_editable_model
 from hf_mend.data.encoding import Query
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import EditorConfig
 from ..hub.files import read_json_object, shortened
+from .fused import fetched
 from .targets import Target, named_layers
 from .weights import identifying_weight
 
@@ -21,6 +23,9 @@ logger = logging.get_logger(__name__)
 
 _SAMPLE = 65536
 _EDITOR_SAMPLE = 256
+
+# An editor -> its parameters, each with torch's count of its changes, and their hash, which holds until one changes.
+_known_digests: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int, int]], str]] = WeakKeyDictionary()
 
 
 def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> dict[str, Any]:
@@ -57,19 +62,32 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
 
 def editor_id(method: nn.Module, name: str) -> str:
     """
-    Return an editor's id: the method's name, and a hash of an even sample of its parameters, if it has any.
+    Return an editor's id: the method's name, and a hash of an even sample of its parameters, if it has any. It is kept
+    until torch has counted a change of one of them, which a change through `parameter.data` is not.
 
     Args:
         method (`nn.Module`): The editor.
         name (`str`): The method's name.
     """
-    digest = hashlib.sha256()
     plain = [parameter for parameter in method.parameters() if type(parameter.data) is torch.Tensor]  # none sharded
-    for parameter in plain:
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _EDITOR_SAMPLE)].to("cpu", torch.float32)
-        digest.update(sample.contiguous().numpy().tobytes())
-    return f"{name}-{digest.hexdigest()[:12]}" if plain else name
+    if not plain:
+        return name
+    counted = not any(parameter.is_inference() for parameter in plain)  # torch counts no changes of those
+    state = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in plain] if counted else []
+    known = _known_digests.get(method)
+    if known is None or not counted or known[0] != state:
+        digest = hashlib.sha256()
+        flat = [parameter.detach().reshape(-1) for parameter in plain]
+        samples = fetched(one[:: max(1, one.numel() // _EDITOR_SAMPLE)].float().contiguous() for one in flat)
+        for sample in samples:
+            digest.update(sample.numpy().tobytes())
+        known = _known_digests[method] = state, digest.hexdigest()[:12]
+    return f"{name}-{known[1]}"
+
+
+def forget_editor_id(method: nn.Module) -> None:
+    """Let an editor's id be found anew, whatever torch has counted of its changes."""
+    _known_digests.pop(method, None)
 
 
 def check_same_base(base_model: PreTrainedModel, stored: Any, source: str) -> None:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.encoding import EncodedBatch
+from ..data.places import Places, on_device
+from .fused import Pair, of_one_shape, stacked
 from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
 from .targets import Target
 from .threads import hooked
 
 
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+class Factors(dict[str, tuple[torch.Tensor, torch.Tensor]]):
+    """
+    The factors of gradients: layer name -> `(x, delta)`.
+
+    Args:
+        factors (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): The same.
+        tokens (`torch.Tensor`, *optional*): The numbers of the tokens, counted through all rows, that may have a
+            gradient: the encoding knows them, and nothing has to wait to see which do. `None` where all may.
+    """
+
+    def __init__(self, factors: Mapping[str, Pair] = MappingProxyType({}), tokens: torch.Tensor | None = None):
+        super().__init__(factors)
+        self.tokens = tokens
 
 
 @contextmanager
@@ -49,6 +64,7 @@ def trace(
     inputs: Inputs,
     next_tokens: torch.Tensor,
     state: HiddenState | None = None,
+    places: Places | None = None,
 ) -> tuple[Factors, torch.Tensor]:
     """
     Return the factors of each row's fine-tuning gradient: `dL/dW = sum_t delta_t x_t^T` (Mitchell et al. 2022, section
@@ -64,6 +80,7 @@ def trace(
         next_tokens (`torch.Tensor` of shape `(rows, seq)`): The target token that each position must predict, -100
             where there is none.
         state ([`HiddenState`], *optional*): The output of `run_below` for these rows; computed when missing.
+        places ([`~hf_mend.data.places.Places`], *optional*): Where the target tokens are; found when missing.
 
     Returns:
         `tuple`: The factors, name -> `(x, delta)` of shapes `(rows, seq, d_in)` and `(rows, seq, d_out)`, both zero
@@ -72,20 +89,22 @@ def trace(
     Raises:
         ValueError: No gradient reaches a layer.
     """
-    mask = next_tokens != -100
+    if places is None or any(-100 in said for said in places.said):
+        on_host = next_tokens.cpu()
+        places = Places.of(on_host != -100, on_host, None, next_tokens.device)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
-        labels = next_tokens[mask].to(logits.device)
+        labels = places.labels.to(logits.device)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
-    return gradient_factors(split, targets, inputs, mask, loss_of, state)
+    return gradient_factors(split, targets, inputs, places, loss_of, state)
 
 
 def gradient_factors(
     split: SplitModel,
     targets: Sequence[Target],
     inputs: Inputs,
-    positions: torch.Tensor,
+    places: Places,
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     state: HiddenState | None = None,
 ) -> tuple[Factors, torch.Tensor]:
@@ -94,10 +113,11 @@ def gradient_factors(
 
     Args:
         split, targets, inputs, state: As for [`trace`].
-        positions (`torch.Tensor` of shape `(rows, seq)`, bool): The positions of the logits.
+        places ([`~hf_mend.data.places.Places`]): The positions of the logits.
         loss_of (`Callable`): The logits there, `(positions, vocab)` -> the loss.
     """
-    if split.tokens_first and len(positions) > 1:
+    rows = len(places.counts)
+    if split.tokens_first and rows > 1:
         raise ValueError(
             f"{type(split.model).__name__} runs its blocks with tokens before rows, so its gradients cannot be told "
             "apart in a batch; edit with batch_size=1, and by a method that needs no training"
@@ -107,7 +127,7 @@ def gradient_factors(
     with (
         torch.enable_grad(),
         record_factors(targets) as record,
-        logits_at(split.model, positions),
+        logits_at(split.model, places.positions),
         _recomputed_if_offloaded(split.model),
     ):
         logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
@@ -118,15 +138,11 @@ def gradient_factors(
         gradients = (
             torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(runs)
         )
-    rows = positions.shape[0]
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name, _, _ in runs}
     for (name, x, _), gradient in zip(runs, gradients, strict=True):
-        if gradient is None:
-            continue
-        x = x.reshape(rows, -1, x.shape[-1])  # OPT runs its MLP on (rows * seq, width)
-        delta = gradient.reshape(rows, -1, gradient.shape[-1])
-        found[name].append(((x * (delta != 0).any(-1, keepdim=True)).float(), delta.float()))
-    factors: Factors = {}
+        if gradient is not None:
+            # OPT runs its MLP on (rows * seq, width)
+            found[name].append((x.reshape(rows, -1, x.shape[-1]), gradient.reshape(rows, -1, gradient.shape[-1])))
     for target in targets:
         if target.name not in found:
             raise ValueError(
@@ -134,16 +150,28 @@ def gradient_factors(
                 "in for it, or the model passes it by on text; load the base model with use_kernels=False, or choose "
                 "other target_modules"
             )
-    for name, pairs in found.items():
-        if not pairs:
+    pairs: dict[str, Pair] = {}
+    for name, parts in found.items():
+        if not parts:
             raise ValueError(
                 f"no gradient reaches the layer {name!r}, so it cannot be edited: a layer above it passes none on, as "
                 "some quantised layers do; load the base model in another quantisation or in bfloat16, or choose "
                 "other target_modules"
             )
-        x, delta = pairs[0] if len(pairs) == 1 else (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
-        factors[name] = (x, delta)
-    return factors, logits.detach()
+        x, delta = parts[0] if len(parts) == 1 else (torch.cat(sides, 1) for sides in zip(*parts, strict=True))
+        pairs[name] = (x, delta)
+    return _where_a_gradient_is(pairs), logits.detach()
+
+
+def _where_a_gradient_is(pairs: Mapping[str, Pair]) -> Factors:
+    """Return the factors in float32, `x` zero where `delta` is; those of one shape lie side by side in memory."""
+    factors = Factors()
+    for names in of_one_shape(pairs):
+        x, delta = (stacked([pairs[name][side] for name in names]) for side in (0, 1))  # (layers, rows, seq, width)
+        x = (x * (delta != 0).any(-1, keepdim=True)).float()
+        delta = delta.float()
+        factors.update({name: (x[i], delta[i]) for i, name in enumerate(names)})
+    return Factors({name: factors[name] for name in pairs})
 
 
 def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBatch) -> dict[str, torch.Tensor]:
@@ -174,7 +202,7 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
 
         return keep
 
-    with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.positions):
+    with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.places.positions):
         for target in targets:
             hooks.enter_context(hooked(target.module.register_forward_pre_hook, make(target)))
         split.model(**rows.inputs, use_cache=False)
@@ -193,9 +221,10 @@ def row_means(values: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(rows,)`.
     """
-    row = rows.positions.nonzero()[:, 0].to(values.device)
-    zeros = torch.zeros(len(rows), device=values.device, dtype=values.dtype)
-    return zeros.index_add(0, row, values) / zeros.index_add(0, row, torch.ones_like(values))
+    counts = rows.places.counts
+    row = on_device(torch.tensor([i for i, count in enumerate(counts) for _ in range(count)]), values.device)
+    sizes = on_device(torch.tensor(counts, dtype=values.dtype), values.device)
+    return torch.zeros(len(rows), device=values.device, dtype=values.dtype).index_add(0, row, values) / sizes
 
 
 def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.encoding import EncodedBatch
 from .targets import Target, block_lists, lowest_block
 from .threads import as_this_thread, hooked, present_forward, replaced_forward
+from .unpadded import Unpadded
 from .weights import device_of
 
 
@@ -81,11 +82,43 @@ class SplitModel:
         self.tokens_first: bool = config.model_type in _TOKENS_FIRST
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
+        self._needs_mask = True
 
     @property
     def device(self) -> torch.device:
         """The device of the inputs."""
         return device_of(self.model.get_input_embeddings())
+
+    def inputs_of(self, rows: EncodedBatch) -> Inputs:
+        """
+        Return the arguments of the model for a batch. Where padding, which stands at the end, changes no token before
+        it, nothing is masked, and the model is told so: it would look into the mask, and the host wait for it.
+        """
+        if self._needs_mask or not rows.places.pads_right:
+            return rows.inputs
+        return {**rows.inputs, "attention_mask": _of_ones(rows.inputs["attention_mask"])}
+
+    @torch.no_grad()
+    def run_below_further(self, rows: EncodedBatch) -> tuple[HiddenState, HiddenState | None]:
+        """
+        Run the blocks that no edit changes once, for `rows` and for its `further`.
+
+        Returns:
+            `tuple`: The output of `run_below` for `rows` and for `rows.further`; of the latter `None` where there is
+            none, or where a token more could change what a model says before it.
+        """
+        further = rows.further
+        if further is None or self._resumes is not None and not self._looks_back(rows):
+            return self.run_below(self.inputs_of(rows)), None
+        state = self.run_below(self.inputs_of(further))
+        hidden, name = state.hidden, "decoder_input_ids" if self.cuts_decoder_of_two else "input_ids"
+        if not self._looks_back(rows) or hidden.shape[1] != further.inputs[name].shape[1]:
+            return self.run_below(self.inputs_of(rows)), None
+        return HiddenState(hidden[:, : rows.inputs[name].shape[1]], state.encoder), state
+
+    def _looks_back(self, rows: EncodedBatch) -> bool:
+        """Whether each token of an answer depends on earlier ones alone, as the first use has found."""
+        return "decoder_input_ids" in rows.inputs or not self._needs_mask
 
     @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
@@ -126,11 +159,19 @@ class SplitModel:
         state = HiddenState(found["hidden"], found.get("encoder"))
         if self._resumes is None:
             self._resumes = self._check(inputs, state)
+            self._needs_mask = not self._runs_without_mask(inputs)
         return state
 
     def _check(self, inputs: Inputs, state: HiddenState) -> bool:
         """Whether a pass from the stored state gives the whole pass's logits in this architecture."""
         whole = self.model(**inputs, use_cache=False).logits
+        tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
+        if whole.shape[:-1] != tokens.shape:  # a diffusion model's, say
+            raise ValueError(
+                f"{type(self.model).__name__} gives logits at positions {tuple(whole.shape[:-1])} for tokens "
+                f"{tuple(tokens.shape)}, so they are not those of each token's next one, and it cannot be edited; "
+                "pass a model that predicts text from left to right"
+            )
         try:
             resumed = self._resume(inputs, state).logits
         except Exception as error:
@@ -145,6 +186,24 @@ class SplitModel:
             "whole model instead, which is slower and as exact"
         )
         return False
+
+    def _runs_without_mask(self, inputs: Inputs) -> bool:
+        """Whether padding behind a text changes none of its logits, though no mask tells of it."""
+        if set(inputs) != {"input_ids", "attention_mask"} or self.tokens_first or self.cuts_decoder_of_two:
+            return False
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            return False  # offloaded: a further pass would cost more than is won
+        length = int(inputs["attention_mask"][0].sum())
+        ids = torch.cat([inputs["input_ids"][:1, :length], inputs["input_ids"][:1, :2]], 1)
+        mask = torch.ones_like(ids)
+        mask[:, length:] = 0
+        try:
+            masked = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :length].float()
+            plain = self.model(input_ids=ids, attention_mask=_of_ones(mask), use_cache=False).logits
+        except Exception:  # a longer text than the model takes, or foreign code that takes no such mask
+            return False
+        tolerance, plain = _TOLERANCE[plain.dtype], plain[:, :length].float()
+        return bool((masked - plain).abs().max() <= tolerance * masked.abs().max())
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
         """
@@ -186,6 +245,10 @@ class SplitModel:
             return self.model(**inputs, **extra, use_cache=False)
 
 
+def _of_ones(mask: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(mask).as_subclass(Unpadded)
+
+
 @contextmanager
 def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
     """
@@ -207,7 +270,7 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
+def logits_at(model: Any, chosen: torch.Tensor) -> Iterator[None]:
     """
     Restrict the vocabulary projection to chosen positions within the context: logits have the shape `(1, chosen,
     vocab)`.
@@ -216,26 +279,25 @@ def logits_at(model: Any, mask: torch.Tensor) -> Iterator[None]:
 
     Args:
         model (`nn.Module`): A model with output embeddings.
-        mask (`torch.Tensor` of shape `(rows, seq)`, bool): The positions to keep, in row-major order.
-
-    Raises:
-        ValueError: In a pass, of a model whose logits are not one for each of the tokens, as a diffusion model's.
+        chosen (`torch.Tensor`): The positions to keep: a mask of shape `(rows, seq)`, or their numbers, counted
+            through all rows, for which nothing waits.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        hidden, chosen = args[0], mask.to(args[0].device)
+        hidden, own = args[0], chosen.to(args[0].device)
         if hidden.dim() == 4:  # ProphetNet's streams, of which the first predicts the next token
-            return (hidden[:, 0][chosen][None, None],)  # (1, 1, chosen, width)
-        if hidden.shape[:-1] != chosen.shape:
-            raise ValueError(
-                f"{type(model).__name__} gives logits at positions {tuple(hidden.shape[:-1])} for tokens "
-                f"{tuple(chosen.shape)}, so they are not those of each token's next one, and it cannot be edited; "
-                "pass a model that predicts text from left to right"
-            )
-        return (hidden[chosen].unsqueeze(0),)  # (1, chosen, width)
+            return (_chosen(hidden[:, 0], own)[None, None],)  # (1, 1, chosen, width)
+        return (_chosen(hidden, own).unsqueeze(0),)  # (1, chosen, width)
 
     with hooked(model.get_output_embeddings().register_forward_pre_hook, select):
         yield
+
+
+def _chosen(hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the chosen positions, `(chosen, width)`."""
+    if chosen.dtype == torch.bool:
+        return hidden[chosen]
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
 
 
 def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None = None) -> torch.Tensor:
@@ -248,7 +310,7 @@ def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None =
         state ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
     if state is None:
-        state = split.run_below(rows.inputs)
-    with logits_at(split.model, rows.positions):
-        logits: torch.Tensor = split.run_above(rows.inputs, state).logits[0]
+        state = split.run_below(split.inputs_of(rows))
+    with logits_at(split.model, rows.places.positions):
+        logits: torch.Tensor = split.run_above(split.inputs_of(rows), state).logits[0]
     return logits

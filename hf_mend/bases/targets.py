@@ -227,15 +227,41 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
     chosen = config.target_modules
     if chosen is None or chosen in ("default", "paper"):
         targets = list(_named_choice(lists, chosen or "default", config.layers_to_transform, config.default_span))
+    elif chosen == "all-linear":
+        targets = list(_every_layer(lists, config.layers_to_transform))
     else:
         targets = list(_matching(model, lists, chosen, config.layers_to_transform))
+    if config.scope:
+        targets = _above_the_encoder(targets, named=chosen not in (None, "default", "paper"))
     if not targets:
-        examples = sorted({name for block_list in lists for name in mlp_layers(block_list.blocks[-1])})
+        names = sorted({name for block_list in lists for name in linear_layers(block_list.blocks[-1])})
+        ends = {name.split(".")[-1] for name in names}
+        hint = ""
+        if isinstance(chosen, str) and chosen in {*names, *ends}:
+            hint = f"; a string is a regular expression for whole names: give the list [{chosen!r}] for that name"
         raise ValueError(
             f"target_modules={shortened(chosen)} with layers_to_transform={shortened(config.layers_to_transform)} "
-            f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {examples}"
+            f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {names}{hint}"
         )
     return targets
+
+
+def _above_the_encoder(targets: list[Target], named: bool) -> list[Target]:
+    """
+    Return those of some layers that stand above what a scope reads: in an encoder-decoder model the encoder's output,
+    which has to be the un-edited model's.
+
+    Raises:
+        ValueError: The encoder's layers were chosen by name, or there are no others.
+    """
+    within = [target.name for target in targets if target.side == "encoder"]
+    if within and (named or len(within) == len(targets)):
+        raise ValueError(
+            "with scope=True an encoder-decoder model's edits are the decoder's, as the scope reads what the encoder "
+            f"gives, and {shortened(within[0])} is one of the encoder's ({len(within)} are); name the decoder's alone "
+            "by a regular expression in target_modules or by layers_pattern, or leave both out"
+        )
+    return [target for target in targets if target.side != "encoder"]
 
 
 def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:
@@ -263,6 +289,16 @@ def _named_choice(
             names = mlp_layers(block)
             for name in names if choice == "paper" or not names else [_last_layer(block, names)]:
                 yield _target(block_list, index, name)
+
+
+def _every_layer(lists: list[BlockList], layers: Sequence[int] | None) -> Iterator[Target]:
+    """Yield all linear layers of the blocks, but routers and the like."""
+    for block_list in lists:
+        for index, block in enumerate(block_list.blocks):
+            if layers is None or index in layers:
+                for name in linear_layers(block):
+                    if not _AUXILIARY_NAME.search(name):
+                        yield _target(block_list, index, name)
 
 
 def _matching(

@@ -124,7 +124,7 @@ class Session:
         prompt, arrow, target = text.partition("=>")
         if not arrow:
             raise ValueError("write /edit PROMPT => TARGET")
-        result = self.model.edit(prompt.strip(), target.strip(), chat=self.chat)
+        result = self.model.edit(prompt.strip(), target.strip(), chat=self.chat, keep_failed=False)
         assert not isinstance(result, list)
         return Turn({"edit": as_values(result)}, str(result), ok=bool(result.success))
 

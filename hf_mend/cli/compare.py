@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def compare(
         titles[title] = name
     check_writable(output)
     records, arguments = options.read(data)
-    from ..evaluation.reports import comparison_table, write_report, write_results
+    from ..evaluation.reports import comparison_table, narrow_table, write_report, write_results
 
     chosen = _options_of_each(list(titles.values()), options.config or [])
     results = [
@@ -58,8 +59,8 @@ def compare(
     words = [*options.words(as_given(data)), *base_words(base), "--output", as_given(str(output))]
     command = shlex.join(["hf-mend", "compare", *shown, "--data", *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": results}
-    text = comparison_table(results)
-    places = [*write_results(output, document, text), *write_report(output, document)]
+    places = [*write_results(output, document, comparison_table(results)), *write_report(output, document)]
+    text = narrow_table(results, shutil.get_terminal_size().columns)
     return Report(document, f"{text}\n\nWritten: {', '.join(map(str, places))}")
 
 

@@ -14,7 +14,7 @@ from .edit_file import edit_records, report_of_file, save_what_took
 
 
 if TYPE_CHECKING:
-    from ..editing.requests import EditResult
+    from ..editing.edit_result import EditResult
 
 
 class OnConflict(str, Enum):
@@ -54,8 +54,10 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     as_json: AsJson = False,
 ) -> Report:
     """
-    Make an edit, or all edits of a file, and report the results. The exit code is 1 if an edit did not take or a probe
-    failed. Of a file, --save keeps the edits that took, and the rows of the others as did_not_take.jsonl.
+    Make an edit, or all edits of a file, and report the results: what the model writes before and after, to its own
+    end or for a few tokens, in a chat too. An edit that does not take is taken back. The exit code is 1 if one did not
+    take, or a probe failed. Of a file, --save keeps the edits that took, and the rows of the others as
+    did_not_take.jsonl.
 
     \b
     Example:
@@ -73,7 +75,9 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
 
     asked: dict[str, Any] = {"prompt": prompt, "target": target}
     asked |= {"paraphrases": paraphrase or [], "locality": locality or []}
-    options: dict[str, Any] = {"chat": chat} | ({} if max_steps is None else {"max_steps": max_steps})
+    options: dict[str, Any] = {"chat": chat, "keep_failed": False} | (
+        {} if max_steps is None else {"max_steps": max_steps}
+    )
     if save is not None:
         edits = _with_those_of(save, edits)
     data: Any = None if facts is None else read_edits(facts, on_conflict=on_conflict.value, **columns.named())
@@ -119,7 +123,12 @@ def _with_those_of(save: Path, edits: str | None) -> str | None:
 
 def _report_of_one(result: EditResult) -> Report:
     probes = [*result.paraphrases, *result.locality]
-    return Report(as_values(result), str(result), ok=bool(result.success) and all(probe.ok for probe in probes))
+    written = [asdict(one) for one in result.written]
+    return Report(
+        {**as_values(result), "written": written},
+        str(result),
+        ok=bool(result.success) and all(probe.ok for probe in probes),
+    )
 
 
 def as_values(result: EditResult) -> dict[str, Any]:

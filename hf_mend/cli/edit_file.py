@@ -13,7 +13,7 @@ from .common import Report, plural
 
 if TYPE_CHECKING:
     from ..data.records import EditRecord
-    from ..editing.requests import EditResult
+    from ..editing.edit_result import EditResult
     from ..model import EditableModel
 
 # In the folder of the saved edits: the rows that are not among them, as `--facts` takes them again.
@@ -47,6 +47,8 @@ class Row:
             return self.refused
         if result.success:
             return ""
+        if result.longer_word is not None:
+            return f"says the longer word {shown(result.longer_word, 40)}"
         correct = result.token_success or []
         if not result.steps:
             return f"says {shown(result.before, 40)}, and no step led nearer to the target"
@@ -65,7 +67,7 @@ class Row:
 
 def edit_records(model: EditableModel, records: Sequence[EditRecord], **options: Any) -> list[Row]:
     """
-    Make the edits of all records that can be tried, in one call.
+    Make the edits of all records that can be tried, in one call. Those that do not take are taken back.
 
     Args:
         model ([`EditableModel`]): The model.
@@ -79,7 +81,7 @@ def edit_records(model: EditableModel, records: Sequence[EditRecord], **options:
     tried = [row for row in rows if not row.refused]
     if not tried:
         raise ValueError(rows[0].refused)
-    results: Any = model.edit([row.record for row in tried], **options)
+    results: Any = model.edit([row.record for row in tried], **{"keep_failed": False, **options})
     for row, result in zip(tried, results, strict=True):
         row.result = result
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,11 @@ class EditorOptions(Options):
     start_from: Annotated[str | None, typer.Option(help="A trained editor to go on from: a folder or Hub id.")] = None
     method: Annotated[str, typer.Option(help="As EditorConfig.method.")] = "mend"
     target_modules: Annotated[
-        str, typer.Option(help="Layers to edit: default, paper, a regular expression, or names with commas.")
+        str,
+        typer.Option(
+            help="Layers to edit: default, paper, all-linear, a name such as o_proj, names with commas, or a regular "
+            "expression."
+        ),
     ] = "default"
     layers: Annotated[str | None, typer.Option(help="Indices of the blocks to edit, with commas.")] = None
     rank: Annotated[
@@ -77,7 +82,7 @@ class EditorOptions(Options):
         modules, chosen = self.target_modules, as_fields("--config", self.config, EditorConfig)
         named: dict[str, Any] = {
             "method": self.method,
-            "target_modules": [name.strip() for name in modules.split(",")] if "," in modules else modules,
+            "target_modules": _modules(modules),
             "layers_to_transform": _indices(self.layers) if self.layers else None,
         }
         if self.scope:
@@ -163,11 +168,13 @@ def train(
     last, arguments = run.checkpoint(folder), run.as_arguments(folder)
     from transformers.trainer_utils import set_seed
 
+    from ..training.estimate import EstimatesTime
     from ..training.trainer import EditorTrainer
 
     set_seed(run.seed)
     model = base.load(editor.start_from, config=config)
     trainer = EditorTrainer(model, arguments, train_data, eval_data, questions)
+    trainer.add_callback(EstimatesTime())
     trainer.train(resume_from_checkpoint=last)
     if model.scope is not None and trainer.examples is not None:
         from ..training.scope_training import ScopeTrainingArguments, train_scope
@@ -178,6 +185,15 @@ def train(
     rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]
     text = "\n".join([f"The editor is in {output}, after {trainer.state.global_step} steps.", *rows])
     return Report({"output": str(output), "steps": trainer.state.global_step, "metrics": metrics}, text)
+
+
+def _modules(text: str) -> str | list[str]:
+    """Return names, one or more, as a list, and a choice or a regular expression as it is."""
+    if text in ("default", "paper", "all-linear"):
+        return text
+    names = [name.strip() for name in text.split(",")]
+    # A dot alone is one between the parts of a name.
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else text
 
 
 def _indices(text: str) -> list[int]:

@@ -12,9 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import chat_end, render_chat
 from .joining import end_of_sentence, separator_between
+from .places import Places, on_device
 
 
 IGNORE = -100
+
+# Queries whose tokens an encoder keeps: those of a call, whose texts are looked at several times.
+_KEPT = 16384
 
 
 @dataclass
@@ -30,6 +34,8 @@ class EncodedBatch:
         subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
             where none is known.
         forms (`int`, defaults to 1): How many neighbouring rows ask for one fact, each in another form.
+        further ([`EncodedBatch`], *optional*): The same texts with the whole answer as input, and one position more:
+            that of what follows the answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -37,6 +43,10 @@ class EncodedBatch:
     positions: torch.Tensor
     subjects: torch.Tensor | None = None
     forms: int = 1
+    further: EncodedBatch | None = None
+
+    def __post_init__(self) -> None:
+        self._places: Places | None = None
 
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
@@ -46,6 +56,15 @@ class EncodedBatch:
         """The number of facts, in whatever number of forms."""
         return len(self) // self.forms
 
+    @property
+    def places(self) -> Places:
+        """Where `positions` are, known on the host: of a batch that came from it, without asking the device."""
+        if self._places is None:
+            mask = None if "decoder_input_ids" in self.inputs else self.inputs.get("attention_mask")
+            on_host = self.positions.cpu(), self.next_tokens.cpu(), None if mask is None else mask.cpu()
+            self._places = Places.of(*on_host, self.positions.device)
+        return self._places
+
     def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects[index]
@@ -53,9 +72,15 @@ class EncodedBatch:
         return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms)
 
     def to(self, device: torch.device | str) -> EncodedBatch:
-        inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        subjects = None if self.subjects is None else self.subjects.to(device)
-        return EncodedBatch(inputs, self.next_tokens.to(device), self.positions.to(device), subjects, self.forms)
+        places = self.places.to(device)
+        inputs = {name: on_device(value, device) for name, value in self.inputs.items()}
+        subjects = None if self.subjects is None else on_device(self.subjects, device)
+        moved = EncodedBatch(
+            inputs, on_device(self.next_tokens, device), on_device(self.positions, device), subjects, self.forms
+        )
+        moved._places = places
+        moved.further = None if self.further is None else self.further.to(device)
+        return moved
 
 
 def bare_prompt(prompt: str) -> str:
@@ -88,7 +113,8 @@ class Query:
             puts there, and in plain text one space, or nothing where none is written
             ([`~hf_mend.data.joining.separator_between`]).
         ends (`bool`, defaults to `False`): The answer's tokens are followed by the one that ends it: in a chat the
-            template's own, otherwise a full stop. So its last word is whole, and it is said once.
+            template's own, otherwise a full stop; an encoder-decoder model's by the tokenizer's end of a text. So its
+            last word is whole, and it is said once.
     """
 
     prompt: str
@@ -156,6 +182,7 @@ class Encoder:
         self.pad_token_id: int = padding[0] if padding else 0
         end = tokenizer.eos_token_id
         self._end: int = self.pad_token_id if end is None else end
+        self._kept: dict[Query, tuple[list[int], list[int]]] = {}
 
     def __call__(self, queries: Sequence[Query], forms: int = 1) -> EncodedBatch:
         """
@@ -178,6 +205,13 @@ class Encoder:
                     rows.positions[row, :read], rows.next_tokens[row, :read] = False, IGNORE
         return rows
 
+    def with_further(self, queries: Sequence[Query]) -> EncodedBatch:
+        """The queries as one batch, and the same texts with the whole answer as input: its `further`."""
+        rows = self(queries)
+        pairs = [self.tokens(query) for query in queries]
+        rows.further = self.pad([(prompt, [*answer, IGNORE]) for prompt, answer in pairs])
+        return rows
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of some tokens, without special ones and without space around it."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
@@ -191,6 +225,14 @@ class Encoder:
             ValueError: The chat template refuses the chat or leaves the prompt out, or a token is none of the model's
                 embedding.
         """
+        known = self._kept.get(query)
+        if known is None:
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            known = self._kept[query] = self._tokens(query)
+        return list(known[0]), list(known[1])
+
+    def _tokens(self, query: Query) -> tuple[list[int], list[int]]:
         text, separator = self._begun(query)
         prompt, answer = self._read_ids(text, special=not query.chat), self._answer_ids(query, text, separator)
         if query.ends and answer:
@@ -212,6 +254,8 @@ class Encoder:
 
     def _end_ids(self, query: Query, text: str) -> list[int]:
         """The token that ends an answer, `text` being all up to there; none behind an answer that ends by itself."""
+        if self.is_encoder_decoder:  # whose answer is a text
+            return [self._end]
         if query.chat:
             ids = self._ids(chat_end(self.tokenizer))
             return ids[:1] or [self._end]

@@ -28,6 +28,24 @@ _UNFINISHED_WORD = re.compile(
 )
 
 
+def is_unspaced(letter: str) -> bool:
+    """Whether a letter's script is written without spaces between words."""
+    return bool(_UNSPACED.match(letter))
+
+
+def ends_word(text: str, more: str) -> bool:
+    """
+    Whether the last word of a text ends there, where `more` follows: not that of "Lyon" in "Lyonnais".
+
+    Args:
+        text (`str`): The text.
+        more (`str`): What follows it.
+    """
+    if not more or not (text[-1:].isalnum() and more[0].isalnum()):
+        return True
+    return is_unspaced(text[-1]) or is_unspaced(more[0])
+
+
 def separator_between(prompt: str, answer: str) -> str:
     """
     One space, or nothing: behind a text of a script without spaces, an opening quote or bracket, and within an
@@ -69,4 +87,4 @@ def end_of_sentence(text: str) -> str:
         return ""
     if re.search(r"(?:://|\bwww\.|@|[/\\_=<>])\S*$", text):
         return ""
-    return "。" if _UNSPACED.match(text[-1]) else "."
+    return "。" if is_unspaced(text[-1]) else "."

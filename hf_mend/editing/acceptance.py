@@ -108,6 +108,8 @@ def best_shares(
 
 def _scaled(updates: dict[str, Update], shares: torch.Tensor) -> dict[str, Update]:
     """Multiply each row's update by the row's share."""
+    if bool((shares == 1).all()):
+        return updates
     return {name: (u, v * per_row(shares.to(v.dtype), v)) for name, (u, v) in updates.items()}
 
 

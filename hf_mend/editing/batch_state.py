@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..bases.fused import fetched, largest
 from ..bases.gradients import Factors
 from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
+from ..data.places import on_device
+from ..edits.four_bit import FourBitUpdates
 from ..edits.low_rank import Update
 from .scoring import Answers
 
@@ -26,8 +29,13 @@ class FoundUpdates:
         steps (`list[int]`): Gradient steps of each row.
         inputs (`dict[str, torch.Tensor]`): Layer name -> `(rows, rank, d_in)`, the layers' inputs at the rows' tokens,
             from a method that joins.
+        kept (`list[FourBitUpdates | None]`): Each row's update in four bits, `None` for one that is kept as it is;
+            empty where all are.
         rows ([`EncodedBatch`]): The texts, a row a request, or one for each form of it.
         hidden ([`HiddenState`]): Their output of `run_below`.
+        further ([`HiddenState`], *optional*): That of their `further`.
+        used (`dict[str, list[list[int]]]`): Layer name -> of each row, which of `rank` are not zero.
+        norms (`dict[str, list[float]]`): Layer name -> the Frobenius norm of each row's update.
     """
 
     updates: dict[str, Update]
@@ -37,6 +45,10 @@ class FoundUpdates:
     rows: EncodedBatch
     hidden: HiddenState
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    used: dict[str, list[list[int]]] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=dict)
+    kept: list[FourBitUpdates | None] = field(default_factory=list)
+    further: HiddenState | None = None
 
 
 @dataclass
@@ -53,6 +65,7 @@ class BatchState:
         answers ([`Answers`], *optional*): The model's answers under `seen`; `None` until they are scored.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The factors of the last look's gradients, where the
             method uses them.
+        proposed (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The last proposal, until it is known to be finite.
         inputs (`dict[str, torch.Tensor]`): Layer name -> inputs of the first step, `(rows, seq, d_in)`, of a method
             that joins.
         keys (`dict[str, torch.Tensor]`): Layer name -> the updates' `u`, `(rows, rank, d_in)`.
@@ -60,6 +73,9 @@ class BatchState:
             joins, the value residuals wanted at `inputs`, summed over the steps.
         seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates that the rows are under, as
             [`~hf_mend.edits.hook.applied`] takes them.
+        kept (`list[FourBitUpdates | None]`): As in [`FoundUpdates`].
+        on_host (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates in the host's memory, where they are.
+        further ([`HiddenState`], *optional*): The output of `run_below` for the rows' `further`.
     """
 
     rows: EncodedBatch
@@ -68,11 +84,15 @@ class BatchState:
     wanted: torch.Tensor
     steps: list[int] = field(default_factory=list)
     answers: Answers | None = None
-    factors: Factors = field(default_factory=dict)
+    factors: Factors = field(default_factory=Factors)
+    proposed: dict[str, Update] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, Update] = field(default_factory=dict)
+    kept: list[FourBitUpdates | None] = field(default_factory=list)
+    on_host: dict[str, Update] = field(default_factory=dict)
+    further: HiddenState | None = None
 
     def __post_init__(self) -> None:
         self.steps = [0] * self.rows.facts
@@ -120,7 +140,7 @@ def side_by_side(first: dict[str, Update], second: Mapping[str, Update]) -> dict
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape one value a row, `(rows,)`, to broadcast over `(rows, seq, width)`."""
-    return values.to(like.device)[:, None, None]
+    return on_device(values, like.device)[:, None, None]
 
 
 def check_finite_answers(answers: Answers) -> None:
@@ -135,14 +155,25 @@ def check_finite_answers(answers: Answers) -> None:
         )
 
 
-def check_finite(what: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def check_finite(what: str, pairs: Mapping[str, Update], values: torch.Tensor | None = None) -> None:
     """
+    Check that some factors are finite.
+
+    Args:
+        what (`str`): What they are of.
+        pairs (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> the factors.
+        values (`torch.Tensor`, *optional*): Their [`~hf_mend.bases.fused.largest`], in the host's memory; asked for
+            when missing.
+
     Raises:
         ValueError: A value is not finite.
     """
-    for name, pair in pairs.items():
-        if not all(torch.isfinite(tensor).all() for tensor in pair):
-            raise ValueError(
-                f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base "
-                "model's own outputs are finite (a float16 base may overflow: load it in bfloat16)"
-            )
+    if values is None:
+        (values,) = fetched([largest(pairs)])
+    if bool(values.isfinite().all()):
+        return
+    name = next(name for name, pair in pairs.items() if not all(torch.isfinite(side).all() for side in pair))
+    raise ValueError(
+        f"the {what} of layer {name!r} holds NaN or infinity, so nothing was edited; check that the base model's own "
+        "outputs are finite (a float16 base may overflow: load it in bfloat16)"
+    )

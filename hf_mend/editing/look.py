@@ -64,7 +64,7 @@ class BatchLook:
     def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         split, targets = self.context.split, self.context.targets
         requests = len(next(iter(updates.values()))[0])
-        hidden = split.run_below(texts.inputs)
+        hidden = split.run_below(split.inputs_of(texts))
         base = logits_of(split, texts, hidden)  # (positions, vocab)
         every = torch.arange(len(texts)).repeat(requests)
         rows = texts[every]
@@ -74,12 +74,15 @@ class BatchLook:
             return row_means(per_position, rows).sum() / len(texts)
 
         with self.context.applied(rows, updates):
-            factors, _ = gradient_factors(split, targets, rows.inputs, rows.positions, divergence, hidden.rows(every))
+            inputs = split.inputs_of(rows)
+            factors, _ = gradient_factors(split, targets, inputs, rows.places, divergence, hidden.rows(every))
         check_finite("gradient", factors)
-        return {
-            name: (x.reshape(requests, -1, x.shape[-1]), delta.reshape(requests, -1, delta.shape[-1]))
-            for name, (x, delta) in factors.items()
-        }
+        return Factors(
+            {
+                name: (x.reshape(requests, -1, x.shape[-1]), delta.reshape(requests, -1, delta.shape[-1]))
+                for name, (x, delta) in factors.items()
+            }
+        )
 
 
 def _of_requests(update: Update, requests: torch.Tensor) -> Update:

@@ -5,91 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
-from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from ..data.encoding import Encoder
+from ..data.estimate import Estimate
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
-from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
-from .batch_state import FoundUpdates, check_finite_answers
+from .afterwards import look_again, looks_at_all, lost_edits, take_back, take_back_failed
+from .batch_state import FoundUpdates
 from .calibration_text import observe_calibration_text
+from .call import AfterEdits, Call
 from .context import EditingContext
+from .edit_result import EditResult, LostEdit
 from .look import BatchLook
 from .proposals import SearchOptions
-from .requests import EditRequest, EditResult
+from .requests import EditRequest
 from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
-from .scoping import ScopeReport, found_keys, own_queries, report, scopes_of
-from .scoring import Answers
+from .scoping import found_keys, own_queries, report, scopes_of
 from .search import find_updates
-
-
-# Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
-_BATCH_TOKENS = 4096
-
-
-@dataclass
-class _Call:
-    """
-    The requests of one call, and their results.
-
-    Args:
-        context ([`EditingContext`]): The model and the method.
-        encoder ([`Encoder`]): Tokenises and pads.
-        active ([`ActiveEdits`]): The model's edits.
-        requests (`Sequence[EditRequest]`): The requests.
-        options ([`SearchOptions`]): The options of the search for an update.
-        batch_size (`int`): The maximum number of requests in one pass.
-        made_by (`str`): The editor's id.
-        gate ([`~hf_mend.scope.gate.ScopeGate`], *optional*): Decides where edits act.
-        now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
-            of its prompt acts, and the row of the answers.
-        results, edits: A request's number -> its result, and its edit if one was made.
-    """
-
-    context: EditingContext
-    encoder: Encoder
-    active: ActiveEdits
-    requests: Sequence[EditRequest]
-    options: SearchOptions
-    batch_size: int
-    made_by: str
-    gate: ScopeGate | None = None
-    now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
-    results: dict[int, EditResult] = field(default_factory=dict)
-    edits: dict[int, Edit] = field(default_factory=dict)
-
-    def batches(self, numbers: Sequence[int], requests: Sequence[EditRequest] | None = None) -> list[list[int]]:
-        """Return some of the requests, by number, in batches of like lengths."""
-        requests = self.requests if requests is None else requests
-        lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
-        return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
-
-    def rows(self, numbers: Sequence[int]) -> EncodedBatch:
-        """Return the texts by which some of the requests' edits are made."""
-        queries = [self.requests[i].query for i in numbers]
-        if self.gate is None or isinstance(self.context.method, IterativeMethod):
-            return self.encoder(queries)
-        forms = [list(own_queries(query, self.encoder).values()) for query in queries]
-        return self.encoder([query for one in forms for query in one], forms=len(forms[0]))
-
-    @torch.no_grad()
-    def answers(self, queries: Sequence[Query]) -> Answers:
-        """Return the model's answers to queries, under its edits."""
-        return self.context.answers(self.encoder(queries).to(self.context.split.device))
-
-    def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
-        """Return the model's answers to some of the requests, by number: the answers of a batch, and the row."""
-        found = {}
-        for batch in self.batches(numbers):
-            answers = self.answers([self.requests[i].query for i in batch])
-            found.update({i: (answers, row) for row, i in enumerate(batch)})
-        return found
+from .summary import in_bfloat16
 
 
 def make_edits(
@@ -100,13 +40,15 @@ def make_edits(
     options: SearchOptions,
     batch_size: int = 16,
     gate: ScopeGate | None = None,
+    after: AfterEdits | None = None,
 ) -> list[EditResult]:
     """
     Make the edits of one call and add them to the model. All are found on the model as it was before the call; what
     the results say of after is measured on the model with all of them.
 
     An edit of a prompt that has one already is found on the model without the earlier one, and supersedes it. Equal
-    requests are made once.
+    requests are made once. An edit that says the target's last word as a longer one is made once more, with the token
+    that ends it, on the model with the others.
 
     Raises:
         ValueError: A gradient or an update is not finite, or the model carries edits of another editor that changes
@@ -114,7 +56,8 @@ def make_edits(
     """
     method = context.method
     made_by = editor_id(method, method.config.method)
-    call = _Call(context, encoder, active, requests, options, batch_size, made_by, gate)
+    started = time.perf_counter()
+    call = Call(context, encoder, active, [*requests], options, batch_size, made_by, gate, after or AfterEdits())
     delta = base_delta_edit(method, made_by, active.edits)
     if not method.trains and not method.is_calibrated:
         with active.disabled():
@@ -123,51 +66,61 @@ def make_edits(
         results = _made(call, delta)
         made = active.snapshot
     active.install(made)
+    seconds = (time.perf_counter() - started) / len(requests)
+    for result in results:
+        result.seconds = seconds
     return results
 
 
-def _made(call: _Call, delta: Edit | None) -> list[EditResult]:
+def _made(call: Call, delta: Edit | None) -> list[EditResult]:
     """Make the edits of a call in a draft."""
-    requests, options, encoder = call.requests, call.options, call.encoder
+    requests, encoder, before = [*call.requests], call.encoder, call.active.snapshot
     probed = {i: call.answers(request.probes) for i, request in enumerate(requests) if request.probes}
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request.prompt_key, i)
     made_once = list(first_of.values())
     _add_edits(call, made_once, delta)
-    if options.check:
-        for i, (answers, row) in call.answers_to(_to_look_at_again(call, made_once)).items():
-            if i in call.edits:
-                check_finite_answers(answers)
-            call.results[i].set_after(answers, row, encoder)
+    lost: list[LostEdit] = []
+    if call.options.check:
+        look_again(call, made_once)
+        if not call.after.keep_failed:
+            _end_words(call, made_once, delta)
+            take_back_failed(call, made_once)
+        lost = lost_edits(call, before)
     in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
-    for i, before in probed.items():
-        in_order[i].set_probes(requests[i], before, call.answers(requests[i].probes), encoder)
+    for i, result in enumerate(in_order):
+        result.lost = lost
+        if i in probed:
+            result.set_probes(requests[i], probed[i], call.answers(requests[i].probes), encoder)
     return in_order
 
 
-def _to_look_at_again(call: _Call, numbers: Sequence[int]) -> Sequence[int]:
-    """
-    Return the requests to score on the model with all edits: each was found without the others, unless they were
-    joined. With scopes, an edit that acts for its prompt acts as it was found.
-    """
-    if call.gate is not None:
-        return [i for i in numbers if i not in call.edits or (call.results[i].scope or _MISSED).missed]
-    alone = len(call.requests) == 1 or call.context.method.joins
-    return [] if alone and not call.now else numbers
+def _end_words(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
+    """Make edits anew, with the token that ends the target, where the model says the target's last word as longer."""
+    again = [i for i in numbers if call.results[i].longer_word is not None and not call.requests[i].ends]
+    if not again:
+        return
+    said = {i: call.results.pop(i).before for i in again}
+    take_back(call, again)
+    for i in again:
+        call.requests[i] = replace(call.requests[i], ends=True)
+    _add_edits(call, again, delta)
+    for i, text in said.items():
+        call.results[i].before = text
+    look_again(call, numbers)
 
 
-_MISSED = ScopeReport(0.0, 0.0, ("prompt",))
-
-
-def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
+def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
     """Find edits for some of the requests, on the model without those that they supersede, and add them to it."""
     active, requests = call.active, call.requests
     earlier, standing = active.edits, active.snapshot.standing
     call.now = call.answers_to([i for i in numbers if requests[i].prompt_key in standing])
     for i, (answers, row) in call.now.items():
         if all(answers.correct[row]) and not call.options.force:
-            call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, call.options.check)
+            length = call.target_length(i)
+            call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, length, call.options.check)
+            call.said[i] = answers, row
     gone = {requests[i].prompt_key for i in call.now if i not in call.results}
     before = active.snapshot
     if gone:
@@ -175,16 +128,21 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
     if call.context.method.joins and call.gate is None:
         _trace_missing_keys(call, earlier)
     batches = call.batches([i for i in numbers if i not in call.results])
-    started = time.perf_counter()
     found = _find_in_batches(call, batches, earlier, delta)
     scopes = _scopes(call, batches, found)
-    seconds = (time.perf_counter() - started) / len(requests)
     for batch, of_rows in zip(batches, found, strict=True):
+        coarse = call.context.method.config.factor_dtype != "float32"
+        if scopes and coarse and not (of_rows.kept and all(of_rows.kept)):
+            # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
+            of_rows.updates = in_bfloat16(of_rows.updates)
         for row, i in enumerate(batch):
+            length = call.target_length(i)
             edit = as_edit(requests[i], of_rows, row)
-            result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, seconds)
+            result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, length)
+            if of_rows.after is not None:
+                call.said[i] = of_rows.after, row
             if i in call.now:
-                result.set_before(*call.now[i], call.encoder)
+                result.set_before(*call.now[i], call.encoder, length)
                 old = standing[requests[i].prompt_key]
                 edit = edit or absence_edit(requests[i], of_rows, row)
                 if edit is not None:
@@ -193,8 +151,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.edits[i] = edit
                 if i in scopes and edit.updates:
                     edit.scope = scopes[i]
-                    # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
-                    edit.updates = {name: (u.bfloat16(), v.bfloat16()) for name, (u, v) in edit.updates.items()}
+                    result.nbytes = edit.nbytes
                 edit.metadata["editor"] = call.made_by
                 edit.requires = delta.id if delta is not None and edit.updates else None
                 if of_rows.inputs:
@@ -209,7 +166,7 @@ def _add_edits(call: _Call, numbers: Sequence[int], delta: Edit | None) -> None:
                 call.results[i].scope = report(edit, active.snapshot.bank, call.gate.strictness)
 
 
-def _scopes(call: _Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:
+def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:
     """Return the scopes of the edits of all batches' requests, by number, from the hidden states of the search."""
     gate, split, numbers = call.gate, call.context.split, [i for batch in batches for i in batch]
     if gate is None:
@@ -222,7 +179,7 @@ def _scopes(call: _Call, batches: Sequence[Sequence[int]], found: Sequence[Found
 
 
 def _find_in_batches(
-    call: _Call, batches: Sequence[Sequence[int]], earlier: Sequence[Edit], delta: Edit | None
+    call: Call, batches: Sequence[Sequence[int]], earlier: Sequence[Edit], delta: Edit | None
 ) -> list[FoundUpdates]:
     """
     Find the updates of all batches' requests, each batch by itself, or all of them together where the method joins.
@@ -234,20 +191,31 @@ def _find_in_batches(
     if call.context.method.joins and call.gate is None:
         preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
-    device = call.context.split.device
+    options, device = call.options, call.context.split.device
+    if call.gate is None and not call.context.method.joins and looks_at_all(call) and options.max_steps == 1:
+        options = replace(options, check=False)  # what is made of a single step is seen then
     encoded = [call.rows(batch).to(device) for batch in batches]
     alone = call.gate is not None  # with scopes, no token has two edits
     calls = [encoded] if call.context.method.joins and not alone else [[rows] for rows in encoded]
     found: list[FoundUpdates] = []
     off = nullcontext() if call.gate is None else call.gate.suspended()
-    with off, tqdm(total=sum(map(len, batches)), desc="Editing", disable=len(batches) <= 1) as bar:
+    count = sum(map(len, batches))
+    estimate = Estimate("Editing", count, "edits")
+    with off, tqdm(total=count, desc="Editing", disable=len(batches) <= 1) as bar:
+
+        def progress(rows: int) -> None:
+            bar.update(rows)
+            estimate.done(rows)
+
         for rows in calls:
             size = 1 if alone else None
-            found += find_updates(call.context, rows, call.options, size, preserved_keys, base_delta, bar.update)
+            found += find_updates(call.context, rows, options, size, preserved_keys, base_delta, progress)
+    if call.gate is None:
+        call.kept = [(list(batch), one) for batch, one in zip(batches, found, strict=True)]
     return found
 
 
-def _trace_missing_keys(call: _Call, earlier: Sequence[Edit]) -> None:
+def _trace_missing_keys(call: Call, earlier: Sequence[Edit]) -> None:
     """
     Trace the inputs of acting edits that came from a file or a store, on the model as it is now, to preserve them as
     those of edits made here. An edit without a prompt has none.
@@ -259,7 +227,7 @@ def _trace_missing_keys(call: _Call, earlier: Sequence[Edit]) -> None:
     batches = call.batches(range(len(requests)), requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
         rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)
-        hidden = context.split.run_below(rows.inputs)
+        hidden = context.split.run_below(context.split.inputs_of(rows))
         factors, _ = context.trace(rows, hidden)
         look = BatchLook(context, rows, hidden, torch.arange(len(rows)))
         inputs = context.method.key_inputs(factors, look.places)

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ..bases.fused import fetched, largest, of_one_shape, stacked
+from ..bases.gradients import Factors
 from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
+from ..data.places import on_device
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .batch_state import BatchState, check_finite, per_row
 from .context import EditingContext
 from .look import BatchLook
-from .scoring import Answers, score_targets
+from .scoring import Answers, score_and_fetch
 
 
 # Rounds of a method that searches and joins; the later ones are for rows that miss their targets beside others.
@@ -82,8 +85,19 @@ class Proposer(ABC):
         """Propose a step for the batch's wanted rows, on the model as it was at the last look."""
 
     def score(self, batch: BatchState, updates: Mapping[str, Update]) -> Answers:
-        """Return the model's answers to a batch under some updates."""
-        return self.context.answers(batch.rows, batch.hidden, (self.base_delta, updates))
+        """
+        Return the model's answers to a batch under some updates.
+
+        Raises:
+            ValueError: The proposal that they come from is not finite.
+        """
+        proposed, batch.proposed = batch.proposed, {}
+        further = [largest(proposed)] if proposed else []
+        under = (self.base_delta, updates)
+        answers, found = self.context.answers_and(further, batch.rows, batch.hidden, under, batch.further)
+        if found:
+            check_finite("update", proposed, found[0])
+        return answers
 
     def look_again(self, batches: Sequence[BatchState]) -> None:
         """Score the batches whose updates have changed since the last look."""
@@ -91,8 +105,11 @@ class Proposer(ABC):
             if batch.answers is None:
                 batch.answers = self.score(batch, batch.seen)
 
-    def _state(self, rows: EncodedBatch, hidden: HiddenState, before: Answers) -> BatchState:
-        return BatchState(rows, hidden, before, before.all_correct.logical_not() | self.options.force)
+    def _state(
+        self, rows: EncodedBatch, hidden: HiddenState, further: HiddenState | None, before: Answers
+    ) -> BatchState:
+        wanted = before.all_correct.logical_not() | self.options.force
+        return BatchState(rows, hidden, before, wanted, further=further)
 
 
 class FromGradient(Proposer):
@@ -106,29 +123,40 @@ class FromGradient(Proposer):
         return (self.options.max_steps or 1) if self.options.check else 1
 
     def begin(self, rows: EncodedBatch) -> BatchState:
-        hidden = self.context.split.run_below(rows.inputs)
-        factors, logits = self.context.trace(rows, hidden, (self.base_delta,))
-        check_finite("gradient", factors)
-        before = self.context.answers(rows, hidden) if self.base_delta else score_targets(rows, logits)
-        batch = self._state(rows, hidden, before)
+        context = self.context
+        hidden, further = context.split.run_below_further(rows)
+        factors, logits = context.trace(rows, hidden, (self.base_delta,))
+        if self.base_delta:
+            logits = context.logits(rows, hidden)
+        before, (values,) = score_and_fetch(rows, logits, [largest(factors)])
+        check_finite("gradient", factors, values)
+        batch = self._state(rows, hidden, further, before)
         batch.factors = factors
-        chosen = batch.wanted
-        self.context.method.observe_edits(
-            {name: (x[chosen.to(x.device)], delta[chosen.to(x.device)]) for name, (x, delta) in factors.items()}
-        )
+        if batch.wanted.all():
+            context.method.observe_edits(factors)
+        else:
+            chosen = batch.wanted.nonzero()[:, 0]
+            context.method.observe_edits(
+                {name: (_at(x, chosen), _at(delta, chosen)) for name, (x, delta) in factors.items()}
+            )
         self.progress(rows.facts)
         return batch
 
     def look(self, batch: BatchState) -> None:
-        batch.factors, logits = self.context.trace(batch.rows, batch.hidden, (self.base_delta, batch.seen))
+        factors, logits = self.context.trace(batch.rows, batch.hidden, (self.base_delta, batch.seen))
+        batch.factors = factors
+        each = []
+        for names in of_one_shape(factors):
+            for side in (0, 1):  # (layers, facts, tokens, width) -> (facts,)
+                values = stacked([factors[name][side] for name in names])
+                each.append(values.abs().amax((0, 2, 3)))
+        answers, largest_of_rows = score_and_fetch(batch.rows, logits, each)
         if batch.answers is None:
-            batch.answers = score_targets(batch.rows, logits)
+            batch.answers = answers
         # Rows that overflow by their last step, on a float16 base, get no further one: that one is made smaller.
-        sound = torch.tensor(batch.answers.finite)
-        for x, delta in batch.factors.values():
-            sound &= (x.isfinite().all(-1) & delta.isfinite().all(-1)).all(-1).to(sound.device)
+        sound = torch.tensor(batch.answers.finite) & torch.stack(largest_of_rows).isfinite().all(0)
         if not sound.all():
-            batch.factors = {name: (_rows(x, sound), _rows(d, sound)) for name, (x, d) in batch.factors.items()}
+            batch.factors = Factors({name: (_rows(x, sound), _rows(d, sound)) for name, (x, d) in factors.items()})
 
     def propose(self, batch: BatchState) -> Proposal:
         method = self.context.method
@@ -136,17 +164,21 @@ class FromGradient(Proposer):
         shares = batch.wanted.float()
         if method.sizes_steps:
             # The fall of a row's loss by its whole step, were it linear.
-            falls = [(batch.factors[name][1].to(d) * d).sum((1, 2)).cpu() for name, (_, d) in updates.items()]
-            fall = -torch.stack(falls).sum(0)
+            falls = [(batch.factors[name][1].to(d) * d).sum((1, 2)) for name, (_, d) in updates.items()]
+            fall = -torch.stack(fetched(falls)).sum(0)
             log_probability = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
             shares = torch.where(batch.wanted & (fall > 0), -log_probability / fall, 0.0)
         moves = shares > 0
-        scaled = {
-            name: (u, torch.where(per_row(moves, v), v * per_row(shares.to(v.dtype), v), 0.0))
-            for name, (u, v) in updates.items()
-        }
-        check_finite("update", scaled)
-        return scaled, moves.int().tolist()
+        if not bool((shares == 1).all()):
+            updates = {
+                name: (u, torch.where(per_row(moves, v), v * per_row(shares.to(v.dtype), v), 0.0))
+                for name, (u, v) in updates.items()
+            }
+        if method.joins:  # which solves equations with them
+            check_finite("update", updates)
+        else:
+            batch.proposed = updates
+        return updates, moves.int().tolist()
 
 
 class FromSearch(Proposer):
@@ -159,8 +191,8 @@ class FromSearch(Proposer):
         return _ROUNDS if self.context.method.joins and self.options.check else 1
 
     def begin(self, rows: EncodedBatch) -> BatchState:
-        hidden = self.context.split.run_below(rows.inputs)
-        batch = self._state(rows, hidden, self.context.answers(rows, hidden))
+        hidden, further = self.context.split.run_below_further(rows)
+        batch = self._state(rows, hidden, further, self.context.answers(rows, hidden))
         if not batch.wanted.any():
             self.progress(rows.facts)
         return batch
@@ -182,6 +214,11 @@ class FromSearch(Proposer):
             self.progress(len(batch.rows))
         whole = {name: (_in_place(u, wanted, batch), _in_place(v, wanted, batch)) for name, (u, v) in found.items()}
         return whole, steps
+
+
+def _at(side: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return one side of the factors of some rows."""
+    return side.index_select(0, on_device(chosen, side.device))
 
 
 def _rows(side: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

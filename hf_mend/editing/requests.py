@@ -1,9 +1,8 @@
-"""Requests for edits, and their results."""
+"""Requests for edits."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,20 +12,18 @@ from transformers import PretrainedConfig
 from ..bases.limits import longest_input
 from ..data.chat import is_in
 from ..data.checks import check_query
-from ..data.display import html_table, shown
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
 from ..edits.edit import Edit, same_prompt
 from ..hub.files import shortened
-from .scoping import ScopeReport
-from .scoring import Answers
 
 
 @dataclass
 class EditRequest:
     """
     The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]; each of `messages` is a role and
-    what was said, and `where` is the place of its record in a file.
+    what was said, `where` is the place of its record in a file, and `ends` asks for the token that ends the target
+    too.
     """
 
     prompt: str
@@ -38,6 +35,7 @@ class EditRequest:
     messages: tuple[tuple[str, str], ...] = ()
     separator: str | None = None
     where: str | None = field(default=None, compare=False)
+    ends: bool = False
 
     @classmethod
     def of_edit(cls, edit: Edit) -> EditRequest:
@@ -69,7 +67,7 @@ class EditRequest:
     @property
     def query(self) -> Query:
         """Prompt and target as the encoder takes them."""
-        return replace(self._as_query(self.prompt, self.target), subject=self.subject)
+        return replace(self._as_query(self.prompt, self.target), subject=self.subject, ends=self.ends)
 
     def _as_query(self, prompt: str, answer: str | None) -> Query:
         return Query(prompt, answer, self.chat, turns=self.messages, separator=self.separator)
@@ -88,131 +86,6 @@ class EditRequest:
         """The paraphrases, with the target as their answer, then the locality prompts."""
         said = [self._as_query(prompt, self.target) for prompt in self.paraphrases]
         return said + [self._as_query(prompt, None) for prompt in self.locality]
-
-
-@dataclass
-class Probe:
-    """A prompt tried before and after an edit: the model's two answers, and whether the second is as it should be."""
-
-    prompt: str
-    before: str
-    after: str
-    ok: bool
-
-
-@dataclass
-class EditResult:
-    """
-    The result of an edit.
-
-    Args:
-        id (`str`, *optional*): The edit's id; `None` when no edit was necessary, or none was found.
-        prompt (`str`): The prompt.
-        target (`str`): The answer that the model should give.
-        before (`str`): The model's answer before: its greedy choice at each of the target's tokens, teacher-forced.
-        after (`str`, *optional*): The answer after; this and the next two are `None` with `check=False`.
-        probability_before (`float`): Probability of the whole target before; in a model with a scope, of the target
-            with the token that ends it, as a geometric mean over the forms in which the edit is made.
-        probability_after (`float`, *optional*): Probability of the whole target after.
-        token_success (`list[bool]`, *optional*): For each target token, whether it is the argmax now.
-        steps (`int`): Gradient steps that were made; 0 when the model said the target already.
-        seconds (`float`): The duration in seconds; in a batch, an equal share.
-        rank (`int`): Rank of the update; 0 also of an edit that only supersedes an earlier one, because the model says
-            the target without it.
-        update_norms (`dict[str, float]`): Frobenius norm of the update of each layer.
-        paraphrases (`list[Probe]`): The request's paraphrases; ok when the model says the target there.
-        locality (`list[Probe]`): The request's locality prompts; ok when the greedy next token stayed.
-        superseded (`str`, *optional*): Id of the earlier edit of the same prompt, which this one supersedes. It stays
-            among the model's edits, without effect, and an undo of this one restores it exactly.
-        scope ([`~hf_mend.editing.scoping.ScopeReport`], *optional*): Whether the edit acts for its own texts, and how
-            far other edits are; `None` in a model whose edits act everywhere.
-    """
-
-    id: str | None
-    prompt: str
-    target: str
-    before: str
-    after: str | None
-    probability_before: float
-    probability_after: float | None
-    token_success: list[bool] | None
-    steps: int
-    seconds: float
-    rank: int = 0
-    update_norms: dict[str, float] = field(default_factory=dict)
-    paraphrases: list[Probe] = field(default_factory=list)
-    locality: list[Probe] = field(default_factory=list)
-    superseded: str | None = None
-    scope: ScopeReport | None = None
-
-    @property
-    def success(self) -> bool | None:
-        """Whether every target token is the argmax now; `None` without a check."""
-        return None if self.token_success is None else all(self.token_success)
-
-    @property
-    def already_known(self) -> bool:
-        """Whether the model said the target before, so that no edit was made."""
-        return self.id is None and self.success is not False
-
-    def set_before(self, answers: Answers, row: int, encoder: Encoder) -> None:
-        """Set the answers of before the edit."""
-        self.before = encoder.decode(answers.tokens[row])
-        self.probability_before = math.exp(answers.log_probability[row])
-
-    def set_after(self, answers: Answers, row: int, encoder: Encoder) -> None:
-        """Set the answers of the edited model."""
-        self.after = encoder.decode(answers.tokens[row])
-        self.probability_after = math.exp(answers.log_probability[row])
-        self.token_success = answers.correct[row]
-
-    def set_probes(self, request: EditRequest, before: Answers, after: Answers, encoder: Encoder) -> None:
-        """Set the answers to the request's probes, before and after."""
-        probes = []
-        for i, query in enumerate(request.probes):
-            ok = before.tokens[i] == after.tokens[i] if query.answer is None else all(after.correct[i])
-            probes.append(Probe(query.prompt, encoder.decode(before.tokens[i]), encoder.decode(after.tokens[i]), ok))
-        self.paraphrases, self.locality = probes[: len(request.paraphrases)], probes[len(request.paraphrases) :]
-
-    @property
-    def _state(self) -> str:
-        if self.already_known:
-            return "already the model's answer, nothing changed"
-        return {True: "took", False: "DID NOT TAKE", None: "not checked"}[self.success]
-
-    def __repr__(self) -> str:
-        return f"EditResult({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}: {self._state})"
-
-    def _repr_html_(self) -> str:
-        title, *lines = str(self).splitlines()
-        return html_table(title, [(line.strip(),) for line in lines])
-
-    def __str__(self) -> str:
-        lines = [
-            f"Edit {self.id or '(none)'}: {self._state}",
-            f"  {shown(self.prompt)} -> {shown(self.target)}",
-            f"  before: {shown(self.before)} (probability of the target {self.probability_before:.3g})",
-            f"  cost: {self.seconds:.2f} s, {self.steps} step(s), rank {self.rank} in {len(self.update_norms)} layers",
-        ]
-        if self.token_success is not None:
-            lines.insert(
-                3, f"  after:  {shown(self.after or '')} (probability of the target {self.probability_after:.3g})"
-            )
-            correct = sum(self.token_success)
-            lines.insert(4, f"  tokens that are now the argmax: {correct} of {len(self.token_success)}")
-        if self.update_norms:
-            norms = ", ".join(f"{name} {norm:.3g}" for name, norm in self.update_norms.items())
-            lines.append(f"  update norms: {norms}")
-        if self.scope is not None:
-            lines.append(f"  scope: {self.scope}")
-        if self.superseded is not None:
-            lines.insert(2, f"  in place of edit {self.superseded}, which an undo of this one brings back")
-        for title, probes in (("paraphrase", self.paraphrases), ("locality", self.locality)):
-            lines += [
-                f"  {title} {'ok ' if p.ok else 'BAD'} {shown(p.prompt)}: {shown(p.before)} -> {shown(p.after)}"
-                for p in probes
-            ]
-        return "\n".join(lines)
 
 
 def as_requests(

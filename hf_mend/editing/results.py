@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,15 +12,21 @@ from ..edits.edit import Edit, acting_ids
 from ..edits.low_rank import Update
 from ..methods import EditMethod
 from .batch_state import FoundUpdates
-from .requests import EditRequest, EditResult
+from .edit_result import EditResult
+from .requests import EditRequest
 from .scoring import Answers
+from .summary import rows_updates
 
 
 def as_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
     """Return the edit of a row, or `None` where no step was found."""
     if not found.steps[row]:
         return None
-    return _new_edit(request, {name: (u[row], v[row]) for name, (u, v) in found.updates.items()})
+    kept = found.kept[row] if found.kept else None
+    edit = _new_edit(request, {} if kept else rows_updates(found.updates, found.used, row))
+    if kept:
+        edit.updates = kept
+    return edit
 
 
 def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | None:
@@ -32,12 +37,8 @@ def absence_edit(request: EditRequest, found: FoundUpdates, row: int) -> Edit | 
 
 
 def _new_edit(request: EditRequest, updates: dict[str, Update]) -> Edit:
-    present = {}
-    for name, (u, v) in updates.items():
-        used = (v != 0).any(-1) & (u != 0).any(-1)
-        present[name] = (u[used].contiguous(), v[used].contiguous())
     metadata = {"time": _now(), **request.metadata}
-    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, present, metadata)
+    return Edit(uuid.uuid4().hex[:12], request.prompt, request.target, updates, metadata)
 
 
 def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> Edit | None:
@@ -66,34 +67,38 @@ def base_delta_edit(method: EditMethod, made_by: str, edits: Sequence[Edit]) -> 
 
 
 def as_result(
-    request: EditRequest, edit: Edit | None, found: FoundUpdates, row: int, encoder: Encoder, seconds: float
+    request: EditRequest, edit: Edit | None, found: FoundUpdates, row: int, encoder: Encoder, length: int
 ) -> EditResult:
-    """Return the result of a row of the updates found."""
+    """Return the result of a row of the updates found, for a target of so many tokens."""
     result = EditResult(
         id=edit.id if edit else None,
         prompt=request.prompt,
         target=request.target,
-        before=encoder.decode(found.before.tokens[row]),
+        before="",
         after=None,
-        probability_before=math.exp(found.before.log_probability[row]),
+        probability_before=0.0,
         probability_after=None,
         token_success=None,
         steps=found.steps[row],
-        seconds=seconds,
+        seconds=0.0,
         rank=edit.rank if edit else 0,
-        update_norms=edit.norms() if edit else {},
+        nbytes=edit.nbytes if edit else 0,
+        update_norms={name: norms[row] for name, norms in found.norms.items()} if edit else {},
     )
+    result.set_before(found.before, row, encoder, length)
     if found.after is not None:
-        result.set_after(found.after, row, encoder)
+        result.set_after(found.after, row, encoder, length)
     return result
 
 
-def unchanged_result(request: EditRequest, answers: Answers, row: int, encoder: Encoder, check: bool) -> EditResult:
+def unchanged_result(
+    request: EditRequest, answers: Answers, row: int, encoder: Encoder, length: int, check: bool
+) -> EditResult:
     """Return the result of a request whose target the model says already, thanks to an earlier edit."""
     result = EditResult(None, request.prompt, request.target, "", None, 0.0, None, None, steps=0, seconds=0.0)
-    result.set_before(answers, row, encoder)
+    result.set_before(answers, row, encoder, length)
     if check:
-        result.set_after(answers, row, encoder)
+        result.set_after(answers, row, encoder, length)
     return result
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..bases.fused import fetched
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..data.forms import writes_chats
@@ -61,9 +62,12 @@ class ScopeReport:
 
 
 @torch.no_grad()
-def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None) -> torch.Tensor:
+def keys_of(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
+) -> list[torch.Tensor]:
     """
-    Return the keys of some texts at all tokens, `(rows, seq, width)`.
+    Return the keys of some texts at the tokens that predict what they are asked for, of each text `(tokens, width)`,
+    in the host's memory. An encoder-decoder model's have one key each, that of the encoder's last token.
 
     Args:
         gate ([`~hf_mend.scope.gate.ScopeGate`]): The model's scope.
@@ -73,9 +77,14 @@ def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hidd
     """
     if hidden is None:
         with gate.suspended():
-            hidden = split.run_below(rows.inputs)
-    scope = gate.scope.to(hidden.hidden.device)
-    return scope.keys(scope.token_states(hidden.hidden, rows.inputs["attention_mask"].to(hidden.hidden.device)))
+            hidden = split.run_below(split.inputs_of(rows))
+    read = hidden.hidden if hidden.encoder is None else hidden.encoder
+    scope = gate.scope.to(read.device)
+    states = scope.token_states(read, rows.inputs["attention_mask"].to(read.device))
+    if hidden.encoder is not None:
+        return list(fetched([scope.keys(states, last=1)])[0])
+    (keys,) = fetched([rows.places.at(scope.keys(states))])
+    return list(keys.split(rows.places.counts))
 
 
 def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
@@ -96,13 +105,13 @@ def found_keys(
     gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState
 ) -> list[list[torch.Tensor]]:
     """
-    Return the keys of some facts at each of their targets' tokens: of each fact a tensor a form, `(tokens, width)`.
+    Return the keys of some facts, as [`keys_of`] does: of each fact a tensor a form.
 
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = keys_of(gate, split, rows, hidden)[rows.positions].cpu().split(rows.positions.sum(-1).tolist())
-    return [list(keys[start : start + rows.forms]) for start in range(0, len(rows), rows.forms)]
+    keys = keys_of(gate, split, rows, hidden)
+    return [keys[start : start + rows.forms] for start in range(0, len(rows), rows.forms)]
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -135,13 +144,12 @@ def scopes_of(  # one argument each for what it reads and what it is for
     found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        own = keys_of(gate, split, rows)[rows.positions].cpu()  # at each of the target's tokens
-        found.update(zip([missing[k] for k in batch], own.split(rows.positions.sum(-1).tolist()), strict=True))
+        found.update(zip([missing[k] for k in batch], keys_of(gate, split, rows), strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
         texts = [name for name, part in zip(one, parts, strict=True) for _ in part]
-        thresholds = gate.scope.threshold.detach().cpu().expand(len(texts)).clone()
+        thresholds = gate.threshold.expand(len(texts)).clone()
         scope = EditScope(gate.scope_id, torch.cat(parts), thresholds, texts)
         scopes.append(excluding(scope, gate, split, encoder, excluded[i] if excluded else ()))
     return scopes
@@ -154,7 +162,7 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = keys_of(gate, split, last)[last.positions].cpu()
+    keys = torch.cat(keys_of(gate, split, last))
     alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from ..data.encoding import EncodedBatch
+from ..bases.fused import fetched
+from ..data.encoding import IGNORE, EncodedBatch
 
 
 @dataclass
@@ -20,12 +22,17 @@ class Answers:
         tokens (`list[list[int]]`): The model's own choice at each of the target's tokens, teacher-forced.
         correct (`list[list[bool]]`): Which of those choices are the target's tokens.
         min_log_probability (`list[float]`): Log-probability of the target's least likely token.
+        following (`list[int | None]`): The token that the model chooses behind the target, where it was asked for.
     """
 
     log_probability: list[float]
     tokens: list[list[int]]
     correct: list[list[bool]]
     min_log_probability: list[float]
+    following: list[int | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.following = self.following or [None] * len(self.tokens)
 
     @property
     def all_correct(self) -> torch.Tensor:
@@ -50,20 +57,33 @@ def score_targets(rows: EncodedBatch, logits: torch.Tensor) -> Answers:
         rows ([`EncodedBatch`]): Prompts and targets.
         logits (`torch.Tensor` of shape `(positions, vocab)`): The model's logits at the rows' positions.
     """
-    labels = rows.next_tokens[rows.positions].to(logits.device)
-    said = logits.argmax(-1)
-    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    return score_and_fetch(rows, logits)[0]
+
+
+def score_and_fetch(
+    rows: EncodedBatch, logits: torch.Tensor, further: Sequence[torch.Tensor] = ()
+) -> tuple[Answers, list[torch.Tensor]]:
+    """
+    Score the targets of some rows, as [`score_targets`] does, and return further tensors in the host's memory: it
+    waits once for all of them.
+    """
+    labels = rows.places.labels.to(logits.device)
+    log_probabilities = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    chosen, log_probabilities, *rest = fetched([logits.argmax(-1), log_probabilities, *further])
     # Where logits overflow, as large steps on a float16 base may let them, nothing is worse.
     log_probabilities = log_probabilities.nan_to_num(nan=-math.inf)
-    per_row = rows.positions.sum(-1).tolist()
-    correct = (said == labels) & log_probabilities.isfinite()
+    labels = torch.tensor([label for said in rows.places.said for label in said], dtype=torch.long)
+    # What has no label, as behind a target, counts for nothing.
+    log_probabilities = torch.where((labels == IGNORE) & log_probabilities.isfinite(), 0.0, log_probabilities)
+    correct = (chosen == labels) & log_probabilities.isfinite()
+    per_row = rows.places.counts
     answers = Answers(
         [float(part.sum()) for part in log_probabilities.split(per_row)],
-        [part.tolist() for part in said.split(per_row)],
+        [part.tolist() for part in chosen.split(per_row)],
         [part.tolist() for part in correct.split(per_row)],
         [float(part.min()) for part in log_probabilities.split(per_row)],
     )
-    return answers if rows.forms == 1 else _of_facts(answers, rows.forms)
+    return (answers if rows.forms == 1 else _of_facts(answers, rows.forms)), rest
 
 
 def _of_facts(answers: Answers, forms: int) -> Answers:
@@ -88,4 +108,16 @@ def chosen_answers(first: torch.Tensor, one: Answers, other: Answers) -> Answers
         [pick.tokens[i] for i, pick in enumerate(picks)],
         [pick.correct[i] for i, pick in enumerate(picks)],
         [pick.min_log_probability[i] for i, pick in enumerate(picks)],
+        [pick.following[i] for i, pick in enumerate(picks)],
+    )
+
+
+def without_following(answers: Answers) -> Answers:
+    """Return the answers of rows whose last position is that of what follows the target: see `following`."""
+    return Answers(
+        answers.log_probability,
+        [tokens[:-1] for tokens in answers.tokens],
+        [correct[:-1] for correct in answers.correct],
+        answers.min_log_probability,
+        [tokens[-1] for tokens in answers.tokens],
     )

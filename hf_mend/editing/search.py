@@ -11,10 +11,12 @@ from ..data.encoding import EncodedBatch
 from ..edits.low_rank import Update
 from ..methods import IterativeMethod
 from .acceptance import AcceptAll, AcceptByGroup, AcceptByRow
-from .batch_state import BatchState, FoundUpdates, check_finite, check_finite_answers
+from .batch_state import BatchState, FoundUpdates, check_finite_answers
 from .combining import Combination
 from .context import EditingContext
+from .keeping import keep_in_four_bits
 from .proposals import FromGradient, FromSearch, Proposer, SearchOptions
+from .summary import summarised
 
 
 @torch.no_grad()
@@ -61,21 +63,25 @@ def find_updates(
     states = [proposer.begin(rows) for rows in batches]
     combine = Combination(states, context.method, group_size, preserved_keys)
     _search(states, proposer, combine, _acceptance(states, proposer, group_size))
+    made = summarised([one.on_host or one.updates for one in states])
     for one in states:
-        check_finite("update", one.updates)
         if options.check and one.answers is not None and all(one.before.finite):
             check_finite_answers(one.answers)
     return [
         FoundUpdates(
-            one.updates,
+            one.updates if one.on_host else summary.updates,
             one.before,
             one.answers if options.check else None,
             one.steps,
             one.rows,
             one.hidden,
             one.inputs,
+            summary.used,
+            summary.norms,
+            one.kept,
+            one.further,
         )
-        for one in states
+        for one, summary in zip(states, made, strict=True)
     ]
 
 
@@ -109,9 +115,14 @@ def _search(states: Sequence[BatchState], proposer: Proposer, combine: Combinati
             state.residuals = {name: d * method.config.margin for name, d in state.residuals.items()}
     if method.sizes_steps or acceptance.reverted:
         combine()
+    error = proposer.context.four_bit_error
+    if error is not None and not acceptance.corrections:
+        keep_in_four_bits(states, proposer, error)
     if proposer.options.check:
         proposer.look_again(states)
         for correct in acceptance.corrections:
             if correct():
                 combine()
                 proposer.look_again(states)
+    if error is not None and acceptance.corrections:
+        keep_in_four_bits(states, proposer, error)

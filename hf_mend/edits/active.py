@@ -121,13 +121,12 @@ class ActiveEdits(ActsInPasses):
             if edit.id in used and not edit.is_base_delta:
                 raise ValueError(f"{source}: the model carries the edit {edit.id!r} already; undo it first")
             used.add(edit.id)
-            for name, (u, v) in edit.updates.items():
-                fits = u.dim() == v.dim() == 2 and u.shape[0] == v.shape[0]
-                if not fits or shapes.get(name) != (u.shape[1], v.shape[1]):
+            for name, (u, v) in edit.shapes().items():
+                fits = len(u) == len(v) == 2 and u[0] == v[0]
+                if not fits or shapes.get(name) != (u[1], v[1]):
                     raise ValueError(
-                        f"{source}: edit {edit.id!r} changes {name!r} with factors {tuple(u.shape)} and "
-                        f"{tuple(v.shape)}, the model's edited layers are {shapes}; these edits belong to another "
-                        "model or editor"
+                        f"{source}: edit {edit.id!r} changes {name!r} with factors {u} and {v}, the "
+                        f"model's edited layers are {shapes}; these edits belong to another model or editor"
                     )
 
     def _check_scope(self, edit: Edit, source: str | Path) -> None:

@@ -12,7 +12,9 @@ from transformers.utils import logging
 
 from ..data.deprecation import renamed_arguments
 from ..data.display import html_table, shown
+from ..hub.files import shortened
 from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
+from .four_bit import FOUR_BIT_TENSORS, FourBitUpdates, is_four_bit_description
 from .low_rank import Update
 
 
@@ -32,8 +34,9 @@ class Edit:
         id (`str`): Unique among the edits of a model.
         prompt (`str`): The prompt.
         target (`str`): The answer that the model should give.
-        updates (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rank, d_in)` and
-            `(rank, d_out)`; the weight `(d_out, d_in)` changes by `v^T u`.
+        updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): Layer name -> `(u, v)` of shapes `(rank, d_in)`
+            and `(rank, d_out)`; the weight `(d_out, d_in)` changes by `v^T u`. Of an edit with a scope they are
+            usually kept in four bits: [`~hf_mend.edits.four_bit.FourBitUpdates`].
         metadata (`dict[str, str]`): Further facts of the edit: time, editor, chat.
         enabled (`bool`, defaults to `True`): A disabled edit stays among a model's edits, without effect.
         replaces (`list[str]`): Ids of the edits whose sum this one is, which have no effect beside it.
@@ -46,7 +49,7 @@ class Edit:
     id: str
     prompt: str
     target: str
-    updates: dict[str, Update]
+    updates: Mapping[str, Update]
     metadata: dict[str, str] = field(default_factory=dict)
     enabled: bool = True
     replaces: list[str] = field(default_factory=list)
@@ -75,7 +78,21 @@ class Edit:
     @property
     def rank(self) -> int:
         """The largest rank among the layers."""
-        return max((u.shape[0] for u, _ in self.updates.values()), default=0)
+        return max((u[0] for u, _ in self.shapes().values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and of the scope's keys."""
+        pairs = [] if self.scope is None else [*self.scope.tensors().values()]
+        if isinstance(self.updates, FourBitUpdates):
+            return self.updates.nbytes + sum(u.nbytes + v.nbytes for u, v in pairs)
+        return sum(u.nbytes + v.nbytes for u, v in [*self.updates.values(), *pairs])
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the shapes of each layer's `u` and `v`."""
+        if isinstance(self.updates, FourBitUpdates):
+            return self.updates.shapes()
+        return {name: (tuple(u.shape), tuple(v.shape)) for name, (u, v) in self.updates.items()}
 
     def norms(self) -> dict[str, float]:
         """Return the Frobenius norm of each layer's update, without forming it: `|v^T u|^2 = tr((u u^T)(v v^T))`."""
@@ -90,11 +107,17 @@ class Edit:
         state |= {key: value for key, name in _KEYS.items() if name != "enabled" and (value := getattr(self, name))}
         if self.scope is not None:
             state["scope"] = self.scope.describe()
+        if isinstance(self.updates, FourBitUpdates):
+            state["four_bit"] = self.updates.describe()
         return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": self.metadata, **state}
 
     def pairs(self) -> dict[str, Update]:
-        """Return all tensors as files hold them: the layers' factors and those of the scope."""
-        return self.updates | ({} if self.scope is None else self.scope.tensors())
+        """
+        Return all tensors as files hold them: the layers' factors, or their codes of four bits, and those of the
+        scope.
+        """
+        factors = self.updates.tensors() if isinstance(self.updates, FourBitUpdates) else dict(self.updates)
+        return factors | ({} if self.scope is None else self.scope.tensors())
 
     @classmethod
     def from_file(cls, described: Mapping[str, Any], pairs: Mapping[str, Update], where: str) -> Edit:
@@ -102,15 +125,25 @@ class Edit:
         Rebuild an edit from the outputs of [`describe`], which [`is_description`] has checked, and of [`pairs`].
 
         Raises:
-            ValueError: The scope's tensors do not fit its description.
+            ValueError: Tensors do not fit the description.
         """
         texts = (described["id"], described["prompt"], described["target"])
         state = {name: described[key] for key, name in _KEYS.items() if key in described}
-        scope = described.get("scope")
-        updates = dict(pairs)
+        scope, four_bit = described.get("scope"), described.get("four_bit")
+        updates: Mapping[str, Update] = dict(pairs)
         if scope is not None:
             updates = {name: pair for name, pair in pairs.items() if name not in (SCOPE_TENSORS, EXCLUDED_TENSORS)}
             state["scope"] = EditScope.from_file(scope, pairs, where)
+        codes = [name for name, pair in updates.items() if torch.uint8 in (pair[0].dtype, pair[1].dtype)]
+        expected = [] if four_bit is None else [f"{FOUR_BIT_TENSORS}{number}" for number in range(len(four_bit))]
+        if sorted(codes) != sorted(expected) or (four_bit is not None and len(updates) != len(expected)):
+            raise ValueError(
+                f"{where}: an edit has the tensors {shortened([*updates])}, of which {shortened(codes)} are codes of "
+                f"four bits, and its description expects {shortened(expected)}; the file was altered, restore it from "
+                "a copy"
+            )
+        if four_bit is not None:
+            updates = FourBitUpdates.from_file(four_bit, updates, where)
         return cls(*texts, updates, dict(described["metadata"]), **state)
 
 
@@ -128,12 +161,13 @@ def active_edits(edits: Sequence[Edit]) -> list[Edit]:
     unless another edit replaces it; and the base deltas that these require.
     """
     enabled = [edit for edit in edits if edit.enabled and not edit.is_base_delta]
-    last = {edit.prompt_key: index for index, edit in enumerate(enabled)}
+    keys = [edit.prompt_key for edit in enabled]
+    last = {key: index for index, key in enumerate(keys)}
     replaced = {one for edit in enabled for one in edit.replaces}
     acting = [
         edit
-        for index, edit in enumerate(enabled)
-        if edit.id not in replaced and (edit.prompt_key is None or last[edit.prompt_key] == index)
+        for index, (edit, key) in enumerate(zip(enabled, keys, strict=True))
+        if edit.id not in replaced and (key is None or last[key] == index)
     ]
     required = {edit.requires for edit in acting} - replaced
     return [edit for edit in edits if edit.is_base_delta and edit.id in required] + acting
@@ -189,6 +223,8 @@ def is_description(value: Any) -> bool:
         return False
     replaces, flags = value.get("replaces", []), (value.get("enabled", True), value.get("support", False))
     if "scope" in value and not is_scope_description(value["scope"]):
+        return False
+    if "four_bit" in value and not is_four_bit_description(value["four_bit"]):
         return False
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(replaces, list):
         return False

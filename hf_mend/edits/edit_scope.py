@@ -57,11 +57,11 @@ class EditScope:
         Raises:
             ValueError: The tensors do not fit the description.
         """
-        keys, thresholds = pairs.get(SCOPE_TENSORS, (torch.zeros(0, 0), torch.zeros(0, 1)))
-        excluded, _ = pairs.get(EXCLUDED_TENSORS, (keys.new_zeros(0, keys.shape[-1]), keys))
+        keys, thresholds = pairs.get(SCOPE_TENSORS) or (torch.zeros(0, 0), torch.zeros(0, 1))
+        excluded, _ = pairs.get(EXCLUDED_TENSORS) or (keys[:0], keys)
         texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
         good = keys.dim() == excluded.dim() == 2 and thresholds.shape == (len(keys), 1) and len(keys) == len(texts) > 0
-        if not good or len(excluded) != len(excluded_texts) or not torch.isfinite(keys).all():
+        if not good or len(excluded) != len(excluded_texts) or not keys.isfinite().all():
             raise ValueError(
                 f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} for {len(texts)} texts and "
                 f"{len(excluded)} excluded ones for {len(excluded_texts)}; the file was altered"

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.atomic import made_folder
-from ..hub.files import EDITS_NAME, files_like, read_json, read_json_object, read_tensors, shortened, write_tensors
+from ..hub.files import (
+    EDIT_DTYPES,
+    EDITS_NAME,
+    files_like,
+    read_json,
+    read_json_object,
+    read_tensors,
+    shortened,
+    write_tensors,
+)
 from .edit import Edit, is_description
 from .low_rank import Update
 
@@ -19,8 +28,8 @@ _TENSOR_NAME = re.compile(r"(?P<index>0|[1-9][0-9]{0,8})\.(?P<layer>.+)\.(?P<sid
 
 def write_edits_file(folder: str | Path, edits: Sequence[Edit], base_fingerprint: Mapping[str, Any]) -> None:
     """
-    Write edits to `edits.safetensors` in a folder, all or nothing: the factors as `<index>.<layer>.u` and `.v`, the
-    descriptions of the edits and of their base model as JSON in the header.
+    Write edits to `edits.safetensors` in a folder, all or nothing: the tensors, [`Edit.pairs`], as `<index>.<name>.u`
+    and `.v`, the descriptions of the edits and of their base model as JSON in the header.
 
     Args:
         folder (`str` or `Path`): The folder; made if missing.
@@ -64,7 +73,7 @@ def read_edits_file(path: str | Path) -> tuple[list[Edit], dict[str, Any] | None
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or its header is missing or does not fit its tensors.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(path, dtypes=EDIT_DTYPES)
     described = read_json(metadata.get("edits", "null"), f"the header of {path}")
     broken = f"{path} is not a collection of edits, or its header was altered"
     if not isinstance(described, list) or not all(map(is_description, described)):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..bases.targets import Target
 from ..bases.threads import hooked, is_hooked, unhook
+from .decoded import decoded
 from .low_rank import Update, side_path
 
 
@@ -84,10 +85,22 @@ class Acting:
         tokens (`Mapping[str, torch.Tensor]`): An edit's id -> the numbers of the tokens at which it acts, counted
             through all rows. No token has two edits.
         count (`int`): The number of tokens of the pass, in all rows.
+        by_row (`bool`, defaults to `False`): Both are of rows, and an edit acts at all tokens of a row.
     """
 
     tokens: Mapping[str, torch.Tensor]
     count: int
+    by_row: bool = False
+
+    def of_layer(self, count: int) -> Acting:
+        """Return where edits act in a layer that runs on so many tokens."""
+        if not self.by_row or count % self.count:
+            return self
+        each = count // self.count
+        places = {
+            one: torch.arange(each, device=rows.device) + each * rows[:, None] for one, rows in self.tokens.items()
+        }
+        return Acting({one: at.flatten() for one, at in places.items()}, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +142,8 @@ class Gate(Protocol):
     # The bank of the edits that act in the pass that this thread is in, `None` where none does.
     bank_now: Callable[[], Any]
 
-    def bank(self, edits: Sequence[Edit], before: Any = None) -> Any:
-        """Return what is decided by, for edits that have a scope, behind those of another bank."""
+    def bank(self, edits: Sequence[Edit], before: Any = None, gone: Sequence[str] = ()) -> Any:
+        """Return what is decided by, for edits that have a scope, behind those of another bank that are not gone."""
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""
@@ -156,6 +169,7 @@ def added_where_asked(
         output (`torch.Tensor`): Its output, which is returned untouched where no edit acts.
     """
     flat = output.reshape(-1, output.shape[-1])
+    acting = acting.of_layer(len(flat))
     if len(flat) != acting.count:
         raise RuntimeError(
             f"a layer ran on {len(flat)} of the pass's {acting.count} tokens, so that it is not known where edits "
@@ -165,10 +179,11 @@ def added_where_asked(
     for edit_id, tokens in acting.tokens.items():
         edit = edits.get(edit_id)
         if edit is not None and name in edit.updates:
-            u, v = (side.to(output.device, torch.float32) for side in edit.updates[name])
-            term = side_path(x[tokens.to(x.device)].to(output.device), (u, v))
-            at = tokens.to(output.device)
-            flat = flat.index_copy(0, at, plus(flat[at], term))
+            update = decoded(edit.updates, name, output.device)
+            if len(update[0]):
+                term = side_path(x[tokens.to(x.device)].to(output.device), update)
+                at = tokens.to(output.device)
+                flat = flat.index_copy(0, at, plus(flat[at], term))
     return flat.reshape(output.shape)
 
 

@@ -207,8 +207,8 @@ def write_lora(
     )
     entries = [
         {
-            **replace(edit, scope=None).describe(),
-            "ranks": {name: len(u) for name, (u, _) in edit.updates.items() if name in updates},
+            **replace(edit, scope=None, updates={}).describe(),
+            "ranks": {name: u[0] for name, (u, _) in edit.shapes().items() if name in updates},
         }
         for edit in edits
     ]
@@ -392,13 +392,15 @@ def _noted_edits(metadata: Mapping[str, str], updates: Mapping[str, Update], sou
         if not isinstance(ranks, dict) or not is_description(entry) or not ranks.keys() <= updates.keys():
             raise ValueError(f"{source}: its header's edits were altered: {shortened(entry)}; save it again")
         edit = Edit.from_file(entry, {}, str(source))
+        own: dict[str, Update] = {}
         for name, rank in ranks.items():
             u, v = updates[name]
             if type(rank) is not int or not 0 <= rank <= len(u) - starts[name]:
                 raise ValueError(f"{source}: its header claims {shortened(rank)} more rows of {name!r}; save it again")
             rows = slice(starts[name], starts[name] + rank)
-            edit.updates[name] = (u[rows].clone(), v[rows].clone())
+            own[name] = (u[rows].clone(), v[rows].clone())
             starts[name] += rank
+        edit.updates = own
         edits.append(edit)
     # PEFT adds up all rows, so rows that no acting edit has would make the adapter two.
     hidden = [name for name, (_, v) in updates.items() if v[starts[name] :].any()]

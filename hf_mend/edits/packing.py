@@ -1,4 +1,4 @@
-"""An edit as a record of a store: its factors as safetensors, and its description in their header."""
+"""An edit as a record of a store: its tensors as safetensors, and its description in their header."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..hub.files import DTYPES, check_entries, header_size, read_header, read_json_object, shortened
+from ..hub.files import EDIT_DTYPES, check_entries, header_size, read_header, read_json_object, shortened
 from .edit import Edit, is_description
 from .low_rank import Update
 
@@ -25,7 +25,7 @@ _Layout = tuple[list[tuple[str, torch.dtype, int, int, list[int]]], int]
 
 
 def packed(edit: Edit) -> bytes:
-    """Encode an edit as safetensors: `<layer>.u` and `<layer>.v`, and the description in the header."""
+    """Encode an edit as safetensors: [`Edit.pairs`] as `<name>.u` and `.v`, and the description in the header."""
     tensors = {
         f"{name}.{side}": tensor.detach().to("cpu").contiguous()
         for name, pair in edit.pairs().items()
@@ -77,7 +77,7 @@ def _read_header(text: bytes, where: str) -> tuple[dict[str, str], _Layout]:
         except ValueError:
             pass  # the error is that of the whole header
     metadata, header = read_header(text, where)
-    check_entries(header, where)
+    check_entries(header, where, dtypes=EDIT_DTYPES)
     return metadata, _layout(header, where)
 
 
@@ -85,7 +85,7 @@ def _read_header(text: bytes, where: str) -> tuple[dict[str, str], _Layout]:
 def _known_layout(rest: str) -> _Layout:
     """Read and check a header of which only the metadata's value is missing."""
     header = read_header(_METADATA + b'""' + rest.encode(), "")[1]
-    check_entries(header, "")
+    check_entries(header, "", dtypes=EDIT_DTYPES)
     return _layout(header, "")
 
 
@@ -95,7 +95,7 @@ def _layout(header: dict[str, Any], where: str) -> _Layout:
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+            dtype, count = EDIT_DTYPES[entry["dtype"]], math.prod(entry["shape"])
             if first != end or last - first != count * dtype.itemsize:
                 raise ValueError(f"{name} does not begin where the tensor before it ends, or has not its size")
             tensors.append((name, dtype, first, count, entry["shape"]))
@@ -133,7 +133,9 @@ def _check_finite(body: memoryview, tensors: dict[str, torch.Tensor], where: str
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.numel() or all(map(math.isfinite, map(float, tensor.aminmax())))
+    if not tensor.numel() or not tensor.is_floating_point():  # codes are finite, whatever they are
+        return True
+    return all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
 @contextmanager

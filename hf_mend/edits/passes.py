@@ -187,6 +187,12 @@ class ActsInPasses:
             yield
 
     @contextmanager
+    def seeing(self, snapshot: Snapshot) -> Iterator[None]:
+        """Let what acted at another time act within the context, in this thread or task."""
+        with self._seen(View(self), snapshot):
+            yield
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable all edits within the context, in this thread or task."""
         with View(self, disabled=True):

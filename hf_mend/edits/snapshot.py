@@ -57,7 +57,7 @@ class Snapshot:
         Args:
             edits (`Sequence[Edit]`): The edits.
             others (`Callable`): Edits -> the layers that they change and no editor does.
-            bank (`Callable`, *optional*): Edits with a scope, and the bank of those before, or `None` -> their bank.
+            bank (`Callable`, *optional*): [`Gate.bank`].
         """
         known = len(self.edits)
         if len(edits) > known and all(map(operator.is_, self.edits, edits)) and self._takes(edits[known:]):
@@ -77,14 +77,21 @@ class Snapshot:
             targets,
             edits,
             active,
-            {edit.prompt_key: edit for edit in active if edit.prompt_key is not None},
+            {key: edit for edit in active if (key := edit.prompt_key) is not None},
             sums,
             {edit.id: edit for edit in scoped},
             frozenset().union(*(edit.updates for edit in scoped)),
-            bank(scoped, None) if scoped and bank is not None else None,
+            self._bank_of(scoped, bank) if scoped and bank is not None else None,
             frozenset(one for edit in edits for one in edit.replaces),
             self.preserved_keys,
         )
+
+    def _bank_of(self, scoped: Sequence[Edit], bank: Callable[..., Any]) -> Any:
+        """Return the bank of some edits, made from the present one: what both have is not looked at again."""
+        before = {} if self.bank is None else {edit.id: edit.scope for edit in self.scoped.values()}
+        after = {edit.id: edit.scope for edit in scoped}
+        gone = [one for one, scope in before.items() if after.get(one) is not scope]
+        return bank([edit for edit in scoped if before.get(edit.id) is not edit.scope], self.bank, gone)
 
     def _takes(self, new: Sequence[Edit]) -> bool:
         """Whether further edits act beside all that do, and change nothing of them."""
@@ -115,7 +122,7 @@ class Snapshot:
             targets=targets,
             edits=list(edits),
             active=[*self.active, *new],
-            standing=self.standing | {edit.prompt_key: edit for edit in new if edit.prompt_key is not None},
+            standing=self.standing | {key: edit for edit in new if (key := edit.prompt_key) is not None},
             sums=sums,
         )
         if not scoped:

@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from ..bases.limits import longest_input
-from ..bases.weights import device_of
-from ..data.encoding import Encoder, Query
+from ..data.encoding import Query
+from ..editing.writing import greedy_tokens
 from ..model import EditableModel
-
-
-@torch.no_grad()
-def greedy_tokens(model: Any, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """
-    Generate greedily after several prompts side by side, each until the model stops by itself.
-
-    Args:
-        model ([`EditableModel`] or `PreTrainedModel`): The model; each prompt keeps its row of the batch.
-        encoder ([`Encoder`]): The encoder. A decoder's prompts are padded on the left, since `generate` appends on the
-            right.
-        prompts (`Sequence[list[int]]`): The prompts' token ids.
-        max_new_tokens (`int`): The most tokens of an answer.
-
-    Returns:
-        `list[list[int]]`: The token ids of each answer, special ones and padding included.
-    """
-    seq2seq = encoder.is_encoder_decoder
-    padded = encoder.pad([(prompt if seq2seq else prompt[::-1], []) for prompt in prompts]).inputs
-    inputs = {name: padded[name] if seq2seq else padded[name].flip(1) for name in ("input_ids", "attention_mask")}
-    device = device_of(model.get_input_embeddings())  # of an offloaded base, `model.device` is `meta`
-    out = model.generate(
-        **{name: tensor.to(device) for name, tensor in inputs.items()},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=encoder.pad_token_id,
-    )
-    answers: list[list[int]] = (out if seq2seq else out[:, inputs["input_ids"].shape[1] :]).tolist()
-    return answers
 
 
 def answer(model: EditableModel, prompt: str, *, chat: bool = False, max_new_tokens: int = 24) -> str:

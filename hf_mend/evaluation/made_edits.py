@@ -60,7 +60,7 @@ def make_in_calls(
                 [*batches(missing, edits_per_call)], desc="Edits", disable=len(missing) <= edits_per_call
             ):
                 for one in _apart(call):
-                    model.edit([bare(record) for record in one], check=check)
+                    model.edit([bare(record) for record in one], check=check, keep_failed=True, check_earlier=0)
         made = {_asked(edit): edit for edit in model.edits}
         return [[made[_wanted(record)]] if _wanted(record) in made else [] for record in records]
     finally:

@@ -25,10 +25,10 @@ from ..editing.calibration_text import observe_calibration_text
 from ..editing.context import EditingContext
 from ..editing.proposals import SearchOptions
 from ..editing.search import find_updates
+from ..editing.writing import greedy_tokens
 from ..edits.hook import applied
 from ..edits.low_rank import Update, together
 from ..methods import EditMethod
-from .generation import greedy_tokens
 
 
 logger = logging.get_logger(__name__)

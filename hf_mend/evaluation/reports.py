@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +21,9 @@ from .evaluate import State
 from .wild_figures import figures_table
 from .wild_states import WildState
 
+
+# The most characters of a name in a terminal's table.
+_NAME = 24
 
 # The titles of the metrics, in the order of the tables.
 TITLES = {
@@ -138,6 +143,37 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         for state in result["states"]
     ]
     return head, rows
+
+
+def narrow_table(results: Sequence[Mapping[str, Any]], width: int) -> str:
+    """
+    Return as much of the comparison as a line of a terminal holds, without intervals: the first columns, aligned, and
+    a line that names those that are left out.
+
+    Args:
+        results (`Sequence[Mapping[str, Any]]`): What [`as_result`] returns, of each editor or method.
+        width (`int`): Characters of a line.
+    """
+    head, rows = comparison(results)
+    rows = [[re.sub(r" \[.*\]$", "", cell) for cell in row] for row in rows]
+    columns = list(zip(head, *rows, strict=True))
+    columns[0] = tuple(cell if len(cell) <= _NAME else f"{cell[: _NAME - 3]}..." for cell in columns[0])
+    sizes = [max(map(len, column)) for column in columns]
+    count, used = 1, sizes[0]
+    while count < len(columns) and used + 2 + sizes[count] <= width:
+        used += 2 + sizes[count]
+        count += 1
+    lines = [
+        "  ".join(
+            [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=False))]
+        )
+        for row in zip(*columns[:count], strict=True)
+    ]
+    text = "\n".join(line.rstrip() for line in lines)
+    left = (
+        f"With --json, and in the files written: the intervals{', ' if head[count:] else ''}{', '.join(head[count:])}"
+    )
+    return "\n".join([text, "", *textwrap.wrap(left, width)])
 
 
 def escaped(text: str) -> str:

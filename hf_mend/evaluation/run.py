@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as python_logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.encoding import batches
+from ..data.estimate import Estimate
 from ..data.records import EditRecord
 from ..model import EditableModel
 from .generation import answer
@@ -59,23 +60,37 @@ class Run:
     def alone(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Measure single edits: a few one by one, for time, memory and perplexity; then all, in batches."""
         yield self.progress.part("alone/by themselves", lambda: self._by_themselves(numbers[:_ALONE]))
+        chunks = {f"alone/{i}": chunk for i, chunk in enumerate(batches(numbers, self.batch_size))}
+        estimate = self._estimate("Single edits", {name: len(chunk) for name, chunk in chunks.items()})
         with tqdm(total=len(numbers), desc="Single edits") as bar:
-            for i, chunk in enumerate(batches(numbers, self.batch_size)):
-                yield self.progress.part(f"alone/{i}", partial(self._side_by_side, chunk))
+            for name, chunk in chunks.items():
+                known = name in self.progress.parts
+                yield self.progress.part(name, partial(self._side_by_side, chunk))
                 bar.update(len(chunk))
+                estimate.done(0 if known else len(chunk))
+
+    def _estimate(self, what: str, sizes: Mapping[str, int]) -> Estimate:
+        """Return an estimate for the parts that are not finished, each of so many facts."""
+        return Estimate(what, sum(size for name, size in sizes.items() if name not in self.progress.parts), "facts")
 
     def kept_together(
         self, measured: Sequence[list[int]], others: Sequence[list[int]], count: int, edits_per_call: int | None
     ) -> Iterator[dict[str, Any]]:
         """Measure states of `count` edits, group after group, until all facts are measured."""
-        with tqdm(total=len(measured), desc=f"{count} edit{'s' if count > 1 else ''} at once") as bar:
-            for i, first in enumerate(range(0, len(measured), count)):
+        what = f"{count} edit{'s' if count > 1 else ''} at once"
+        groups = {f"{count}/{i}": first for i, first in enumerate(range(0, len(measured), count))}
+        sizes = {name: len(measured[first : first + count]) for name, first in groups.items()}
+        estimate = self._estimate(what, sizes)
+        with tqdm(total=len(measured), desc=what) as bar:
+            for name, first in groups.items():
                 group = measured[first : first + count]
                 rest = [*others, *measured[:first], *measured[first + count :]]
                 made = _spread(group, rest, count)
                 measure = partial(self._made_and_measured, group, made, edits_per_call, read=first == 0)
-                yield self.progress.part(f"{count}/{i}", measure)
+                known = name in self.progress.parts
+                yield self.progress.part(name, measure)
                 bar.update(len(group))
+                estimate.done(0 if known else len(group))
 
     def _by_themselves(self, numbers: Sequence[int]) -> dict[str, Any]:
         seconds, read, peaks = [], [], []
@@ -140,7 +155,8 @@ class Run:
                     records = [
                         replace(self.records[i], paraphrases=[], neighborhood=[]) for unit in call for i in unit
                     ]
-                    model.edit(records, max_steps=self.max_steps, force=True)
+                    # What did not take is measured too, as in the literature.
+                    model.edit(records, max_steps=self.max_steps, force=True, keep_failed=True, check_earlier=0)
                 cost = time.perf_counter() - began, peak.read()
                 with nullcontext() if self.scope else model.carrying(without_scopes(model.edits)):
                     yield cost
@@ -203,14 +219,16 @@ def _as_it_was(model: EditableModel, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings about edits that do not take, which the metrics count."""
-    logger = python_logging.getLogger("hf_mend.model")
-    level = logger.level
-    logger.setLevel(python_logging.ERROR)
+    """Silence the warnings about edits that do not take, which the metrics count, and about the time of a call."""
+    loggers = [python_logging.getLogger(name) for name in ("hf_mend.model", "hf_mend.data.estimate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(python_logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _PeakMemory:

@@ -221,7 +221,7 @@ class _Wild:
         try:
             calls = list(batches([bare(self.records[i]) for i in numbers], self.settings.edits_per_call))
             for call in tqdm(calls, desc="Edits", disable=len(calls) < 2):
-                model.edit(call)
+                model.edit(call, keep_failed=True, check_earlier=0)
             yield
         finally:
             model.undo_all()

@@ -25,6 +25,8 @@ EDITS_NAME = "edits.safetensors"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")
 # The dtypes that these files may hold, by their names in a safetensors header.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Those of files of edits, which may hold codes.
+EDIT_DTYPES = {**DTYPES, "U8": torch.uint8}
 # A header of this size describes some hundred thousand tensors, and parsing it takes well below a gigabyte.
 _MAX_HEADER = 32 << 20
 _MAX_NAME = 512
@@ -127,7 +129,9 @@ def files_like(name: str) -> list[str]:
 
 
 def read_tensors(
-    path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
+    path: str | Path,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     Check names, shapes and dtypes in a safetensors file's header, read its tensors, and check that they are finite.
@@ -135,6 +139,7 @@ def read_tensors(
     Args:
         path (`str` or `Path`): The file.
         expected (`Mapping[str, tuple[int, ...]]`, *optional*): Name -> shape of every tensor that must be there.
+        dtypes (`Mapping[str, torch.dtype]`): The dtypes that it may hold, by their names in its header.
 
     Returns:
         `tuple`: The tensors in their stored dtype, and the header's metadata.
@@ -143,7 +148,7 @@ def read_tensors(
         FileNotFoundError: The file does not exist.
         ValueError: The file is truncated or altered, or does not hold the expected tensors.
     """
-    with opened(path, expected) as file:
+    with opened(path, expected, dtypes) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     for name, tensor in tensors.items():
@@ -153,7 +158,11 @@ def read_tensors(
 
 
 @contextmanager
-def opened(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[Any]:
+def opened(
+    path: str | Path,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+) -> Iterator[Any]:
     """
     Open a safetensors file, as `safe_open` does, after checking its header, so that no memory is allocated for a wrong
     one. Arguments and errors are those of [`read_tensors`].
@@ -166,7 +175,7 @@ def opened(path: str | Path, expected: Mapping[str, tuple[int, ...]] | None = No
         raise FileNotFoundError(f"{path} does not exist; is this the folder of a saved editor or of saved edits?")
     with open(path, "rb") as binary:
         header = read_header(binary.read(header_size(binary.read(8), path.stat().st_size, path)), path)[1]
-    check_entries(header, path, expected)
+    check_entries(header, path, expected, dtypes)
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -207,7 +216,10 @@ def read_header(text: bytes, source: str | Path) -> tuple[dict[str, str], dict[s
 
 
 def check_entries(
-    header: Mapping[str, Any], source: str | Path, expected: Mapping[str, tuple[int, ...]] | None = None
+    header: Mapping[str, Any],
+    source: str | Path,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
 ) -> None:
     """
     Check names, dtypes and shapes of a safetensors header's tensors, and compare names and shapes with the expected.
@@ -228,7 +240,7 @@ def check_entries(
             raise ValueError(
                 f"{source}: {name} has the header {shortened(entry)}; the file was altered, download it again"
             )
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in dtypes:
             raise ValueError(f"{source}: {name} has dtype {shortened(dtype)}, expected a floating-point one")
         if expected is not None and tuple(sizes) != tuple(expected[name]):
             raise ValueError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..bases.fused import stacked
 from ..config import EditorConfig, option
 from ..edits.low_rank import Update
 from .base import EditMethod, register_method
@@ -121,20 +122,16 @@ class LowRankLayer(nn.Module):
         if not self.residual:
             nn.init.xavier_uniform_(self.up)
 
-    def forward(self, z: torch.Tensor, counts: list[int]) -> torch.Tensor:  # (tokens, width) -> the same
+    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
         out = nn.functional.linear(nn.functional.linear(z, self.down), self.up, self.bias)
-        parts = zip(out.split(counts), self.scale, self.shift, strict=True)
-        out = torch.cat([part * scale + shift for part, scale, shift in parts])
+        out = out * self.scale[:, None] + self.shift[:, None]
         if self.activation:
             out = nn.functional.relu(out)
         return z + out if self.residual else out
 
 
 class EditorNetwork(nn.Module):
-    """
-    `num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once: their tokens are
-    concatenated layer by layer, and `counts` holds the number of tokens of each.
-    """
+    """`num_hidden_layers` low-rank layers with ReLU and one without, for `layers` edited layers at once."""
 
     def __init__(self, width: int, layers: int, config: MendConfig):
         super().__init__()
@@ -143,9 +140,9 @@ class EditorNetwork(nn.Module):
             for i in range(config.num_hidden_layers + 1)
         )
 
-    def forward(self, z: torch.Tensor, counts: list[int]) -> torch.Tensor:  # (tokens, width) -> the same
+    def forward(self, z: torch.Tensor) -> torch.Tensor:  # (layers, tokens, width) -> the same
         for layer in self.layers:
-            z = layer(z, counts)
+            z = layer(z)
         return z
 
 
@@ -189,50 +186,49 @@ class LayerGroup(nn.Module):
             self._moments = [torch.zeros(d_in, d_in, dtype=torch.float64) for _ in names]
             self._tokens = [0 for _ in names]
 
-    def forward(self, x: torch.Tensor, delta: torch.Tensor, counts: list[int]) -> Update:
+    def forward(self, x: torch.Tensor, delta: torch.Tensor) -> Update:
         """
-        Return the updates of the layers' tokens, which are concatenated layer by layer.
+        Return the updates of the layers' tokens.
 
         Args:
-            x (`torch.Tensor` of shape `(tokens, d_in)`), delta (`torch.Tensor` of shape `(tokens, d_out)`): Factors.
-            counts (`list[int]`): The number of tokens of each layer.
+            x (`torch.Tensor` of shape `(layers, tokens, d_in)`), delta (`torch.Tensor` of shape `(layers, tokens,
+                d_out)`): Factors.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `u`, `v` of the same shapes, the step included.
         """
         if self.config.normalize:
-            x = _each(self.x_stats, x, counts)
-            delta = _each(self.delta_stats, delta, counts)
+            x, delta = _normalised(self.x_stats, x), _normalised(self.delta_stats, delta)
         if self.transform == "both":
-            u, v = self.networks[0](torch.cat([x, delta], -1), counts).split([x.shape[-1], delta.shape[-1]], -1)
+            u, v = self.networks[0](torch.cat([x, delta], -1)).split([x.shape[-1], delta.shape[-1]], -1)
         elif self.transform == "both_separate":
-            u, v = self.networks[0](x, counts), self.networks[1](delta, counts)
+            u, v = self.networks[0](x), self.networks[1](delta)
         elif self.transform == "x":
-            u, v = self.networks[0](x, counts), delta
+            u, v = self.networks[0](x), delta
         else:
-            u, v = x, self.networks[0](delta, counts)
+            u, v = x, self.networks[0](delta)
         if self.config.whiten:
-            u = torch.cat([self.whitened(i, part) for i, part in enumerate(u.split(counts))])
+            u = self.whitened(u)
         step = self.config.edit_lr * self.log_step.exp()
-        return u, torch.cat([part * -size for part, size in zip(v.split(counts), step, strict=True)])  # downhill
+        return u, v * -step[:, None, None]  # downhill
 
-    def whitened(self, index: int, u: torch.Tensor) -> torch.Tensor:
+    def whitened(self, u: torch.Tensor) -> torch.Tensor:
         """
-        Return `M^-1 u` for a layer's `u`, `(tokens, d_in)`, M being its inputs' second moment plus a ridge: then `u .
-        x'` is small for all but inputs like this one.
+        Return `M^-1 u` for the layers' `u`, `(layers, tokens, d_in)`, M being the second moment of a layer's inputs
+        plus a ridge: then `u . x'` is small for all but inputs like this one.
 
         M is stored as its leading eigenvectors and one eigenvalue for all others, so that the editor stays small.
         """
-        basis = self.whiten_basis[index]
-        along = (u @ basis) * self.whiten_shrink[index]  # (tokens, rank)
-        u = (u - along @ basis.T) * self.whiten_scale[index]
+        basis = self.whiten_basis
+        along = torch.bmm(u, basis) * self.whiten_shrink[:, None]  # (layers, tokens, rank)
+        u = (u - torch.bmm(along, basis.transpose(1, 2))) * self.whiten_scale[:, None, None]
         # From normalised components to the layer's own.
-        return u / (self.x_stats[index].variance.sqrt() + 1e-8) if self.config.normalize else u
+        return u / self._input_scale()[:, None] if self.config.normalize else u
 
     def _input_scale(self) -> torch.Tensor:
         if not self.config.normalize:
             return torch.ones(1, 1, device=self.whiten_scale.device, dtype=torch.float32)
-        return torch.stack([stats.variance.sqrt() + 1e-8 for stats in self.x_stats])
+        return torch.stack([stats.variance for stats in self.x_stats]).sqrt() + 1e-8
 
     def observe_inputs(self, index: int, x: torch.Tensor) -> None:
         """Add a layer's inputs on calibration text, `(tokens, d_in)`, to its second moment."""
@@ -284,23 +280,19 @@ class Mend(EditMethod):
         self.groups = nn.ModuleList(LayerGroup(names, self.shapes[names[0]], config) for names in members.values())
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
+        tokens = getattr(factors, "tokens", None)  # of a batch with padding, or where an edit acts at few of them
         updates: dict[str, Update] = {}
         for group in self.groups:
             device = group.log_step.device  # the layers may be on several
-            pairs = [tuple(side.to(device) for side in factors[name]) for name in group.names]
-            # Only tokens that have a gradient: of the last block these are few.
-            present = [(delta != 0).any(-1).nonzero(as_tuple=True) for _, delta in pairs]
-            counts = [len(rows) for rows, _ in present]
-            x, delta = (
-                torch.cat([pair[side][at] for pair, at in zip(pairs, present, strict=True)]) for side in (0, 1)
-            )  # (tokens, d_in), (tokens, d_out)
-            u, v = (side.split(counts) for side in group(x, delta, counts))
-            for i, name in enumerate(group.names):
-                x, delta = pairs[i]
-                updates[name] = (
-                    torch.zeros_like(x, dtype=u[i].dtype).index_put(present[i], u[i]),
-                    torch.zeros_like(delta, dtype=v[i].dtype).index_put(present[i], v[i]),
-                )
+            pairs = [factors[name] for name in group.names]
+            lengths = [x.shape[1] for x, _ in pairs]  # an encoder's layers and a decoder's have other tokens
+            x, delta = (_side(pairs, side, max(lengths), device) for side in (0, 1))  # (layers, edits, seq, width)
+            present = (delta != 0).any(-1, keepdim=True)  # (layers, edits, seq, 1)
+            sides = _at(x, tokens), _at(delta, tokens)  # (layers, tokens, width)
+            found = (_in_place(side, tokens, like) for side, like in zip(group(*sides), (x, delta), strict=True))
+            u, v = (torch.where(present, side, 0.0) for side in found)  # where no factor is, no update is
+            for i, (name, length) in enumerate(zip(group.names, lengths, strict=True)):
+                updates[name] = (u[i], v[i]) if length == u.shape[2] else (u[i, :, :length], v[i, :, :length])
         return updates
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -330,6 +322,28 @@ class Mend(EditMethod):
             group.log_step += math.log(factor)
 
 
-def _each(modules: Iterable[nn.Module], values: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Apply each layer's module to that layer's tokens."""
-    return torch.cat([module(part) for module, part in zip(modules, values.split(counts), strict=True)])
+def _normalised(stats: Iterable[FactorStatistics], values: torch.Tensor) -> torch.Tensor:
+    """Scale each layer's values by its own statistics, `(layers, tokens, width)`."""
+    stats = list(stats)
+    means, variances = (torch.stack([getattr(one, name) for one in stats])[:, None] for name in ("mean", "variance"))
+    return (values - means) / (variances.sqrt() + 1e-8)
+
+
+def _side(pairs: Sequence[Update], side: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return one side of the layers' factors as one tensor, shorter ones with zeros behind."""
+    parts = [pair[side].to(device) for pair in pairs]
+    return stacked([nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) if x.shape[1] < length else x for x in parts])
+
+
+def _at(values: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """Return the values of some tokens, `(layers, edits, seq, width)` -> `(layers, tokens, width)`."""
+    values = values.flatten(1, 2)
+    return values if tokens is None else values.index_select(1, tokens.to(values.device))
+
+
+def _in_place(values: torch.Tensor, tokens: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Undo [`_at`]; the other tokens get zeros."""
+    if tokens is not None:
+        whole = torch.zeros(like.flatten(1, 2).shape, dtype=values.dtype, device=values.device)
+        values = whole.index_copy(1, tokens.to(values.device), values)
+    return values.reshape(like.shape)

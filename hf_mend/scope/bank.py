@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_scores, may_pass
+from .network import key_parts, key_scores, may_pass, part_scores
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -21,54 +23,94 @@ _OUT = -2.0
 
 class KeyBank:
     """
-    Find the edit that a text asks for.
+    Find the edit that a text asks for. A bank never changes; others are made from it at the cost of what differs.
 
     Args:
         edits (`Sequence[Edit]`): The edits, each with a scope.
     """
 
     def __init__(self, edits: Sequence[Edit]):
-        self.ids: list[str] = []
+        self.ids: list[str] = []  # by number; those that are gone keep theirs
+        self.numbers: dict[str, int] = {}  # of the edits that are there
         self._owner = GrowingRows(torch.zeros(0, dtype=torch.long))
-        self._thresholds = GrowingRows(torch.zeros(0))
-        self._keys: GrowingRows | None = None
+        self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
+        self._parts: list[GrowingRows] = []  # of the keys: the first is read at each token, whole
         self._excluded: dict[int, torch.Tensor] = {}
+        # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
+        self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
         self._add(edits)
 
     def _add(self, edits: Sequence[Edit]) -> None:
         first = len(self.ids)
         scopes = [edit.scope for edit in edits if edit.scope is not None]
-        self.ids = [*self.ids, *(edit.id for edit in edits)]
         if not scopes:
             return
-        keys = [one.keys.float() for one in scopes]
-        before = GrowingRows(keys[0].new_zeros(0, keys[0].shape[1])) if self._keys is None else self._keys
-        self._keys = before.extended(_on(keys, before))
-        thresholds = [one.thresholds.float() for one in scopes]
-        self._thresholds = self._thresholds.extended(_on(thresholds, self._thresholds))
-        owner = [torch.full((len(one.keys),), first + i, dtype=torch.long) for i, one in enumerate(scopes)]
-        self._owner = self._owner.extended(_on(owner, self._owner))
+        self.ids = [*self.ids, *(edit.id for edit in edits)]
+        self.numbers = self.numbers | {edit.id: first + i for i, edit in enumerate(edits)}
+        parts = key_parts(torch.cat([one.keys for one in scopes]))
+        before = self._parts or [GrowingRows(part.new_zeros(0, part.shape[1])) for part in parts]
+        self._parts = [rows.extended([_on(part, rows)]) for rows, part in zip(before, parts, strict=True)]
+        thresholds = torch.cat([one.thresholds for one in scopes]).float()
+        self._thresholds = self._thresholds.extended([_on(thresholds, self._thresholds)])
+        counts = torch.tensor([len(one.keys) for one in scopes])
+        owner = torch.arange(first, first + len(scopes)).repeat_interleave(counts)
+        self._owner = self._owner.extended([_on(owner, self._owner)])
         excluded = {first + i: one.excluded.float() for i, one in enumerate(scopes) if len(one.excluded)}
         if excluded:
             self._excluded = self._excluded | excluded
 
     def extended(self, edits: Sequence[Edit]) -> KeyBank:
-        """Return the bank of these edits and further ones; this one stays as it is."""
+        """Return the bank of these edits and further ones."""
         new = copy.copy(self)
         new._add(edits)
         return new
 
+    def without(self, ids: Sequence[str]) -> KeyBank:
+        """Return the bank without some of the edits."""
+        if not ids:
+            return self
+        new, gone = copy.copy(self), {self.numbers[one] for one in ids}
+        new.numbers = {one: number for one, number in self.numbers.items() if number not in gone}
+        new._excluded = {number: keys for number, keys in self._excluded.items() if number not in gone}
+        owner, thresholds = self._owner.rows, self._thresholds.rows
+        is_gone = torch.zeros(len(self.ids), dtype=torch.bool, device=owner.device)
+        is_gone[torch.tensor(sorted(gone), device=owner.device)] = True
+        new._thresholds = GrowingRows(thresholds.masked_fill(is_gone[owner], math.inf))
+        new._elsewhere = {}
+        return new if 2 * len(new.numbers) >= len(new.ids) else new._compacted()
+
+    def _compacted(self) -> KeyBank:
+        """Return the same bank without the room of the edits that are gone."""
+        new = KeyBank([])
+        new.ids = [*self.numbers]
+        new.numbers = {one: i for i, one in enumerate(new.ids)}
+        there = self._thresholds.rows < math.inf
+        renumbered = torch.full((len(self.ids),), -1, device=there.device)
+        renumbered[torch.tensor([*self.numbers.values()], dtype=torch.long, device=there.device)] = torch.arange(
+            len(new.ids), device=there.device
+        )
+        new._owner = GrowingRows(renumbered[self._owner.rows[there]])
+        new._thresholds = GrowingRows(self._thresholds.rows[there])
+        new._parts = [GrowingRows(part.rows[there]) for part in self._parts]
+        new._excluded = {int(renumbered[number]): keys for number, keys in self._excluded.items()}
+        return new
+
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.numbers)
 
     def _on(self, device: torch.device) -> _Keys:
-        """Return the keys on a device, where they stay."""
-        assert self._keys is not None
-        if self._keys.rows.device != device:  # together in the end: the same on each device
-            moved = self._keys.to(device), self._thresholds.to(device), self._owner.to(device)
-            self._keys, self._thresholds, self._owner = moved
-        rows = self._keys.to(device).rows, self._thresholds.to(device).rows, self._owner.to(device).rows
-        return _Keys(*rows, self._excluded)
+        """Return the keys on a device, where they stay: those of further edits come behind them."""
+        own = [self._owner, self._thresholds, *self._parts]
+        held = own
+        if self._owner.rows.device != device:
+            held = self._elsewhere.get(device) or [GrowingRows(one.rows[:0].to(device)) for one in own]
+            count = len(held[0].rows)
+            if count < len(self._owner.rows):
+                more = [on_device(one.rows[count:], device) for one in own]
+                held = [one.extended([rows]) for one, rows in zip(held, more, strict=True)]
+                self._elsewhere = {**self._elsewhere, device: held}
+        owner, thresholds, *parts = (one.rows for one in held)
+        return _Keys(parts, owner, thresholds, self._excluded)
 
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -79,10 +121,12 @@ class KeyBank:
             strictness (`float`, defaults to 0.0): What is added to every threshold.
             only (`torch.Tensor` of shape `(texts,)`, *optional*): The number of the one edit that each may ask for.
         """
-        if not self.ids:
+        if not self.numbers:
             return queries.new_full((len(queries),), -1, dtype=torch.long)
         held = self._on(queries.device)
-        size = max(1, _SCORES_AT_ONCE // len(held.keys))
+        size = max(1, _SCORES_AT_ONCE // len(held.owner))
+        if len(queries) <= size:
+            return held.choose(queries, only, strictness)
         parts = queries.split(size)
         allowed = [None] * len(parts) if only is None else only.to(queries.device).split(size)
         return torch.cat([held.choose(*pair, strictness) for pair in zip(parts, allowed, strict=True)])
@@ -100,11 +144,11 @@ class KeyBank:
             excluded.
         """
         none = queries.new_full((len(queries),), _OUT)
-        if not self.ids:
+        if not self.numbers:
             return none, none.clone()
-        held, numbers = self._on(queries.device), {one: number for number, one in enumerate(self.ids)}
-        mine = torch.tensor([numbers.get(one, -1) for one in own], device=queries.device)
-        size = max(1, _SCORES_AT_ONCE // len(held.keys))
+        held = self._on(queries.device)
+        mine = torch.tensor([self.numbers.get(one, -1) for one in own], device=queries.device)
+        size = max(1, _SCORES_AT_ONCE // len(held.owner))
         found = []
         for part, numbered in zip(queries.split(size), mine.split(size), strict=True):
             over, owner = held.over(part, slice(None))
@@ -116,23 +160,22 @@ class KeyBank:
 
     def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return each edit's score with a text, and the threshold of the key that it is nearest to passing.
+        Return each edit's score with a text, and the threshold of the key that it is nearest to passing, by number.
 
         Args:
             query (`torch.Tensor` of shape `(width,)`): The text's key.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(edits,)`.
+            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(numbers,)`.
         """
         held = self._on(query.device)
-        scores = key_scores(query[None], held.keys)[0]
-        found, thresholds = [], []
-        for number in range(len(self.ids)):
-            own = (held.owner == number).nonzero()[:, 0]
-            best = own[(scores[own] - held.thresholds[own]).argmax()]
-            found.append(scores[best])
-            thresholds.append(held.thresholds[best])
-        return torch.stack(found), torch.stack(thresholds)
+        scores = part_scores(query[None], held.parts)[0]
+        over = scores - held.thresholds
+        places = torch.arange(len(over), device=over.device)
+        most = over.new_full((len(self.ids),), -math.inf).scatter_reduce(0, held.owner, over, "amax")
+        first = torch.where(over == most[held.owner], places, len(over))
+        best = first.new_full((len(self.ids),), len(over)).scatter_reduce(0, held.owner, first, "amin")
+        return scores[best], held.thresholds[best]
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
@@ -140,32 +183,31 @@ class KeyBank:
 
         Args:
             edit_id (`str`): The edit's id.
-            keys (`torch.Tensor` of shape `(keys, width)`): Its keys.
+            keys (`torch.Tensor` of shape `(keys, width)`): Its keys, in the host's memory.
         """
-        if self._keys is None:
+        if len(self.numbers.keys() - {edit_id}) == 0:
             return None, 0.0
-        held = self._on(self._keys.rows.device)
-        own = [number for number, one in enumerate(self.ids) if one == edit_id]
-        others = ~torch.isin(held.owner, torch.tensor(own, dtype=torch.long, device=held.owner.device))
-        if not others.any():
-            return None, 0.0
-        scores = key_scores(keys.to(held.keys.device), held.keys).max(0).values.masked_fill(~others, -1.0)
+        held = self._on(self._owner.rows.device)
+        others = (held.owner != self.numbers.get(edit_id, -1)) & (held.thresholds < math.inf)
+        if keys.device != held.owner.device:
+            keys = keys.to(held.owner.device)
+        scores = part_scores(keys, held.parts).amax(0).masked_fill(~others, -1.0)
         best = int(scores.argmax())
         return self.ids[int(held.owner[best])], float(scores[best])
 
 
 @dataclass(frozen=True, eq=False)
 class _Keys:
-    """All keys on one device: `(keys, width)`, `(keys,)`, `(keys,)`, and an edit's number -> its excluded keys."""
+    """All keys on one device: parts `(keys, width)`, owner and threshold, `(keys,)`, and number -> excluded keys."""
 
-    keys: torch.Tensor
-    thresholds: torch.Tensor
+    parts: Sequence[torch.Tensor]
     owner: torch.Tensor
+    thresholds: torch.Tensor
     excluded: Mapping[int, torch.Tensor]
 
     def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
         # Of tens of thousands of keys a few are worth a whole look.
-        near = may_pass(queries, self.keys, self.thresholds + strictness).nonzero()[:, 0]
+        near = may_pass(queries, self.parts[0], self.thresholds + strictness).nonzero()[:, 0]
         if not len(near):
             return queries.new_full((len(queries),), -1, dtype=torch.long)
         over, owner = self.over(queries, near)
@@ -176,15 +218,15 @@ class _Keys:
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`, and the keys' edits."""
-        owner, scores = self.owner[keys], key_scores(queries, self.keys[keys])
+        owner, scores = self.owner[keys], part_scores(queries, [part[keys] for part in self.parts])
         over = scores - self.thresholds[keys]
-        for number, excluded in self.excluded.items():
+        for number in self.excluded.keys() & owner.tolist() if self.excluded else ():
             # An excluded text that is at least as near as the key keeps the edit out.
             own = owner == number
-            nearest = key_scores(queries, excluded.to(queries.device)).max(-1).values
+            nearest = key_scores(queries, self.excluded[number].to(queries.device)).max(-1).values
             over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], _OUT)
-        return over, owner
+        return over.clamp(min=_OUT), owner
 
 
-def _on(tensors: Sequence[torch.Tensor], rows: GrowingRows) -> list[torch.Tensor]:
-    return [one.to(rows.rows.device) for one in tensors]
+def _on(tensor: torch.Tensor, rows: GrowingRows) -> torch.Tensor:
+    return tensor.to(rows.rows.device)

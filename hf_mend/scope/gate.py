@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class _OfThread(threading.local):
     """A thread's own pass."""
 
     current: _Pass | None = None
+    decision: Any = None  # of an encoder-decoder model's last pass
 
 
 @dataclass
@@ -100,9 +102,14 @@ class ScopeGate:
         self.__dict__.update(state)
         self._local = _OfThread()
 
-    def bank(self, edits: Sequence[Edit], before: KeyBank | None = None) -> KeyBank:
-        """Return the bank of edits that have a scope, behind those of another bank."""
-        return KeyBank(edits) if before is None else before.extended(edits)
+    @cached_property
+    def threshold(self) -> torch.Tensor:
+        """The threshold of further edits, in the host's memory."""
+        return self.scope.threshold.detach().cpu()
+
+    def bank(self, edits: Sequence[Edit], before: KeyBank | None = None, gone: Sequence[str] = ()) -> KeyBank:
+        """Return the bank of edits that have a scope, behind those of another bank that are not gone."""
+        return KeyBank(edits) if before is None else before.without(gone).extended(edits)
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""

@@ -119,7 +119,8 @@ class ScopeNetwork(nn.Module):
         weight = weight + forgotten
         if mask is not None:
             weight = weight.masked_fill(~present, _PADDING)
-        return TokenStates(torch.stack([weight, forgotten], -1), torch.einsum("btd,hdp->bhtp", x, self.values))
+        values = (x.flatten(0, 1) @ self.values).unflatten(1, x.shape[:2])  # (heads, rows, seq, HEAD_WIDTH)
+        return TokenStates(torch.stack([weight, forgotten], -1), values.transpose(0, 1))
 
     def keys(self, states: TokenStates, last: int | None = None) -> torch.Tensor:
         """
@@ -135,8 +136,10 @@ class ScopeNetwork(nn.Module):
         parts = []
         for start in range(first, length, _QUERIES_AT_ONCE):
             stop = min(start + _QUERIES_AT_ONCE, length)
-            seen = torch.ones(stop - start, stop, dtype=torch.bool, device=weights.device).tril(start)
-            scores = weights[:, :, None, :stop].masked_fill(~seen, -math.inf)  # (rows, heads, queries, stop)
+            scores = weights[:, :, None, :stop]  # (rows, heads, queries, stop)
+            if stop - start > 1:  # a single one sees all before it
+                seen = torch.ones(stop - start, stop, dtype=torch.bool, device=weights.device).tril(start)
+                scores = scores.masked_fill(~seen, -math.inf)
             pooled = scores.softmax(-1) @ values[:, :, :stop]  # (rows, heads, queries, HEAD_WIDTH)
             parts.append(self.key(pooled.transpose(1, 2).flatten(2)))
         return torch.cat(parts, 1)
@@ -175,25 +178,31 @@ def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
             The keys.
     """
-    cosines = (-_ROUNDED_MINIMUM * q @ k.T for q, k in zip(_parts(queries), _parts(keys), strict=True))
+    return part_scores(queries, key_parts(keys))
+
+
+def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what [`key_scores`] does, from each of the keys' parts, as [`key_parts`] gives them."""
+    cosines = (-_ROUNDED_MINIMUM * q @ k.T for q, k in zip(key_parts(queries), keys, strict=True))
     least = reduce(torch.logaddexp, cosines)
     return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
 
 
-def may_pass(queries: torch.Tensor, keys: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def may_pass(queries: torch.Tensor, first: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """
     Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by their first
     parts alone, at a fraction of the cost of [`key_scores`].
 
     Args:
-        queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
-            The keys.
+        queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`): The texts' keys.
+        first (`torch.Tensor` of shape `(keys, KEY_WIDTH / KEY_PARTS)`): The first parts of the keys.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
-    first = (_parts(queries)[0] @ _parts(keys)[0].T).max(0).values
+    best = (key_parts(queries)[0] @ first.T).amax(0)  # `max` finds the places too, at many times the cost
     # A rounded minimum is at most so much above each of its parts; the rest is for rounding.
-    return first + math.log(KEY_PARTS) / _ROUNDED_MINIMUM + 1e-4 >= least
+    return best + math.log(KEY_PARTS) / _ROUNDED_MINIMUM + 1e-4 >= least
 
 
-def _parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
+def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the parts of keys, which are unit vectors each."""
     return keys.float().chunk(KEY_PARTS, -1)

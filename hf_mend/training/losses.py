@@ -31,7 +31,7 @@ def target_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
 
 
 def _row_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
-    labels = rows.next_tokens[rows.positions].to(logits.device)
+    labels = rows.places.labels.to(logits.device)  # at all positions there is one
     return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows)
 
 
@@ -81,7 +81,7 @@ def editing_loss(
             those before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
         decay (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
-    below = run_below or (lambda rows: context.split.run_below(rows.inputs))
+    below = run_below or (lambda rows: context.split.run_below(context.split.inputs_of(rows)))
     if calls_per_batch > 1:
         return sequential_loss(context, batch, locality_weights, below, calls_per_batch, decay)
     size = math.gcd(group_size, len(batch))

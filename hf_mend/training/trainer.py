@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..bases.fingerprint import fingerprint_of
+from ..bases.fingerprint import fingerprint_of, forget_editor_id
 from ..bases.limits import longest_input
 from ..bases.sharded import whole_state
 from ..data.checks import check_query
@@ -175,6 +175,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         self._measured.clear()
         with self._on_objective():
             output = super().train(checkpoint, *args, **kwargs)
+        forget_editor_id(model.editor)  # a sharded run may write to weights where torch counts no change
         self._note_for_card()
         return output
 

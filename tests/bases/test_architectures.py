@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from support.architectures import CAUSAL, SEQ2SEQ, build
 from support.gradients import autograd_gradients, encoder_for, queries
-from support.models import RECORDS, all_logits, small_config
+from support.models import RECORDS, EditableModel, all_logits, small_config
 from support.training import QUESTIONS, arguments, losses
 from transformers import PreTrainedModel
 
-from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
+from hf_mend import EditorConfig, EditorTrainer, get_editable_model
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.split import SplitModel, logits_of
 from hf_mend.bases.targets import find_targets

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.models import RECORDS, all_logits, build_model, editable, fitting, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, fitting, small_config
 from support.training import QUESTIONS, arguments, losses
 
-from hf_mend import EditableModel, EditorTrainer, get_editable_model
+from hf_mend import EditorTrainer, get_editable_model
 from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation.evaluate import evaluate
 from hf_mend.methods.base import registered_methods

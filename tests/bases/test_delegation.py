@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.models import RECORDS, all_logits, build_model, editable
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable
 from transformers import GenerationConfig, PreTrainedModel, pipeline
 
-from hf_mend import EditableModel, get_editable_model
+from hf_mend import get_editable_model
 
 
 PROMPT = RECORDS[0].prompt

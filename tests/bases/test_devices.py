@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from support.models import RECORDS, all_logits, build_model, editable
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable
 from support.training import QUESTIONS, arguments, losses
 
-from hf_mend import EditableModel, EditorTrainer
+from hf_mend import EditorTrainer
 
 
 OFFLOADED = ["llama", "gpt2", "t5", "bart"]

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import RECORDS, all_logits, build_model, editable, fitting, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, fitting, small_config
 from support.training import QUESTIONS, arguments, losses
 
-from hf_mend import EditableModel, EditorConfig, EditorTrainer, get_editable_model
+from hf_mend import EditorConfig, EditorTrainer, get_editable_model
 from hf_mend.edits.hook import plus
 from hf_mend.methods.base import registered_methods
 

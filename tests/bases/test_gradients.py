@@ -10,6 +10,8 @@ from support.models import ARCHITECTURES, RECORDS, build_model, editable, small_
 from hf_mend.bases.gradients import record_inputs, trace
 from hf_mend.bases.split import SplitModel, logits_of
 from hf_mend.bases.targets import find_targets
+from hf_mend.bases.unpadded import Unpadded
+from hf_mend.data.encoding import EncodedBatch, Query
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3])
@@ -76,6 +78,40 @@ def test_a_pass_from_the_kept_state_is_the_whole_pass(base, tokenizer, blocks):
             logits_of(split, rows[index], state.rows(index)),
             base(**rows[index].inputs).logits[rows[index].positions],
         )
+
+
+def test_padding_behind_a_text_is_not_masked_where_it_changes_nothing(base, tokenizer, architecture):
+    """The model is told that nothing is masked, and gives the logits of the masked pass."""
+    split = SplitModel(base, find_targets(base, small_config()))
+    rows = encoder_for(base, tokenizer)([Query(record.prompt, record.target) for record in RECORDS])
+    assert not rows.inputs["attention_mask"].all()
+    split.run_below(rows.inputs)
+    told = split.inputs_of(rows)["attention_mask"]
+    assert isinstance(told, Unpadded) == (architecture not in ("t5", "bart"))
+    with torch.no_grad():
+        expected = base(**rows.inputs).logits[rows.positions]
+        torch.testing.assert_close(base(**split.inputs_of(rows)).logits[rows.positions], expected)
+        flipped = {name: value.flip(-1) for name, value in rows.inputs.items()}
+        left = EncodedBatch(flipped, rows.next_tokens.flip(-1), rows.positions.flip(-1))
+    assert split.inputs_of(left) is left.inputs, "padding before a text moves it"
+
+
+def test_padding_is_masked_where_it_changes_what_stands_before(llama, tokenizer):
+    """A model whose tokens see later ones, as far as the mask lets them."""
+    masks = []
+    llama.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+
+    def sees_all(module, args, output):
+        present = masks[-1][..., None].to(output.dtype)
+        return output + (output * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+
+    llama.model.layers[0].register_forward_hook(sees_all)
+    split = SplitModel(llama, find_targets(llama, small_config()))
+    rows = encoder_for(llama, tokenizer)(queries())
+    split.run_below(rows.inputs)
+    assert split.inputs_of(rows) is rows.inputs
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import build
-from support.models import RECORDS, all_logits, build_model, editable, make_tokenizer
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer
 from support.training import QUESTIONS, fresh
 from transformers import (
     AutoConfig,
@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_mend import EditableModel
 from hf_mend.bases.limits import longest_input
 from hf_mend.data.encoding import Query
 from hf_mend.training.continuations import with_continuations

@@ -10,10 +10,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.gradients import autograd_gradients, encoder_for, queries
-from support.models import RECORDS, VOCAB, all_logits, build_model, editable
+from support.models import RECORDS, VOCAB, EditableModel, all_logits, build_model, editable
 from support.multimodal import CONFIGS, beside, build
 
-from hf_mend import EditableModel
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.split import SplitModel
 

@@ -6,11 +6,19 @@ import importlib.util
 
 import pytest
 import torch
-from support.models import CAUSAL, RECORDS, SEQ2SEQ, VOCAB, all_logits, build_model, editable, initialize
+from support.models import (
+    CAUSAL,
+    RECORDS,
+    SEQ2SEQ,
+    VOCAB,
+    EditableModel,
+    all_logits,
+    build_model,
+    editable,
+    initialize,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, TorchAoConfig
-
-from hf_mend import EditableModel
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target

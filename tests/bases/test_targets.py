@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, initialize, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, initialize, small_config
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-from hf_mend import EditableModel, EditorConfig
+from hf_mend import EditorConfig
 from hf_mend.bases.targets import block_lists, find_targets, lowest_block, mlp_layers, named_layers
 
 
@@ -45,9 +45,26 @@ def test_target_modules_follow_pefts_rules(llama):
     assert [t.block for t in exact] == [2]
 
 
+def test_all_linear_is_every_linear_layer_of_the_blocks_as_in_peft(llama):
+    from peft import LoraConfig, get_peft_model
+
+    own = find_targets(llama, EditorConfig(target_modules="all-linear"))
+    names = {target.name for target in own}
+    tuned = get_peft_model(llama, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = {name.removesuffix(".lora_A") for name, _ in tuned.base_model.model.named_modules() if "lora_A" in name}
+    assert names == {name.partition(".lora_A")[0] for name in theirs} and len(own) == len(names) == 4 * 7
+    few = find_targets(build_model("llama"), EditorConfig(target_modules="all-linear", layers_to_transform=[1]))
+    assert {target.block for target in few} == {1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"target_modules": "o_proj"},
+            r"linear layers named .*self_attn.o_proj.*; a string is a regular expression for whole names: "
+            r"give the list \['o_proj'\] for that name",
+        ),
         ({"target_modules": ["fc9"]}, r"matches no layer of LlamaForCausalLM; its blocks hold .*down_proj"),
         (
             {"target_modules": ["input_layernorm"]},

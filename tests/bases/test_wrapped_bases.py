@@ -7,9 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
-from support.models import RECORDS, all_logits, build_model, editable
-
-from hf_mend import EditableModel
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target

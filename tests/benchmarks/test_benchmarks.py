@@ -80,6 +80,85 @@ def test_many_edits_measures_each_state_once(script, tmp_path, capsys):
     assert (tmp_path / "many.png").is_file()
 
 
+def test_kernels_and_waits_are_counted_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("counts")
+    monkeypatch.setattr(module, "load_base", lambda: (build_model("llama"), make_tokenizer()))
+    monkeypatch.setattr(module, "SEVERAL", ["the capital of peru is", "the river of japan is"])
+    monkeypatch.setattr(sys, "argv", ["counts", "--results", str(tmp_path / "counts")])
+    monkeypatch.setattr(module, "TARGET", "rome")
+    monkeypatch.setattr(module, "PROMPT", "the capital of france is")
+    module.main()
+    found = json.loads((tmp_path / "counts.json").read_text())["counts"]
+    for calls in found.values():
+        forward, edit, checked, *_ = calls.values()
+        assert forward["of a forward pass's"] == 1 and forward["kernels"] < edit["kernels"] < checked["kernels"]
+        assert edit["waits"] == checked["waits"] - 1
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_the_figures_of_a_gpu_are_written_one_by_one(monkeypatch, tmp_path):
+    """With random weights and texts: nothing but the script is needed. What the minutes do not hold is named."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("gpu")
+    written = []
+    write = module.Report.write
+
+    def note(self):
+        write(self)
+        written.append(json.loads((tmp_path / "gpu.json").read_text()))
+
+    monkeypatch.setattr(module.Report, "write", note)
+
+    def run(*options):
+        written.clear()
+        output = str(tmp_path / "gpu.json")
+        monkeypatch.setattr(sys, "argv", ["gpu", "--shape", "tiny", "--repeat", "1", "--output", output, *options])
+        module.main()
+        return written[-1]
+
+    found = run("--minutes", "6", "--most", "16")
+    figures = found["figures"]["tiny, float32"]
+    assert found["left_out"] == {} and len(written) > 6
+    assert written[0]["figures"]["tiny, float32"].keys() == {"f", "forward pass, s"}, "the most wanted first"
+    for name in ("edit / forward pass", "edit with the check / forward pass", "16 edits in a call, edits/s"):
+        assert figures[name] > 0
+    for name in ("training, ours without cache, edits/s", "training, the paper's procedure, edits/s"):
+        assert figures[name] > 0
+    assert figures["generation of 50 tokens with 1 edits, in scope, s"] > 0
+    late = run("--minutes", "0")
+    assert late["figures"] == {} and "minutes" in str(late["left_out"])
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_kept_edits_act_in_scope_and_no_other_does_outside(monkeypatch):
+    """What generation with thousands of edits is measured on: one is asked for, or none."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("gpu")
+    model = module.loaded("tiny", "float32", scope=True)
+    record, other = module.random_records(2)
+    module.keep_edits(model, record, 20)
+    assert len(model.edits) == 20
+    acting = [one.id for one in model.which_edits(record.prompt) if one.acts]
+    assert acting == [model.edits[0].id]
+    assert not [one for one in model.which_edits(other.prompt) if one.acts]
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_the_shapes_weigh_what_their_parameters_do(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("gpu")
+    base = module.random_base("tiny", "float32")
+    held = sum(parameter.numel() * 4 for parameter in base.parameters())
+    assert module.bytes_needed("tiny", "float32") == pytest.approx(held, rel=0.02)
+    assert not any(tensor.is_meta for tensor in [*base.parameters(), *base.buffers()])
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
 def test_edits_with_a_scope_are_kept_and_measured_in_the_wild(script, tmp_path, monkeypatch):
     scoped(build_model("llama"), make_tokenizer()).save_pretrained(tmp_path / "editor")
     options = ("--results", str(tmp_path / "many"), "--methods", "", "--scoped", str(tmp_path / "editor"))

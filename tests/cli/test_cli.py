@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from support.facts import write_facts
-from support.models import RECORDS, all_logits, build_model, editable, make_tokenizer, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_mend
-from hf_mend import EditableModel, EditorTrainer, EditorTrainingArguments, read_edits
+from hf_mend import EditorTrainer, EditorTrainingArguments, read_edits
 from hf_mend.cli import app
 from hf_mend.cli.chat import side_by_side
 from hf_mend.cli.common import one_line
+from hf_mend.cli.train import EditorOptions
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -92,6 +93,35 @@ def test_an_edit_that_does_not_take_has_exit_code_1(world):
                   "zz xx qq", "--locality", PROMPT)  # fmt: skip
     assert said.exit_code == 1, "the locality probe is the edited prompt itself"
     assert json.loads(said.stdout)["locality"][0]["ok"] is False
+
+
+def test_what_the_model_writes_is_shown_and_a_missed_edit_kept_nowhere(world, tmp_path):
+    done = invoke("edit", PROMPT, TARGET, "-e", world / "editor", "--max-steps", 60, "--json")
+    document = json.loads(done.stdout)
+    (own,) = document["written"]
+    assert own["form"] == "prompt" and own["after"].startswith(document["after"].split()[0])
+    words = ("edit", "the capital of peru is", "madrid lima oslo rome", "-e", world / "editor", "--max-steps", 1)
+    missed = invoke(*words, "--save", tmp_path / "edits")
+    assert missed.exit_code == 1 and "DID NOT TAKE, and was taken back" in missed.stdout
+    assert saved(tmp_path / "edits") == []
+
+
+def saved(folder):
+    return json.loads(invoke("info", folder, "--json").stdout)["edits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "modules"),
+    [
+        ("o_proj", ["o_proj"]),
+        ("mlp.up_proj, o_proj", ["mlp.up_proj", "o_proj"]),
+        ("all-linear", "all-linear"),
+        ("paper", "paper"),
+        (r".*\.[12]\.mlp\.up_proj", r".*\.[12]\.mlp\.up_proj"),
+    ],
+)
+def test_layers_are_named_as_in_peft(words, modules):
+    assert EditorOptions(target_modules=words).as_config().target_modules == modules
 
 
 def test_an_edit_needs_no_editor(world):
@@ -463,7 +493,7 @@ def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     times = [result["training_time"] for result in results]
     assert re.fullmatch(r"\d+\.\d minutes", times[0]) and times[1:] == [None, None]
-    head, _, trained, bare, method = done.stdout.splitlines()[:5]
+    head, _, trained, bare, method = (tmp_path / "out" / "results.md").read_text().splitlines()[:5]
     assert head.endswith("| peak memory, MB | training |") and trained.endswith(f"| {times[0]} |")
     assert bare.endswith("|  |") and method.endswith("|  |")
 
@@ -485,7 +515,11 @@ def test_editors_and_methods_are_compared(world, tmp_path):
                    "--metrics", "success,neighborhood", "--json", "--no-wild")  # fmt: skip
     states = json.loads(alone.stdout)["results"][0]["states"]
     assert [s["metrics"] for s in states] == [s["metrics"] for s in document["results"][1]["states"]]
-    assert len(re.findall(r"^\| (?:trained|gradient) \| [12] edits? \|", done.stdout, re.M)) == 4
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert len(re.findall(r"^\| (?:trained|gradient) \| [12] edits? \|", table, re.M)) == 4
+    printed = done.stdout.partition("\n\nWritten:")[0].splitlines()
+    assert len(re.findall(r"^(?:trained|gradient) +[12] edits? ", done.stdout, re.M)) == 4
+    assert all(len(line) <= 80 for line in printed), "the printed table fits a terminal"
     assert (tmp_path / "out" / "report.html").read_text().count("<tr>") >= 5
     lines = (tmp_path / "out" / "progress.jsonl").read_text().splitlines()
     more = invoke(*arguments, "--metrics", "success,neighborhood", "--json")
@@ -507,7 +541,9 @@ def kept(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "edits"
     for record in RECORDS[:2]:
         before = ("--edits", folder) if folder.exists() else ()
-        invoke("edit", record.prompt, record.target, "-e", world / "editor", *before, "--save", folder)
+        invoke(
+            "edit", record.prompt, record.target, "-e", world / "editor", *before, "--save", folder, "--max-steps", 60
+        )
     return folder
 
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from support.models import RECORDS
+from support.models import RECORDS, EditableModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from hf_mend import EditableModel, EditRecord
+from hf_mend import EditRecord
 from hf_mend.data.encoding import Encoder, Query
 from hf_mend.training.examples import EditCollator, TrainingExamples
 

@@ -8,8 +8,9 @@ from importlib import resources
 import pytest
 import torch
 from support.methods import searching, second_moment
+from support.models import EditableModel
 
-from hf_mend import EditableModel, EditorConfig
+from hf_mend import EditorConfig
 from hf_mend.bases.gradients import record_inputs
 from hf_mend.editing import calibration_text
 from hf_mend.edits.low_rank import dense

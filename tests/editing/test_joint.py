@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, fitting, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, fitting, small_config
 from support.training import arguments, perturbed
 
-from hf_mend import EditableModel, EditorConfig, EditorTrainer, evaluate_records, get_editable_model
+from hf_mend import EditorConfig, EditorTrainer, evaluate_records, get_editable_model
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query

@@ -10,7 +10,8 @@ from support.models import RECORDS, all_logits, build_model, editable
 
 from hf_mend import EditRecord, read_edits
 from hf_mend.data.encoding import Query
-from hf_mend.editing.requests import EditRequest, EditResult, as_requests, check_requests
+from hf_mend.editing.edit_result import EditResult
+from hf_mend.editing.requests import EditRequest, as_requests, check_requests
 from hf_mend.editing.scoring import Answers
 
 

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 from support.training import perturbed
 
-from hf_mend import EditableModel
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_calibration_text
 from hf_mend.editing.proposals import SearchOptions

@@ -8,10 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.models import RECORDS, VOCAB, all_logits, build_model, editable, initialize
+from support.models import RECORDS, VOCAB, EditableModel, all_logits, build_model, editable, initialize
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from hf_mend import EditableModel
 
 
 @pytest.mark.parametrize("uniform_rank", [False, True])

@@ -22,7 +22,7 @@ from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation import run as run_module
 from hf_mend.evaluation.evaluate import METRICS, State, choose_metrics, evaluate
 from hf_mend.evaluation.metrics import evaluate_records, summarize
-from hf_mend.evaluation.reports import as_result, comparison_table, write_report
+from hf_mend.evaluation.reports import as_result, comparison, comparison_table, narrow_table, write_report
 from hf_mend.evaluation.resume import Progress
 from hf_mend.evaluation.scores import counterfact_scores, held_out_passages, perplexity
 from hf_mend.evaluation.units import shuffled_units
@@ -439,6 +439,18 @@ def test_a_report_is_one_file_that_loads_nothing_and_takes_no_text_for_markup(tm
     markdown = comparison_table(document["results"])
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines()}) == 1
     assert "| 0.500 [0.250, 0.750] | 0.250 | 0.750 | 31.23 |" in markdown and "<script" not in markdown
+
+
+def test_a_terminal_s_table_is_no_wider_than_the_terminal():
+    results = [a_result("a-very-long-name-of-an-editor-from-the-hub"), a_result("b")]
+    wide, narrow = narrow_table(results, 1000), narrow_table(results, 60)
+    assert all(len(line) <= 60 for line in narrow.splitlines()) and "[0.250" not in wide
+    head, first, *_ = narrow.splitlines()
+    assert head.split()[:3] == ["editor", "or", "method"] and first.startswith("a-very-long-name-of-a...")
+    assert "0.500" in first and "in the files written: the intervals, " in " ".join(narrow.split())
+    left = set(comparison(results)[0]) - {part for part in comparison(results)[0] if part in head}
+    assert left and all(name in " ".join(narrow.split()) for name in left)
+    assert all(name in wide.splitlines()[0] for name in comparison(results)[0])
 
 
 def test_a_report_without_matplotlib(tmp_path, monkeypatch):

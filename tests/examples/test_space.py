@@ -18,7 +18,10 @@ import torch
 import yaml
 from support.models import RECORDS, all_logits, editable
 from support.paths import ROOT
+from support.scope import scoped
 
+import hf_mend
+from hf_mend import EditorConfig
 from hf_mend.evaluation.generation import answer, probability
 
 
@@ -73,7 +76,7 @@ def test_visitors_share_the_model_and_not_the_edits(bench, tokenizer):
     assert result.prompt == PROMPT and len(mine.edits) == 1
     after = compare(bench, mine)
     assert after[0].probability_after > after[0].probability_before == before[0].probability_before
-    assert after[3].watched == after[3].before
+    assert after[3].probability_before is after[3].probability_after is None, "nothing is wanted of an unrelated one"
     assert compare(bench, theirs) == before
     assert torch.equal(all_logits(bench.model, tokenizer), plain)
 
@@ -83,6 +86,7 @@ def test_edits_are_switched_off_and_undone(bench):
     before = compare(bench, session)
     for record in RECORDS[:2]:
         bench.edit(session, record.prompt, record.target)
+    assert len(session.edits) == 2
     both = compare(bench, session)
     first, second = session.labels()
     assert first[0] == f"{PROMPT} → {TARGET}"
@@ -124,6 +128,113 @@ def test_edits_of_another_model_are_not_carried(bench):
         with pytest.raises(ValueError, match=message), bench.model.carrying([foreign]):
             pass
         assert bench.model.edits == session.edits
+
+
+def test_an_edit_that_does_not_take_is_none_of_the_visitor_s(bench):
+    session = session_module.Session()
+    bench.model.__class__ = hf_mend.EditableModel  # which keeps no such edit
+    result = bench.edit(session, PROMPT, "madrid lima oslo rome " * 4)
+    assert result.taken_back and session.edits == [] and bench.adapter(session) is None
+
+
+def test_in_a_chat_prompts_are_a_user_s_turns(llama, tokenizer):
+    import copy
+
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    bench, session = session_module.Workbench(editable(llama, chatting), 4), session_module.Session()
+    bench.edit(session, PROMPT, TARGET, chat=True)
+    assert session.labels()[0][0] == f"{PROMPT} → {TARGET} (in a chat)"
+    (row,) = bench.compare(session, PROMPT, TARGET, [], [], chat=True)
+    with bench.model.carrying(session.active):
+        assert row.after == answer(bench.model, PROMPT, chat=True, max_new_tokens=4)
+        assert row.probability_after == probability(bench.model, PROMPT, TARGET, chat=True)
+
+
+def test_with_a_scope_a_row_names_its_edit_and_strictness_is_the_visitor_s_own(llama, tokenizer):
+    bench = session_module.Workbench(scoped(llama, tokenizer), 4)
+    mine, strict = session_module.Session(), session_module.Session(strictness=0.5)
+    for session in (mine, strict):
+        bench.edit(session, PROMPT, TARGET)
+    row = compare(bench, mine)[0]
+    assert row.answered_by == f"{PROMPT} → {TARGET}" and compare(bench, mine)[3].answered_by is None
+    row = compare(bench, strict)[0]
+    assert row.answered_by is None and not row.changed and bench.model.scope_strictness == 0
+    strict.strictness = 0.0
+    assert compare(bench, strict)[0].answered_by == f"{PROMPT} → {TARGET}"
+
+
+@pytest.fixture
+def app(monkeypatch, bench):
+    """The page's functions, without a server, on the tiny model."""
+    pytest.importorskip("gradio", reason="needs the extra `space`")
+    monkeypatch.syspath_prepend(str(SPACE))
+    monkeypatch.setitem(sys.modules, "session", session_module)
+    loaded = module("app")
+    monkeypatch.setattr(loaded, "workbench", lambda editor, base_model: bench)
+    return loaded
+
+
+def last(outputs):
+    return list(outputs)[-1]
+
+
+def test_other_words_of_the_example_go_when_another_prompt_is_typed(app):
+    assert app.probes_for(app.PROMPT, app.PARAPHRASES, app.UNRELATED) == (app.PARAPHRASES, app.UNRELATED)
+    assert app.probes_for("The sky is", app.PARAPHRASES, app.UNRELATED) == ("", app.UNRELATED)
+    assert app.probes_for("The sky is", "my own words", "x\nThe sky is") == ("my own words", "x")
+
+
+def test_the_page_edits_and_shows_row_after_row(app):
+    session = session_module.Session()
+    steps = list(app.make_edit(session, "", "", PROMPT, TARGET, "the seat of", "the river", False, 0.0))
+    assert steps[0][1].startswith("Editing") and [step[2].count('class="row ') for step in steps[2:-1]] == [1, 2, 3]
+    assert "The edit took" in steps[-1][1] or "was taken back" in steps[-1][1]
+    page = steps[-1][2]
+    assert "same answer" in page or "another answer" in page or f"says {TARGET!r}" in page
+    assert " likely</small>" in page and "P(" not in page
+
+
+def test_an_empty_prompt_leaves_results_and_edits_as_they_are(app):
+    import gradio as gr
+
+    for prompt, target, name in (("", TARGET, "a prompt"), (PROMPT, " ", "its new answer")):
+        step = last(app.make_edit(session_module.Session(), "", "", prompt, target, "", "", False, 0.0))
+        assert name in step[1] and "nothing was changed" in step[1] and step[2:] == [gr.skip()] * 3
+    step = last(app.undo(session_module.Session(), "", "", "", "", "", "", False, 0.0))
+    assert step[1] == "There is no edit to undo." and step[2] == gr.skip()
+    refused = last(app.make_edit(session_module.Session(), "", "", "river " * 80, TARGET, "", "", False, 0.0))
+    assert refused[1].startswith("Not edited: ") and refused[2:] == [gr.skip()] * 3
+
+
+def test_what_an_answer_s_change_means(app):
+    row = session_module.Row
+    for kind, before, after, words, good in (
+        ("unrelated", "cold", "cold", "same answer", True),
+        ("unrelated", "cold", "Lisbon", "changed", False),
+        ("prompt", "Gothenburg", "Lisbon.", "says &#x27;Lisbon&#x27;", True),
+        ("prompt", "Gothenburg", "Lisbonne", "another answer", False),
+    ):
+        said = app.mark(row(kind, "p", before, after), "Lisbon")
+        assert f">{words}<" in said and (" good" in said) is good
+    assert "repeats itself" in app.mark(row("prompt", "p", "a", "Lisbon Lisbon Lisbon", repeats=True), "Lisbon")
+
+
+def test_visitors_see_names_of_editors_whose_bases_are_there(app, monkeypatch, tmp_path):
+    assert not any("/" in name for name in [*app.EDITORS, app.EDITOR])
+    monkeypatch.setattr(app, "is_here", lambda base: base == "here")
+    monkeypatch.setattr(app, "BASE_MODEL", "")
+    for name, base in (("a", "here"), ("b", "gone")):
+        (tmp_path / name).mkdir()
+        EditorConfig(base_model_name_or_path=base).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(app, "SHIPPED", [tmp_path / "none", tmp_path / "a"])
+    assert app.shipped_editors() == {"a": str(tmp_path / "a")}
+
+
+def test_a_base_is_here_in_the_package_a_folder_or_the_cache(app, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "is_packaged", lambda: True)
+    assert app.is_here(app.SMOLLM2_ID) and app.is_here(str(tmp_path))
+    assert not app.is_here("t5-closed-book") and not app.is_here(None) and not app.is_here("me/nowhere")
 
 
 def test_the_space_s_header_is_what_the_hub_reads():
@@ -192,7 +303,7 @@ def test_the_page_in_a_browser(page, browser, tmp_path):
         field.send_keys(text)
 
     def says(text: str):
-        return lambda: text in find("#message").text
+        return lambda: text in find("#message").text and "Asking" not in find("#message").text
 
     def side(name: str) -> str:
         return find(f"#rows .row.prompt .{name}").text
@@ -204,9 +315,8 @@ def test_the_page_in_a_browser(page, browser, tmp_path):
     find("#edit").click()
     until(says("The edit took"))
     assert "Paris" in side("before") and "Lyon" in side("after")
-    chance = [float(text.rsplit("=", 1)[1]) for text in (side("before"), side("after"))]
-    assert chance[0] < 0.1 < 0.5 < chance[1]
-    assert len(browser.find_elements("css selector", "#rows .row")) == 5
+    assert "Lyon: less than 1 % likely" in side("before") and "% likely" in side("after")
+    assert len(browser.find_elements("css selector", "#rows .row")) == 3, "the example's other words are gone"
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth"), "fits a phone"
     if os.environ.get("HF_MEND_SCREENSHOT"):
         browser.execute_script("window.scrollTo(0, 0)")

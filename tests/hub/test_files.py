@@ -14,9 +14,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 
-from hf_mend import EditableModel, EditorConfig, get_editable_model
+from hf_mend import EditorConfig, get_editable_model
 from hf_mend.auto import load_edited
 from hf_mend.bases.fingerprint import fingerprint_of
 from hf_mend.hub.atomic import replaced_folder

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import RECORDS, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, build_model, editable, small_config
 
-from hf_mend import EditableModel, EditorConfig, get_editable_model
+from hf_mend import EditorConfig, get_editable_model
 
 
 SECONDS_A_CASE = 20  # on a machine that does other things too; most take some milliseconds

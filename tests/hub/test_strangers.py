@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 from typer.testing import CliRunner
 
-from hf_mend import AutoEditableModel, EditableModel, EditStore, get_editable_model
+from hf_mend import AutoEditableModel, EditStore, get_editable_model
 from hf_mend.cli import app
 from hf_mend.edits.edit import Edit
 

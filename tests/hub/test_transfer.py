@@ -17,10 +17,10 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from support.models import RECORDS, all_logits, build_model, editable, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 from support.paths import TESTS
 
-from hf_mend import AutoEditableModel, EditableModel, get_editable_model
+from hf_mend import AutoEditableModel, get_editable_model
 from hf_mend.hub.transfer import is_reachable
 
 

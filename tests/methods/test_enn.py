@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from support.methods import gradients
-from support.models import RECORDS, all_logits, build_model, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, small_config
 from support.training import QUESTIONS, arguments
 
-from hf_mend import EditableModel, EditorTrainer, EditStore, evaluate_records, get_editable_model
+from hf_mend import EditorTrainer, EditStore, evaluate_records, get_editable_model
 from hf_mend.bases.weights import add_to_weight_
 from hf_mend.data.encoding import Query
 from hf_mend.editing.search import find_updates

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.methods import nll, row, searching
-from support.models import RECORDS, all_logits, fitting
+from support.models import RECORDS, EditableModel, all_logits, fitting
 from torch import nn
 
-from hf_mend import EditableModel, evaluate_records
+from hf_mend import evaluate_records
 from hf_mend.bases.gradients import kl_divergence
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.edits.low_rank import dense
@@ -59,7 +59,7 @@ def test_fine_tuning_is_adam_on_the_weights(base, tokenizer, method, bound):
 def test_lora_is_a_plain_peft_adapter_trained_with_adam(base, tokenizer, tmp_path):
     copied = copy.deepcopy(base)
     model = searching(base, tokenizer, "lora", lora_alpha=6)
-    result = model.edit(RECORDS[0], force=True)
+    result = model.edit(RECORDS[0], force=True, keep_failed=True)
     assert result.rank == 2 and result.steps == 4
     names = [target.name for target in model.targets]
     config = LoraConfig(r=2, lora_alpha=6, target_modules=names, fan_in_fan_out=copied.config.model_type == "gpt2")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.methods import SHAPES, factors, gradients
-from support.models import RECORDS, all_logits, build_model, small_config
+from support.models import RECORDS, EditableModel, all_logits, build_model, small_config
 from support.training import PARAPHRASES_ALONE, QUESTIONS, arguments
 
-from hf_mend import EditableModel, EditorTrainer, get_editable_model
+from hf_mend import EditorTrainer, get_editable_model
 from hf_mend.bases.gradients import trace
 from hf_mend.data.encoding import Query
 from hf_mend.methods.ke import KnowledgeEditor

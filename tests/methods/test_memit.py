@@ -9,9 +9,8 @@ import pytest
 import torch
 from support.methods import NEVER, nll
 from support.models import RECORDS as PLAIN_RECORDS
-from support.models import all_logits, small_config
+from support.models import EditableModel, all_logits, small_config
 
-from hf_mend import EditableModel
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_calibration_text

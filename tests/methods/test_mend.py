@@ -9,6 +9,7 @@ import torch
 from support.methods import SHAPES, factors
 
 from hf_mend import EditorConfig
+from hf_mend.bases.gradients import Factors
 from hf_mend.methods import get_method
 from hf_mend.methods.mend import FactorStatistics, Mend
 
@@ -62,6 +63,64 @@ def test_an_edit_does_not_depend_on_the_others_in_its_batch():
         for name in SHAPES:
             for one, all_ in zip(alone[name], together[name], strict=True):
                 torch.testing.assert_close(one[0], all_[i])
+
+
+def test_layers_of_one_shape_run_together_as_each_does_alone():
+    """Equations 3 to 5 with whitening, written out for one layer and one token after the other."""
+    method = Mend(EditorConfig(rank=4, edit_lr=0.7), SHAPES)
+    method.observe_factors(factors(seed=1))
+    method.observe_inputs({name: x.flatten(0, 1) for name, (x, _) in factors(seed=1).items()})
+    method.finish_observing()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = method(factors())
+    for group in method.groups:
+        for i, name in enumerate(group.names):
+            x, delta = factors()[name]
+            x_stats, delta_stats = group.x_stats[i], group.delta_stats[i]
+            for edit, token in itertools.product(range(2), range(5)):
+                if not delta[edit, token].any():
+                    assert not found[name][0][edit, token].any() and not found[name][1][edit, token].any()
+                    continue
+                z = torch.cat([x_stats(x[edit, token]), delta_stats(delta[edit, token])])
+                for layer in group.networks[0].layers:
+                    inner = layer.scale[i] * (layer.up @ (layer.down @ z) + layer.bias) + layer.shift[i]
+                    z = z + (inner.relu() if layer.activation else inner)
+                u, v = z[: x.shape[-1]], z[x.shape[-1] :] * -0.7 * group.log_step[i].exp()
+                basis = group.whiten_basis[i]
+                u = (u - basis @ (group.whiten_shrink[i] * (basis.T @ u))) * group.whiten_scale[i]
+                u = u / (x_stats.variance.sqrt() + 1e-8)
+                torch.testing.assert_close(found[name][0][edit, token], u, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found[name][1][edit, token], v, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_are_known_to_have_no_gradient_are_left_out_and_change_nothing(monkeypatch):
+    method = Mend(EditorConfig(rank=4), SHAPES)
+    method.observe_factors(factors(seed=1))
+    seen, forward = [], type(method.groups[0]).forward
+    monkeypatch.setattr(
+        type(method.groups[0]), "forward", lambda self, x, delta: seen.append(x.shape[1]) or forward(self, x, delta)
+    )
+    given = factors()
+    every = method(given)
+    known = method(Factors(given, torch.tensor([0, 1, 2, 5, 6, 7, 8, 9])))
+    assert seen == [10, 10, 8, 8]
+    for name in SHAPES:
+        for one, other in zip(every[name], known[name], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_layers_that_see_other_tokens_run_together_too():
+    """An encoder's layers and a decoder's."""
+    method = Mend(EditorConfig(rank=4), SHAPES)
+    method.observe_factors(factors(seed=1))
+    given = factors()
+    shorter = {name: (x[:, :2], delta[:, :2]) if name == "b.fc1" else (x, delta) for name, (x, delta) in given.items()}
+    whole, found = method(given), method(shorter)
+    assert found["b.fc1"][0].shape[1] == 2
+    for one, other in zip(found["b.fc1"], whole["b.fc1"], strict=True):
+        torch.testing.assert_close(one, other[:, :2])
 
 
 def test_statistics_are_those_of_all_values_at_once():

@@ -49,9 +49,62 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
     torch.manual_seed(1)
     keys, queries = unit(200), unit(50)
     scores = key_scores(queries, keys).max(0).values
-    assert may_pass(queries, keys, scores).all()
-    assert not may_pass(queries, keys, torch.full((200,), 0.9)).any()
+    assert may_pass(queries, keys[:, :64], scores).all()
+    assert not may_pass(queries, keys[:, :64], torch.full((200,), 0.9)).any()
 
 
 def test_a_bank_without_edits_chooses_none():
     assert KeyBank([]).choose(unit(3)).tolist() == [-1, -1, -1]
+
+
+def test_keys_on_a_device_grow_with_the_bank_s_and_the_host_keeps_its_own():
+    """`cpu:0` is the same memory and another device to torch."""
+    device = torch.device("cpu:0")
+    keys = unit(6)
+    bank = KeyBank([scoped_edit(i, keys[i : i + 1], 0.99) for i in range(4)])
+    before = bank._on(device)
+    wider = bank.extended([scoped_edit(i, keys[i : i + 1], 0.99) for i in range(4, 6)])
+    there = wider._on(device)
+    assert torch.equal(torch.cat([*there.parts], 1), keys) and there.owner.tolist() == [*range(6)]
+    assert torch.equal(torch.cat([*before.parts], 1), keys[:4])
+    assert torch.equal(torch.cat([*bank._on(device).parts], 1), keys[:4])
+    assert wider._on(keys.device).owner.data_ptr() != there.owner.data_ptr()
+    assert wider.choose(keys).tolist() == [*range(6)]
+
+
+@pytest.mark.parametrize("gone", [3, 15])
+def test_a_bank_without_some_edits_chooses_as_one_made_of_the_others(gone):
+    torch.manual_seed(2)
+    edits = [scoped_edit(i, unit(1 + i % 3), 0.3, unit(1) if i % 4 == 0 else None) for i in range(20)]
+    left, later = edits[:2] + edits[2 + gone :], scoped_edit(99, edits[2].scope.keys, 0.3)
+    whole = KeyBank(edits)
+    bank = whole.without([edit.id for edit in edits[2 : 2 + gone]]).extended([later])
+    fresh = KeyBank([*left, later])
+    assert len(bank) == len(fresh) == len(left) + 1 and len(whole) == 20
+    queries = torch.cat([unit(50), *(edit.scope.keys for edit in edits)])
+    for strictness in (-0.3, 0.0):
+        found, expected = bank.choose(queries, strictness).tolist(), fresh.choose(queries, strictness).tolist()
+        names = [
+            [one.ids[i] if i >= 0 else None for i in chosen] for one, chosen in ((bank, found), (fresh, expected))
+        ]
+        assert names[0] == names[1] and "e99" in names[0] and "e2" not in names[0]
+    assert whole.choose(edits[2].scope.keys).tolist() == [2] * len(edits[2].scope.keys)
+    assert bank.nearest("e0", queries) == fresh.nearest("e0", queries)
+
+
+def test_each_edit_is_scored_by_the_key_that_is_nearest_to_passing():
+    torch.manual_seed(3)
+    edits = [scoped_edit(i, unit(3), 0.4) for i in range(6)]
+    for edit in edits:
+        edit.scope.thresholds = torch.rand(3)
+    bank = KeyBank(edits).without(["e1"])
+    (query,) = unit(1)
+    scores, thresholds = bank.scores(query)
+    assert bank.numbers.keys() == {"e0", "e2", "e3", "e4", "e5"}
+    for one, number in bank.numbers.items():
+        scope = edits[int(one[1:])].scope
+        own = key_scores(query[None], scope.keys)[0]
+        best = int((own - scope.thresholds).argmax())
+        assert (
+            float(scores[number]) == pytest.approx(float(own[best])) and thresholds[number] == scope.thresholds[best]
+        )

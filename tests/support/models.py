@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_mend import EditableModel, EditorConfig, EditRecord
+import hf_mend
+from hf_mend import EditorConfig, EditRecord
 from hf_mend.config import config_class
 
 
@@ -109,6 +110,16 @@ def fitting(method: str = "mend", **options: object) -> dict[str, object]:
 def small_config(method: str = "mend", **options: object) -> EditorConfig:
     values = {"target_modules": "paper", "layers_to_transform": [1, 2], **fitting(method, rank=8), **options}
     return EditorConfig(method, **values)
+
+
+class EditableModel(hf_mend.EditableModel):
+    """
+    The library's, but an edit that does not take stays by default: most tests are about what edits do to these random
+    models, whether they take or not.
+    """
+
+    def edit(self, *args: object, keep_failed: bool = True, **options: object):
+        return super().edit(*args, keep_failed=keep_failed, **options)
 
 
 def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: object) -> EditableModel:

@@ -16,17 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from support.models import RECORDS, build_model, editable
+from support.models import RECORDS, EditableModel, build_model, editable
 from support.paths import ROOT, TESTS
 from support.training import QUESTIONS, arguments, fresh, losses
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_mend import (
-    EditableModel,
-    EditorTrainer,
-    evaluate_records,
-    summarize,
-)
+from hf_mend import EditorTrainer, evaluate_records, summarize
 from hf_mend.bases.gradients import kl_divergence, trace
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query

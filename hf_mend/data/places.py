@@ -1,0 +1,61 @@
+"""What the host knows of a batch, so that nothing has to be asked of the device that has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Places:
+    """
+    Where the positions of a batch are, as numbers: a mask would have to be counted first, for which the host waits.
+
+    Args:
+        positions (`torch.Tensor` of shape `(positions,)`): The positions, counted through all rows.
+        labels (`torch.Tensor` of shape `(positions,)`): The token that each must predict, 0 where there is none.
+        read (`torch.Tensor` of shape `(tokens,)`, *optional*): The tokens that are no padding, counted likewise;
+            `None` where all are, or where encoder and decoder have tokens of their own.
+        counts (`list[int]`): The number of positions of each row.
+        said (`list[list[int]]`): The tokens that each row's positions must predict, -100 where there is none.
+        pads_right (`bool`): Whether what is no padding stands at the beginning of each row.
+    """
+
+    positions: torch.Tensor
+    labels: torch.Tensor
+    read: torch.Tensor | None
+    counts: list[int]
+    said: list[list[int]]
+    pads_right: bool
+
+    @classmethod
+    def of(
+        cls, positions: torch.Tensor, next_tokens: torch.Tensor, mask: torch.Tensor | None, device: torch.device
+    ) -> Places:
+        """Find the places of a batch that lies in the host's memory."""
+        flat = positions.reshape(-1).nonzero()[:, 0]
+        labels, counts = next_tokens.reshape(-1)[flat], positions.sum(-1).tolist()
+        said = [part.tolist() for part in labels.split(counts)]
+        read = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero()[:, 0]
+        pads_right = mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all())
+        return cls(flat, labels.clamp(min=0), read, counts, said, pads_right).to(device)
+
+    def to(self, device: torch.device | str) -> Places:
+        """Return the places with their tensors on a device."""
+        read = None if self.read is None else on_device(self.read, device)
+        return replace(
+            self, positions=on_device(self.positions, device), labels=on_device(self.labels, device), read=read
+        )
+
+    def at(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values at the positions, `(rows, seq, ...)` -> `(positions, ...)`."""
+        index = self.positions.to(values.device)
+        return values.reshape(-1, *values.shape[2:]).index_select(0, index)
+
+
+def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a tensor of the host on a device; nothing waits until it is there."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,140 @@
+"""The requests of one call, and what is known of them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from ..edits.active import ActiveEdits
+from ..edits.edit import Edit
+from ..methods import IterativeMethod
+from ..scope.gate import ScopeGate
+from .batch_state import FoundUpdates
+from .context import EditingContext
+from .edit_result import EditResult
+from .proposals import SearchOptions
+from .requests import EditRequest
+from .scoping import own_queries
+from .scoring import Answers, without_following
+
+
+# Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class AfterEdits:
+    """
+    What is done when the edits of a call are made.
+
+    Args:
+        keep_failed (`bool`, defaults to `True`): Keep edits that did not take.
+        check_earlier (`int`, defaults to 0): So many of the latest earlier edits are asked again.
+    """
+
+    keep_failed: bool = True
+    check_earlier: int = 0
+
+
+@dataclass
+class Call:
+    """
+    The requests of one call, and their results.
+
+    Args:
+        context ([`EditingContext`]): The model and the method.
+        encoder ([`Encoder`]): Tokenises and pads.
+        active ([`ActiveEdits`]): The model's edits.
+        requests (`list[EditRequest]`): The requests.
+        options ([`SearchOptions`]): The options of the search for an update.
+        batch_size (`int`): The maximum number of requests in one pass.
+        made_by (`str`): The editor's id.
+        gate ([`~hf_mend.scope.gate.ScopeGate`], *optional*): Decides where edits act.
+        after ([`AfterEdits`]): What is done when the edits are made.
+        now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
+            of its prompt acts, and the row of the answers.
+        kept (`list[tuple[list[int], FoundUpdates]]`): The numbers of the requests that were found in one batch, with
+            their texts and what lies below the edited layers, which no edit changes.
+        said (`dict[int, tuple[Answers, int]]`): A request's number -> the model's last answers to it, and their row.
+        results, edits: A request's number -> its result, and its edit if one was made.
+    """
+
+    context: EditingContext
+    encoder: Encoder
+    active: ActiveEdits
+    requests: list[EditRequest]
+    options: SearchOptions
+    batch_size: int
+    made_by: str
+    gate: ScopeGate | None = None
+    after: AfterEdits = AfterEdits()
+    now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
+    kept: list[tuple[list[int], FoundUpdates]] = field(default_factory=list)
+    said: dict[int, tuple[Answers, int]] = field(default_factory=dict)
+    results: dict[int, EditResult] = field(default_factory=dict)
+    edits: dict[int, Edit] = field(default_factory=dict)
+
+    def batches(self, numbers: Sequence[int], requests: Sequence[EditRequest] | None = None) -> list[list[int]]:
+        """Return some of the requests, by number, in batches of like lengths."""
+        requests = self.requests if requests is None else requests
+        lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
+        return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
+
+    def rows(self, numbers: Sequence[int]) -> EncodedBatch:
+        """Return the texts by which some of the requests' edits are made."""
+        queries = [self.requests[i].query for i in numbers]
+        if not self.ends:
+            looked_at = self.options.check and self.gate is None
+            return self.encoder.with_further(queries) if looked_at else self.encoder(queries)
+        forms = [list(own_queries(query, self.encoder).values()) for query in queries]
+        return self.encoder([query for one in forms for query in one], forms=len(forms[0]))
+
+    @torch.no_grad()
+    def answers(self, queries: Sequence[Query]) -> Answers:
+        """Return the model's answers to queries, under its edits."""
+        return self.context.answers(self.encoder(queries).to(self.context.split.device))
+
+    @property
+    def ends(self) -> bool:
+        """Whether an edit is made with the token that ends its answer, so that the answer's last word is whole."""
+        return self.gate is not None and not isinstance(self.context.method, IterativeMethod)
+
+    @torch.no_grad()
+    def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
+        """
+        Return the model's answers to some of the requests, by number: the answers of a batch, and the row. Where an
+        edit is made without the token that ends its answer, they tell what follows the target.
+        """
+        found: dict[int, tuple[Answers, int]] = {}
+        for batch, one in self.kept:
+            if set(batch) <= {*numbers}:
+                answers, _ = self.context.answers_and((), one.rows, one.hidden, behind=one.further)
+                found.update({i: (answers, row) for row, i in enumerate(batch)})
+        left = [i for i in numbers if i not in found]
+        if not self.ends:
+            return found | self.answers_beyond(left)
+        for batch in self.batches(left):
+            answers = self.answers([self.requests[i].query for i in batch])
+            found.update({i: (answers, row) for row, i in enumerate(batch)})
+        return found
+
+    @torch.no_grad()
+    def answers_beyond(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
+        """
+        Return the model's answers to some of the requests, by number, as `answers_to` does, with what follows the
+        targets, in a pass of their own.
+        """
+        found = {}
+        for batch in self.batches(numbers):
+            rows = self.encoder.with_further([self.requests[i].query for i in batch]).further
+            assert rows is not None
+            answers = without_following(self.context.answers(rows.to(self.context.split.device)))
+            found.update({i: (answers, row) for row, i in enumerate(batch)})
+        return found
+
+    def target_length(self, number: int) -> int:
+        """Return how many tokens the target of a request has, without the one that ends the answer."""
+        return len(self.encoder.tokens(replace(self.requests[number].query, ends=False))[1])
