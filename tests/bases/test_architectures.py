@@ -128,11 +128,8 @@ def test_the_page_lists_what_is_tested():
     assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=tests python docs/write_architectures.py"
 
 
-def test_the_sweep_tells_what_is_exact_from_what_fails(monkeypatch):
+def test_the_sweep_tells_what_is_exact_from_what_is_refused():
     from sweep_model_types import check
 
     assert check("llama") == {"result": "exact", "why": "", "layers": ["mlp.down_proj"]}
     assert check("blip")["result"] == "refused"
-    monkeypatch.setattr(EditableModel, "undo", lambda model: None)
-    found = check("llama")
-    assert (found["result"], found["why"]) == ("failing", "an undo does not restore the logits")
