@@ -36,9 +36,12 @@ This page is written by `PYTHONPATH=tests python docs/write_architectures.py`.
 FOOTER = """
 An MLP's layers come first, then a mixer's (Mamba and its like), then attention's output projection; a router, a norm's
 scale, an adapter or one of many experts is never a default. mixtral, qwen3_moe and gpt_oss hold their experts as 3-D
-parameters, which are not linear layers: attention's output projection is edited instead. In deepseek_v3, the dense
-blocks and the shared experts are edited. PEFT takes the shared experts' names for the fused experts', so it cannot
-load a LoRA adapter of them, and `save_lora` warns.
+parameters, which are not linear layers: an edit acts beside all experts of a block as one, where its factors are the
+gradient of a linear layer of zeros beside them. Such edits are saved and loaded as others are, and cannot be merged or
+exported. In deepseek_v3, the dense blocks and the shared experts are edited. PEFT takes the shared experts' names for
+the fused experts', so it cannot load a LoRA adapter of them, and `save_lora` warns.
+
+[model_types.md](model_types.md) has what an edit comes to in each of transformers' model types.
 """
 
 

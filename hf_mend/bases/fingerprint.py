@@ -16,7 +16,7 @@ from ..config import EditorConfig
 from ..hub.files import read_json_object, shortened
 from .fused import fetched
 from .targets import Target, named_layers
-from .weights import writable_weight
+from .weights import identifying_weight
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ def fingerprint_of(base_model: PreTrainedModel, targets: Sequence[Target]) -> di
     digest: Any = hashlib.sha256()
     for target in targets:
         try:
-            weight = writable_weight(target.module).detach()
+            weight = identifying_weight(target.module).detach()
         except TypeError:
             digest = None
             break

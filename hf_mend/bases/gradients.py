@@ -143,6 +143,13 @@ def gradient_factors(
         if gradient is not None:
             # OPT runs its MLP on (rows * seq, width)
             found[name].append((x.reshape(rows, -1, x.shape[-1]), gradient.reshape(rows, -1, gradient.shape[-1])))
+    for target in targets:
+        if target.name not in found:
+            raise ValueError(
+                f"the layer {target.name!r} did not run, so it cannot be edited: a kernel for the whole block stands "
+                "in for it, or the model passes it by on text; load the base model with use_kernels=False, or choose "
+                "other target_modules"
+            )
     pairs: dict[str, Pair] = {}
     for name, parts in found.items():
         if not parts:

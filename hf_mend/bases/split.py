@@ -165,6 +165,13 @@ class SplitModel:
     def _check(self, inputs: Inputs, state: HiddenState) -> bool:
         """Whether a pass from the stored state gives the whole pass's logits in this architecture."""
         whole = self.model(**inputs, use_cache=False).logits
+        tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
+        if whole.shape[:-1] != tokens.shape:  # a diffusion model's, say
+            raise ValueError(
+                f"{type(self.model).__name__} gives logits at positions {tuple(whole.shape[:-1])} for tokens "
+                f"{tuple(tokens.shape)}, so they are not those of each token's next one, and it cannot be edited; "
+                "pass a model that predicts text from left to right"
+            )
         try:
             resumed = self._resume(inputs, state).logits
         except Exception as error:

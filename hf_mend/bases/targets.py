@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ..config import EditorConfig
 from ..hub.files import shortened
+from .experts import is_experts
 from .patterns import expression
-from .weights import is_editable, layer_widths
+from .weights import inner_layer, is_editable, layer_widths
 
 
 # Components of a layer's name within its block. They cover the architectures of docs/architectures.md and, as far as
@@ -21,9 +22,10 @@ from .weights import is_editable, layer_widths
 _ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
 _MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|(?:^|\.)ff\d?\.|DenseReluDense|shared_expert", re.IGNORECASE)
 # What chooses, scales or shifts, and experts that a token may not be routed to: no default, whatever stands beside it.
+# DBRX's attention lies in a `norm_attn_norm`.
 _AUXILIARY_NAME = re.compile(
-    r"(?:^|\.)(?:gate|\w*router\w*|\w+_(?:expert|message|input)_gate|\w*norm\w*|\w*position_bias|\w*adapter\w*"
-    r"|experts|expert_\d+)(?:\.|$)"
+    r"(?:^|\.)(?:gate|\w*router\w*|\w+_(?:expert|message|input)_gate|(?!norm_attn_norm)\w*norm\w*|\w*position_bias"
+    r"|\w*adapter\w*|experts|expert_\d+)(?:\.|$)"
 )
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
@@ -31,11 +33,11 @@ _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 @dataclass(frozen=True)
 class Target:
     """
-    One linear layer that an editor may change.
+    One layer beside which an edit may act: a linear layer, or all experts of a block as one.
 
     Args:
         name (`str`): Qualified name of the layer in the base model.
-        module (`nn.Module`): The layer, an `nn.Linear`, GPT-2's `Conv1D` or a quantiser's.
+        module (`nn.Module`): The layer, an `nn.Linear`, GPT-2's `Conv1D` or a quantiser's, or a block's experts.
         d_in (`int`): Width of the layer's input.
         d_out (`int`): Width of the layer's output.
         side (`str`): `"encoder"` or `"decoder"`.
@@ -65,7 +67,10 @@ class BlockList:
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Return name within the block -> linear layer. One with an adapter around it counts once, adapter included."""
+    """
+    Return name within the block -> linear layer, or its experts as one. One with an adapter around it counts once,
+    adapter included.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules():
         if is_editable(module) and not any(name.startswith(outer + ".") for outer in found):
@@ -176,7 +181,8 @@ def mlp_layers(block: nn.Module) -> list[str]:
 
     Where nothing is named like an MLP, that is every layer that is neither attention nor auxiliary: a router, a norm's
     scale, an adapter, one of many experts. A mixture of experts that holds them as 3-D parameters has no linear layer
-    there: of such a block, the editable layers are its shared expert's, or else its attention's output projection.
+    there: of such a block, that is its shared expert's, or else its experts as one. Where there is neither, it is
+    attention's output projection.
     """
     layers = linear_layers(block)
     main = [name for name in layers if not _AUXILIARY_NAME.search(name)]
@@ -184,6 +190,9 @@ def mlp_layers(block: nn.Module) -> list[str]:
     mlp = [name for name in rest if _MLP_NAME.search(name)]
     if mlp or rest:
         return mlp or rest
+    experts = [name for name, layer in layers.items() if is_experts(inner_layer(layer))]
+    if experts:
+        return experts
     ungated = [name for name in main if "gate" not in name.split(".")[-1]]
     return [_last_layer(block, ungated or main)] if main else []
 

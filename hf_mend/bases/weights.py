@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .experts import experts_widths, is_experts
+
 
 # Their kernels read the weight of these layers without running them, so PEFT refuses adapters of them.
 _MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
@@ -20,13 +22,13 @@ _EXPERT_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"
 
 
 def is_editable(module: nn.Module) -> bool:
-    """Whether `module` computes `y = W x (+ b)` and so can carry an edit beside its weight."""
+    """Whether `module` can carry an edit beside it: it computes `y = W x (+ b)`, or it is a block's experts."""
     return layer_widths(module) is not None
 
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     """
-    Return `(d_in, d_out)` of a linear layer, `None` for anything else.
+    Return `(d_in, d_out)` of a linear layer or of a block's experts, `None` for anything else.
 
     A quantiser's layer counts, whether it is an `nn.Linear` (bitsandbytes, torchao) or a module of its own that states
     its widths (GPTQ, AWQ, HQQ): an edit needs its input and the gradient of its output alone.
@@ -36,6 +38,8 @@ def layer_widths(module: nn.Module) -> tuple[int, int] | None:
         return int(module.nx), int(module.nf)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if is_experts(module):
+        return experts_widths(module)
     if isinstance(getattr(module, "weight", None), nn.Parameter):
         return None  # a layer of another kind that computes with a plain weight
     for first, second in _WIDTHS:
@@ -55,9 +59,15 @@ def writable_weight(module: Any) -> torch.Tensor:
     Return a layer's weight as `(d_out, d_in)`, a view of the stored one that may be written to.
 
     Raises:
-        TypeError: The weight is offloaded, quantised or sharded.
+        TypeError: The weight is offloaded, quantised or sharded, or the module is a block's experts.
     """
     kind = type(module).__name__
+    if is_experts(inner_layer(module)):
+        raise TypeError(
+            f"edits beside a block's experts (a {kind}) are no change of any weight, so they cannot be merged; keep "
+            "them with save_edits, or make edits that can be merged with target_modules=['o_proj'], attention's "
+            "output projection"
+        )
     weight: Any = getattr(inner_layer(module), "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise TypeError(
@@ -77,6 +87,25 @@ def writable_weight(module: Any) -> torch.Tensor:
             "model unquantised and load_edits there"
         )
     return weight_matrix(module)
+
+
+def identifying_weight(module: Any) -> torch.Tensor:
+    """
+    Return the weight by which a layer is told from another: its own as [`writable_weight`] returns it, or of a block's
+    experts the one that is nearest to their output.
+
+    Raises:
+        TypeError: The weight is offloaded, quantised or sharded.
+    """
+    inner = inner_layer(module)
+    if not is_experts(inner):
+        return writable_weight(module)
+    weight: torch.Tensor = inner.down_proj
+    if weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        raise TypeError(
+            f"the experts' weight is a {type(weight).__name__} of {weight.dtype}, not a plain one in memory"
+        )
+    return weight
 
 
 def plain_parameter(model: nn.Module, layer: str, kind: str) -> torch.Tensor | None:

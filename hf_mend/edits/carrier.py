@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.fingerprint import check_edits_base, check_same_base, fingerprint_of
-from ..bases.targets import Target, layers_of_same_kind
+from ..bases.targets import Target, layers_of_same_kind, named_layers
 from ..config import EditorConfig
 from ..data.deprecation import renamed_method
 from ..hub.files import EDITS_NAME
@@ -19,7 +19,14 @@ from .collection import Edits, chosen, with_enabled
 from .compression import Compression, compressed
 from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked, warn_of_no_scope
 from .edits_file import read_edits_file, write_edits_file
-from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_lora, warn_of_unloadable, write_lora
+from .lora import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    check_adaptable,
+    read_lora,
+    warn_of_unloadable,
+    write_lora,
+)
 from .low_rank import truncated
 from .packing import uncollected
 from .store import EditStore
@@ -255,7 +262,8 @@ class CarriesEdits:
 
         Raises:
             KeyError: No edit has such an id.
-            ValueError: There is no edit, one requires a base delta that is missing, or `max_rank` is below 1.
+            ValueError: There is no edit, one requires a base delta that is missing or acts beside a block's experts,
+                or `max_rank` is below 1.
         """
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
@@ -268,6 +276,7 @@ class CarriesEdits:
             smaller = {name: truncated(update, max_rank) for name, update in updates.items()}
             updates, error = {name: one for name, (one, _) in smaller.items()}, max(e for _, e in smaller.values())
             written = []  # their rows are no longer apart
+        check_adaptable(named_layers(self.base_model, updates))
         warn_of_unloadable(self.base_model, updates)
         write_lora(
             save_directory,

@@ -17,11 +17,13 @@ from peft import LoraConfig
 from torch import nn
 from transformers.utils import logging
 
+from ..bases.experts import is_experts
 from ..bases.names import current_names
 from ..bases.patterns import MATCHING_SECONDS, expression, is_literal
 from ..bases.targets import Target
 from ..bases.weights import (
     equal_in_dtype,
+    inner_layer,
     named_like_fused_experts,
     plain_parameter,
     refused_by_peft,
@@ -101,6 +103,25 @@ _PLAIN_FIELDS = frozenset(
         "ensure_weight_tying",
     ]
 )
+
+
+def check_adaptable(edited: Iterable[Target]) -> None:
+    """
+    Check that an adapter can hold edits of some layers.
+
+    Args:
+        edited (`Iterable[Target]`): The layers.
+
+    Raises:
+        ValueError: One is a block's experts.
+    """
+    experts = [target.name for target in edited if is_experts(inner_layer(target.module))]
+    if experts:
+        raise ValueError(
+            f"{experts[0]!r} is all experts of its block, and an edit beside them is no change of a weight, so a LoRA "
+            "adapter cannot hold it; keep the edits with save_edits, or make edits that an adapter can hold with "
+            "target_modules=['o_proj'], attention's output projection"
+        )
 
 
 def warn_of_unloadable(base_model: nn.Module, names: Iterable[str]) -> None:

@@ -21,6 +21,8 @@ from hf_mend.bases.targets import find_targets
 
 # Its blocks hand global tokens on beside the hidden state, so every pass runs the whole model.
 NOT_SPLIT = {"pegasus_x"}
+# Edits act beside the experts, of which they are no weight: they cannot be merged or exported.
+BESIDE_EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
 
 
 @pytest.fixture(params=[*CAUSAL, *SEQ2SEQ])
@@ -67,12 +69,26 @@ def test_edit_undo_save_load_and_lora(base, name, tokenizer, tmp_path, choice, c
     edited = all_logits(model, tokenizer)
     assert not torch.equal(edited, plain)
     model.save_edits(tmp_path / "edits")
-    model.save_lora(tmp_path / "lora")
+    if name in BESIDE_EXPERTS:
+        with pytest.raises(
+            ValueError, match=r"mlp\.experts' is all experts of its block.*target_modules=\['o_proj'\]"
+        ):
+            model.save_lora(tmp_path / "lora")
+        assert not (tmp_path / "lora").exists()
+    else:
+        model.save_lora(tmp_path / "lora")
     model.undo()
     assert torch.equal(all_logits(model, tokenizer), plain)
     again = EditableModel(build(name), config, tokenizer).eval()
     again.load_edits(tmp_path / "edits")
     assert torch.equal(all_logits(again, tokenizer), edited)
+    with again.disable_edits():
+        assert torch.equal(all_logits(again, tokenizer), plain)
+    if name in BESIDE_EXPERTS:
+        with pytest.raises(TypeError, match="beside a block's experts .* cannot be merged"):
+            again.merge_and_unload()
+        assert torch.equal(all_logits(again, tokenizer), edited)
+        return
     if name == "deepseek_v3":
         assert "fuses its experts' weights" in caplog.text  # PEFT would load it wrong, and the user is told
     else:
@@ -81,8 +97,6 @@ def test_edit_undo_save_load_and_lora(base, name, tokenizer, tmp_path, choice, c
     back = EditableModel(build(name), config, tokenizer).eval()
     back.load_lora(tmp_path / "lora")
     assert torch.equal(all_logits(back, tokenizer), edited)
-    with again.disable_edits():
-        assert torch.equal(all_logits(again, tokenizer), plain)
     torch.testing.assert_close(all_logits(again.merge_and_unload(), tokenizer), edited, rtol=1e-3, atol=1e-4)
 
 
@@ -112,3 +126,10 @@ def test_the_page_lists_what_is_tested():
     from write_architectures import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=tests python docs/write_architectures.py"
+
+
+def test_the_sweep_tells_what_is_exact_from_what_is_refused():
+    from sweep_model_types import check
+
+    assert check("llama") == {"result": "exact", "why": "", "layers": ["mlp.down_proj"]}
+    assert check("blip")["result"] == "refused"

@@ -173,6 +173,9 @@ def test_layers_are_found_by_name_in_a_block_or_not(llama):
         (["self_attn.o_proj", "self_attn.relative_position_bias.linear", "self_attn.gate_proj",
           "mlp_message_gate.message_gate_proj"], ["self_attn.o_proj"]),
         (["input_layernorm.mlp.fc2", "attn.o", "mlp.up", "ada_norm.linear"], ["mlp.up"]),
+        # DBRX's attention lies between its norms.
+        (["norm_attn_norm.attn.Wqkv", "norm_attn_norm.attn.out_proj", "ffn.router.layer"],
+         ["norm_attn_norm.attn.out_proj"]),
         # Of many experts a token sees few.
         (["attn.o", "ffn.experts.expert_0.fc1", "ffn.experts.expert_1.fc2", "ffn.router.classifier"], ["attn.o"]),
         # A mixer and its small projections stand behind an MLP, wherever they are defined, and for themselves alone.
@@ -208,7 +211,7 @@ CAUSAL_CONFIGS = {
 @pytest.mark.parametrize(
     ("model_type", "settings", "layer"),
     [
-        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.layers.2.self_attn.o_proj"),
+        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.layers.2.mlp.experts"),
         ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
          "model.layers.2.self_attention.kv_proj"),
         ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1,
