@@ -113,7 +113,8 @@ class Query:
             puts there, and in plain text one space, or nothing where none is written
             ([`~hf_mend.data.joining.separator_between`]).
         ends (`bool`, defaults to `False`): The answer's tokens are followed by the one that ends it: in a chat the
-            template's own, otherwise a full stop. So its last word is whole, and it is said once.
+            template's own, otherwise a full stop; an encoder-decoder model's by the tokenizer's end of a text. So its
+            last word is whole, and it is said once.
     """
 
     prompt: str
@@ -253,6 +254,8 @@ class Encoder:
 
     def _end_ids(self, query: Query, text: str) -> list[int]:
         """The token that ends an answer, `text` being all up to there; none behind an answer that ends by itself."""
+        if self.is_encoder_decoder:  # whose answer is a text
+            return [self._end]
         if query.chat:
             ids = self._ids(chat_end(self.tokenizer))
             return ids[:1] or [self._end]
