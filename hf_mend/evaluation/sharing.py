@@ -78,7 +78,7 @@ def share_of(text: str | None, joined: Sequence[Path] = ()) -> Share:
             return Share(joined=joined)
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         return Share(state.process_index, state.num_processes, True, joined)
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):

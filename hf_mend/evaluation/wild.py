@@ -184,6 +184,8 @@ class _Wild:
             read = self._perplexity_part() if first == 0 and self.passages else None
             missing = [name for name in parts if self.progress.is_missing(name)]
             to_read = read is not None and self.progress.is_missing(read)
+            if to_read:
+                self._perplexity_before()
             with self._carried(every) if missing or to_read else nullcontext():
                 if read is not None and to_read:
                     self.progress.part(read, lambda: perplexity(self.model, self.passages))
@@ -196,8 +198,12 @@ class _Wild:
         """Return the perplexity of the held-out texts without edits, and beside those that were kept."""
         if not self.passages or self.settings.kept == 1:
             return {}
-        before = self.base.part(f"perplexity/{hash_of(self.passages)}", lambda: perplexity(self.model, self.passages))
-        return {"perplexity_before": before, "perplexity": self.progress.parts[self._perplexity_part()]}
+        found = {"perplexity": self.progress.parts[self._perplexity_part()]}
+        return {"perplexity_before": self._perplexity_before(), **found}
+
+    def _perplexity_before(self) -> float:
+        name = f"perplexity/{hash_of(self.passages)}"
+        return float(self.base.part(name, lambda: perplexity(self.model, self.passages)))
 
     def _perplexity_part(self) -> str:
         return f"{self.settings.kept}/perplexity/{hash_of(self.passages)}"
