@@ -33,6 +33,7 @@ FURTHER = {
         "perplexity",
         "portability",
     ],
+    "evaluation.sharing": ["sharing", "share_of", "Share"],
     "evaluation.generation": ["answer", "probability"],
     "auto": ["load_model", "load_base"],
     "config": ["option"],

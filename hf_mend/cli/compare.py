@@ -11,7 +11,7 @@ import typer
 
 from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Report, with_options
-from .evaluate import OUTPUT, EvaluationOptions, as_given, base_words, measure, without_folder
+from .evaluate import OUTPUT, EvaluationOptions, as_given, base_words, measure, of_a_share, without_folder
 
 
 @with_options
@@ -52,9 +52,15 @@ def compare(
     from ..evaluation.reports import comparison_table, narrow_table, write_report, write_results
 
     chosen = _options_of_each(list(titles.values()), options.config or [])
-    results = [
-        measure(name, title, records, arguments, chosen[name], base, None, output) for title, name in titles.items()
-    ]
+    with options.shared(output) as share:
+        results = [
+            measure(name, title, records, arguments, chosen[name], base, None, output)
+            for title, name in titles.items()
+        ]
+    if not share.is_first:
+        raise typer.Exit()
+    if share.count > 1 and not share.together:
+        return Report({"share": options.share}, of_a_share(options.share, output))
     shown = [f"{title}={as_given(name)}" for title, name in titles.items()]
     words = [*options.words(as_given(data)), *base_words(base), "--output", as_given(str(output))]
     command = shlex.join(["hf-mend", "compare", *shown, "--data", *words])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from .common import AsJson, ModelOptions, Options, Report, Revision, as_fields, 
 
 if TYPE_CHECKING:
     from ..data.records import EditRecord
+    from ..evaluation.sharing import Share
     from ..model import EditableModel
 
 OUTPUT = typer.Option(
@@ -62,6 +64,23 @@ class EvaluationOptions(Options):
         typer.Option(help="An option of a method (hf-mend info METHOD lists them): name=value, in JSON. Repeatable."),
     ] = None
 
+    share: Annotated[
+        str | None,
+        typer.Option(help="Measure a share on this machine: 2/3 is the second of three. Others measure the rest."),
+    ] = None
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder (--output) of what another machine has measured of the same. Repeatable."),
+    ] = None
+
+    def shared(self, output: Path | None) -> AbstractContextManager[Share]:
+        """Return a context in which this process measures its share."""
+        from ..evaluation.sharing import share_of, sharing
+
+        if self.share is not None and output is None:
+            raise ValueError("--share keeps what it measures for another machine to join; name a folder with --output")
+        return sharing(share_of(self.share, self.join or []))
+
     def read(self, data: str) -> tuple[Sequence[EditRecord], dict[str, Any]]:
         """Return the facts and the other arguments of [`~hf_mend.evaluation.evaluate.evaluate`]."""
         from ..data.readers import read_edits, read_questions
@@ -93,6 +112,8 @@ class EvaluationOptions(Options):
         """Return the options that differ from their defaults as words of a shell command."""
         words = [data]
         for item in fields(self):
+            if item.name in ("share", "join"):  # how it was measured, not what
+                continue
             value = getattr(self, item.name)
             for part in value if isinstance(value, list) else [] if value == item.default else [value]:
                 name = as_given(str(part)) if isinstance(part, Path) else str(part)
@@ -144,9 +165,14 @@ def evaluate(
     records, arguments = options.read(data)
     arguments["scope"] = scope
     in_the_wild = options.in_the_wild(arguments) if wild else None
-    result = measure(
-        editor, editor, records, arguments, options.config, base, revision, output, in_the_wild, teacher_forced
-    )
+    with options.shared(output) as share:
+        result = measure(
+            editor, editor, records, arguments, options.config, base, revision, output, in_the_wild, teacher_forced
+        )
+    if not share.is_first:
+        raise typer.Exit()
+    if share.count > 1 and not share.together:
+        return Report({"share": options.share}, of_a_share(options.share, output))
     from ..evaluation.reports import metrics_table, write_results
 
     given = {"wild": wild, "teacher-forced": teacher_forced, "scope": scope}
@@ -163,6 +189,14 @@ def evaluate(
         places.append(Path(editor) / "README.md")
     said = [text, "", "Written: " + ", ".join(map(str, places))] if places else [text]
     return Report(document, "\n".join(said))
+
+
+def of_a_share(share: str | None, output: Path | None) -> str:
+    """Return what is said of a share that has been measured."""
+    return (
+        f"The share {share} is measured, and in {output}. When the others are, run the same command without --share, "
+        "with --join and the folder of each"
+    )
 
 
 def measure(

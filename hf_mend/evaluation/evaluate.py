@@ -5,8 +5,10 @@ intervals, time and memory. An evaluation can be resumed, and the same seed give
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from ..editing.requests import check_limits
 from ..model import EditableModel
 from .checks import check_asked
 from .metrics import Measured, metric_values, summarize
-from .resume import Progress, hash_of, hash_of_editor
+from .resume import hash_of, hash_of_editor
 from .run import Run
 from .scores import bootstrap_interval, harmonic_score, held_out_passages, perplexity
+from .sharing import PartsMissingError, in_shares, progress_of
 from .units import check_groups, shuffled_units, without_conflicts
 
 
@@ -148,18 +151,24 @@ def evaluate(
         "batch_size": batch_size,
         **({} if scope else {"scope": False}),
     }
-    run = Run(model, records, chosen, passages, steps, seed, batch_size, Progress(progress_file, settings), scope)
+    run = Run(model, records, chosen, passages, steps, seed, batch_size, progress_of(progress_file, settings), scope)
     by_themselves = model.scope is not None and not scope  # acting everywhere, no two can share a pass
     before = perplexity(model, passages) if passages else None
     states = []
     for count in edits:
         measured, others = usable[count][:limit], usable[count][len(usable[count][:limit]) :]
         if count == 1 and all(len(unit) == 1 for unit in measured) and not by_themselves:
-            parts = list(run.alone([unit[0] for unit in measured]))
+            measure: Callable[[], Iterable[dict[str, Any]]] = partial(run.alone, [unit[0] for unit in measured])
         else:
-            parts = list(run.kept_together(measured, others, count, edits_per_call))
-        states.append(_state(parts, count, edits_per_call, before, seed))
+            measure = partial(run.kept_together, measured, others, count, edits_per_call)
+        with suppress(PartsMissingError):
+            parts = in_shares(run.progress, partial(_listed, measure))
+            states.append(_state(parts, count, edits_per_call, before, seed))
     return states
+
+
+def _listed(measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return list(measure())
 
 
 def _usable(records: Sequence[EditRecord], edits: Sequence[int], seed: int) -> dict[int, list[list[int]]]:

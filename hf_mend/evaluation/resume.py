@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,56 @@ class Progress:
         path (`str` or `Path`, *optional*): The file, made with its folder for the first part. Nothing is stored
             without it.
         settings (`Mapping[str, Any]`): The settings that the parts depend on, as JSON values.
+        known (`Sequence[Path]`): Further files of finished parts, which are only read.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]):
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], known: Sequence[Path] = ()):
         self.path = None if path is None else Path(path)
+        self.left_out = False  # whether `only` left a missing part to others
+        self._numbers: dict[str, int] | None = None
+        self._share = (0, 1)
         self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.parts: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    if entry["key"] == self.key:
-                        self.parts[entry["part"]] = entry["found"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # an incomplete line
+        for file in dict.fromkeys([*known, *([] if self.path is None else [self.path])]):
+            if file.exists():
+                self._read(file)
+
+    def _read(self, file: Path) -> None:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["key"] == self.key:
+                    self.parts[entry["part"]] = entry["found"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # an incomplete line
+
+    @contextmanager
+    def only(self, number: int, count: int) -> Iterator[None]:
+        """Leave the parts within the context to others but for each that is the `number`-th of `count`, in turn."""
+        self._numbers, self._share = {}, (number, count)
+        try:
+            yield
+        finally:
+            self._numbers = None
+
+    def is_missing(self, name: str) -> bool:
+        """Whether a part is to be computed here."""
+        if self._numbers is None:
+            return name not in self.parts
+        number, count = self._share
+        is_own = self._numbers.setdefault(name, len(self._numbers)) % count == number
+        self.left_out |= name not in self.parts and not is_own
+        return name not in self.parts and is_own
 
     def part(self, name: str, find: Callable[[], Any]) -> Any:
-        """Return the stored part of this name; if there is none, compute it with `find` and store it."""
-        if name not in self.parts:
+        """
+        Return the stored part of this name; if there is none, compute it with `find` and store it. What is left to
+        others is empty.
+        """
+        missing = self.is_missing(name)
+        if not missing and name not in self.parts:
+            return {}
+        if missing:
             self.parts[name] = find()
             if self.path is not None:
                 self._append({"key": self.key, "part": name, "found": self.parts[name]})

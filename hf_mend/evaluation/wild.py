@@ -26,8 +26,9 @@ from ..model import EditableModel
 from .asking import Asked, is_repeat, is_right, subjects_of
 from .made_edits import Made, bare, each_row_under, joined, make_alone, make_in_calls
 from .many_texts import Answers, Under, answers_to
-from .resume import Progress, hash_of, hash_of_editor
+from .resume import hash_of, hash_of_editor
 from .scores import perplexity
+from .sharing import in_shares, progress_of
 
 
 # Of one record: form or kind -> 1 or 0, `form: repeats`, `form: answer`, `kind: bits`, and, of a model with a scope,
@@ -125,7 +126,8 @@ def measure_in_the_wild(
             "with prompts of their own; ask for fewer"
         )
     wild = _Wild(model, [*records, *others], asked, settings, progress_file, store, passages)
-    return Wild(wild.alone() if settings.kept == 1 else wild.kept(), wild.perplexities())
+    found = in_shares(wild.progress, wild.alone if settings.kept == 1 else wild.kept)
+    return Wild(found, wild.perplexities())
 
 
 class _Wild:
@@ -158,9 +160,9 @@ class _Wild:
             "asked": hash_of(asdict(texts) for texts in asked),
             "settings": asdict(settings),
         }
-        self.base = Progress(progress_file, base)
+        self.base = progress_of(progress_file, base)
         self.base_holds: bool | None = None
-        self.progress = Progress(progress_file, own)
+        self.progress = progress_of(progress_file, own)
 
     def alone(self) -> list[Values]:
         """Measure each edit alone."""
@@ -180,22 +182,28 @@ class _Wild:
             every = [*group, *rest[: self.settings.kept - len(group)]]
             parts = {f"{self.settings.kept}/{part[0]}": part for part in batches(group, self.settings.batch_size)}
             read = self._perplexity_part() if first == 0 and self.passages else None
-            missing = [name for name in parts if name not in self.progress.parts]
-            to_read = read is not None and read not in self.progress.parts
+            missing = [name for name in parts if self.progress.is_missing(name)]
+            to_read = read is not None and self.progress.is_missing(read)
+            if to_read:
+                self._perplexity_before()
             with self._carried(every) if missing or to_read else nullcontext():
-                if read is not None:
+                if read is not None and to_read:
                     self.progress.part(read, lambda: perplexity(self.model, self.passages))
                 for name in tqdm(missing, desc=f"In the wild, {self.settings.kept} edits"):
                     self.progress.part(name, partial(self._beside, parts[name], every))
-            found += [values for name in parts for values in self.progress.parts[name]]
+            found += [values for name in parts for values in self.progress.parts.get(name, ())]
         return found
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexity of the held-out texts without edits, and beside those that were kept."""
         if not self.passages or self.settings.kept == 1:
             return {}
-        before = self.base.part(f"perplexity/{hash_of(self.passages)}", lambda: perplexity(self.model, self.passages))
-        return {"perplexity_before": before, "perplexity": self.progress.parts[self._perplexity_part()]}
+        found = {"perplexity": self.progress.parts[self._perplexity_part()]}
+        return {"perplexity_before": self._perplexity_before(), **found}
+
+    def _perplexity_before(self) -> float:
+        name = f"perplexity/{hash_of(self.passages)}"
+        return float(self.base.part(name, lambda: perplexity(self.model, self.passages)))
 
     def _perplexity_part(self) -> str:
         return f"{self.settings.kept}/perplexity/{hash_of(self.passages)}"

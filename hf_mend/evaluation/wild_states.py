@@ -12,6 +12,7 @@ from ..data.records import EditRecord
 from ..model import EditableModel
 from .asking import all_asked
 from .scores import bootstrap_interval, held_out_passages
+from .sharing import PartsMissingError
 from .units import shuffled_units, without_conflicts
 from .wild import WildSettings, measure_in_the_wild
 from .wild_figures import confusion, strictness_curve, wild_means
@@ -104,7 +105,10 @@ def evaluate_in_the_wild(
     states = []
     for count in edits:
         settings = WildSettings(count, edits_per_call, max_new_tokens, batch_size, scope)
-        found = measure_in_the_wild(model, measured, asked, settings, more, progress_file, store, passages)
+        try:
+            found = measure_in_the_wild(model, measured, asked, settings, more, progress_file, store, passages)
+        except PartsMissingError:
+            continue
         metrics = wild_means(found.values) | found.perplexity
         del metrics["edits"]
         states.append(
