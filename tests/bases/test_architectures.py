@@ -13,6 +13,7 @@ from support.models import RECORDS, EditableModel, all_logits, small_config
 from support.training import QUESTIONS, arguments, losses
 from transformers import PreTrainedModel
 
+import hf_mend
 from hf_mend import EditorConfig, EditorTrainer, get_editable_model
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.split import SplitModel, logits_of
@@ -128,8 +129,11 @@ def test_the_page_lists_what_is_tested():
     assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=tests python docs/write_architectures.py"
 
 
-def test_the_sweep_tells_what_is_exact_from_what_is_refused():
+def test_the_sweep_tells_what_is_exact_from_what_fails(monkeypatch):
     from sweep_model_types import check
 
     assert check("llama") == {"result": "exact", "why": "", "layers": ["mlp.down_proj"]}
     assert check("blip")["result"] == "refused"
+    monkeypatch.setattr(hf_mend.EditableModel, "undo", lambda model: None)
+    found = check("llama")
+    assert (found["result"], found["why"]) == ("failing", "an undo does not restore the logits")
