@@ -49,7 +49,7 @@ def killed(work: Callable[[Tell], None], delay: float) -> list[int]:
 
 
 class StoredEdits:
-    """Calls of three edits each with an open store; every third call takes the second before it back, and compacts."""
+    """Calls of three edits each with an open store; every third is taken back in one call, and the store compacted."""
 
     name = "edits with an open store"
     seconds = 0.2
@@ -66,8 +66,7 @@ class StoredEdits:
             model._active.replace([*model.edits, *(random_edit(model, f"{number}-{i}", 1, number) for i in range(3))])
             tell(number)
             if number % 3 == 0:
-                for i in range(3):
-                    model.undo(f"{number}-{i}")
+                model._active.remove([f"{number}-{i}" for i in range(3)])
                 EditStore(self.path).compact()
                 tell(number + 1_000_000)
 
@@ -79,9 +78,7 @@ class StoredEdits:
             held[number] = held.get(number, 0) + 1
         done = [number for number in told[1:] if number < 1_000_000]
         last = max(done, default=told[0])
-        wrong = [
-            f"call {n} is half there" for n, count in held.items() if count != 3 and not (n % 3 == 0 and n == last)
-        ]
+        wrong = [f"call {n} is half there" for n, count in held.items() if count != 3]
         lost = [n for n in done if n not in held and n % 3]
         back = [n - 1_000_000 for n in told[1:] if n > 1_000_000 and n - 1_000_000 in held]
         beyond = [n for n in held if n > last + 1]
