@@ -65,7 +65,7 @@ def main() -> None:
     if model.scope is not None:
         model.scope_strictness = arguments.strictness
     asked = all_asked(model, records, around, [question for question, _ in questions])
-    more = [*read_counterfact(arguments.data / "facts_train.json")][: max(0, arguments.kept - len(records))]
+    more = [*read_counterfact(arguments.data / "facts_train.json")] if arguments.kept > len(records) else []
     settings = WildSettings(
         arguments.kept, max_new_tokens=arguments.tokens, batch_size=arguments.batch_size, scope=not arguments.no_scope
     )

@@ -9,22 +9,34 @@ all; it is kept in BUILD and not trained again when it is there. The editor lear
 training facts alone, of which some are held out to choose the size of its steps, and is measured on those of the test
 facts. What must stay is what the model says to its other facts: unrelated ones are any, neighbours of the same
 relation, with the same answer as far as there are such.
+
+With `--scope-steps` the edits have a scope: they act where a text asks for them, which is learned after the editor, on
+the same facts in several forms. With `--kept` edits are also measured that the model carries together, in free
+answers. The trainings of model and editor go on from their last checkpoints when they are started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import DATA, PARAPHRASES_ALONE, config_options, parse_with_data, write_results
+from seq2seq_kept import (
+    FORMS,
+    Known,
+    asked,
+    kept_table,
+    kept_together,
+    trained_forms,
+    with_locality,
+    with_targets,
+)
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -32,6 +44,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -49,7 +62,10 @@ from hf_mend import (
 from hf_mend.bases.split import logits_at
 from hf_mend.data.encoding import IGNORE, Encoder, Query, batches
 from hf_mend.demo.smollm2 import smollm2_path
+from hf_mend.evaluation.metrics import measure_with_scope
 from hf_mend.hub.cards import CardNotes, machine, metrics_table, write_card
+from hf_mend.training.examples import Asking, TrainingExamples
+from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
 
 
 NAME = "t5-closed-book"
@@ -66,12 +82,22 @@ def parse_arguments() -> argparse.Namespace:
         "--results", type=Path, help="table, without suffix; benchmarks/results/ and the editor's name"
     )
     parser.add_argument("--facts", type=int, default=5000, help="facts that the model learns, test facts included")
+    parser.add_argument("--test-facts", type=int, help="at most so many of the test facts; the others are left out")
+    parser.add_argument(
+        "--width", type=int, default=384, help="the model's; its feed-forward layers have four times it"
+    )
+    parser.add_argument("--blocks", type=int, default=4, help="of the encoder and of the decoder")
+    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--base-steps", type=int, default=2000)
     parser.add_argument("--base-batch-size", type=int, default=64)
     parser.add_argument("--base-learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--scope-steps", type=int, default=0, help="of a scope; without one, edits act everywhere")
+    parser.add_argument("--kept", type=int, nargs="*", default=[], help="numbers of edits to measure together")
+    parser.add_argument("--alone", type=int, default=100, help="facts that are measured where one edit is kept")
+    parser.add_argument("--save-steps", type=int, default=200)
     parser.add_argument("--neighborhood-weight", type=float, default=0.7)
     parser.add_argument("--unrelated-weight", type=float, default=5.0)
     parser.add_argument("--variants", type=int, default=4, help="targets that each fact is trained to be edited to")
@@ -112,24 +138,25 @@ def pad(encoder: Encoder, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[
     return {**rows.inputs, "labels": rows.next_tokens}
 
 
-def new_tokenizer(facts: Sequence[EditRecord], size: int = 8192) -> PreTrainedTokenizerBase:
+def new_tokenizer(facts: Sequence[EditRecord], size: int) -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer with a vocabulary of the facts' own: names are fewer tokens, and the projection is small."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     texts = [text for fact in facts for text in (fact.prompt, *fact.paraphrases, " " + fact.ground_truth)]
     tokenizer = tokenizer.train_new_from_iterator(texts, size)
     tokenizer.pad_token = "<|endoftext|>"  # the chat model pads with its end of turn, which here ends an answer
+    tokenizer.chat_template = None
     return tokenizer
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
-    """A T5 of about 20 million parameters, its output projection tied to the embeddings."""
+def new_model(tokenizer: PreTrainedTokenizerBase, width: int, blocks: int) -> T5ForConditionalGeneration:
+    """A T5, its output projection tied to the embeddings."""
     config = T5Config(
         vocab_size=len(tokenizer),
-        d_model=384,
+        d_model=width,
         d_kv=64,
-        d_ff=1536,
-        num_layers=4,
-        num_heads=6,
+        d_ff=4 * width,
+        num_layers=blocks,
+        num_heads=width // 64,
         dropout_rate=0.0,
         tie_word_embeddings=False,  # that is: does not scale what enters the tied projection
         pad_token_id=tokenizer.pad_token_id,
@@ -152,9 +179,9 @@ def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimize
 
 def train_base(facts: Sequence[EditRecord], arguments: argparse.Namespace) -> float:
     """Trains the question answerer into `--folder`; returns the seconds it took."""
-    tokenizer = new_tokenizer(facts)
+    tokenizer = new_tokenizer(facts, arguments.vocabulary)
     torch.manual_seed(arguments.seed)
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, arguments.width, arguments.blocks)
     encoder = Encoder(tokenizer, True, model.config.decoder_start_token_id)
     queries = [Query(text, fact.ground_truth) for fact in facts for text in (fact.prompt, *fact.paraphrases)]
     examples = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in map(encoder.tokens, queries)]
@@ -169,7 +196,8 @@ def train_base(facts: Sequence[EditRecord], arguments: argparse.Namespace) -> fl
             logging_steps=50,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
-            save_strategy="no",
+            save_steps=arguments.save_steps,
+            save_total_limit=1,
             seed=arguments.seed,
             remove_unused_columns=False,
             report_to=[],
@@ -178,13 +206,27 @@ def train_base(facts: Sequence[EditRecord], arguments: argparse.Namespace) -> fl
         examples,
         optimizers=(optimizer_of(model, arguments.base_learning_rate), None),
     )
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    seconds = timed_training(trainer, arguments.folder / "checkpoints")
     model.save_pretrained(arguments.folder / NAME)
     tokenizer.save_pretrained(arguments.folder / NAME)
     (arguments.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     return seconds
+
+
+def timed_training(trainer: Trainer, folder: Path) -> float:
+    """Trains, from the folder's last checkpoint on if there is one; returns the seconds, earlier runs included."""
+    known = sorted(folder.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
+    clock = folder / "seconds.json"
+    earlier = json.loads(clock.read_text(encoding="utf-8")) if known and clock.is_file() else 0.0
+    started = time.perf_counter()
+
+    class Clock(TrainerCallback):
+        def on_save(self, *arguments: Any, **more: Any) -> None:
+            clock.write_text(json.dumps(earlier + time.perf_counter() - started), encoding="utf-8")
+
+    trainer.add_callback(Clock())
+    trainer.train(resume_from_checkpoint=str(known[-1]) if known else None)
+    return earlier + time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -206,68 +248,18 @@ def answers_of(model: Any, encoder: Encoder, prompts: Sequence[str], most_tokens
 # ---- the editor ----
 
 
-@dataclass
-class Known:
-    """Facts and what the model says to them."""
-
-    facts: list[EditRecord]
-    said: list[str]
-
-    @property
-    def questions(self) -> list[tuple[str, str]]:
-        return [(fact.prompt, said) for fact, said in zip(self.facts, self.said, strict=True) if said]
-
-
-def with_locality(facts: Sequence[EditRecord], known: Known, seed: int, rows: int = 5) -> list[EditRecord]:
-    """
-    The facts, each with other facts of the model's own to leave alone: neighbours are of the same relation, with the
-    same true answer as far as there are such; the unrelated ones are any.
-    """
-    draw = random.Random(seed)
-    by_relation: dict[str | None, list[EditRecord]] = {}
-    for fact in known.facts:
-        by_relation.setdefault(fact.relation, []).append(fact)
-    records = []
-    for fact in facts:
-        others = [other for other in by_relation[fact.relation] if other.subject != fact.subject]
-        draw.shuffle(others)
-        others.sort(key=lambda other: other.ground_truth != fact.ground_truth)
-        questions = draw.sample(known.questions, rows + 1)
-        records.append(
-            replace(
-                fact,
-                neighborhood=[other.prompt for other in others[:rows]],
-                unrelated=[pair for pair in questions if pair[0] != fact.prompt][:rows],
-            )
-        )
-    return records
-
-
-def with_targets(facts: Sequence[EditRecord], count: int, seed: int) -> list[EditRecord]:
-    """
-    Each fact with its own target, and again with others of its relation: an editor that sees a fact with one target
-    alone learns the pair.
-    """
-    draw = random.Random(seed)
-    answers: dict[str | None, list[str]] = {}
-    for fact in facts:
-        answers.setdefault(fact.relation, []).extend((fact.target, fact.ground_truth or fact.target))
-    records = []
-    for fact in facts:
-        others = sorted({*answers[fact.relation]} - {fact.target, fact.ground_truth})
-        targets = [fact.target, *draw.sample(others, min(len(others), count - 1))]
-        records += [replace(fact, target=target) for target in targets]
-    return records
-
-
 def train_editor(
     model: EditableModel, records: Sequence[EditRecord], known: Known, arguments: argparse.Namespace
 ) -> float:
+    """Trains the editor, with a scope to say the target in all forms of asking; returns the seconds it took."""
+    scoped = model.scope is not None
+    folder = arguments.folder / ("scoped-editor-checkpoints" if scoped else "editor-checkpoints")
+    asking: dict[str, Any] = {"forms": FORMS, "context_rate": 0.4, "general_rows": 3} if scoped else PARAPHRASES_ALONE
     trainer = EditorTrainer(
         model,
         EditorTrainingArguments(
-            output_dir=str(arguments.folder / "editor-checkpoints"),
-            **PARAPHRASES_ALONE,
+            output_dir=str(folder),
+            **asking,
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
@@ -276,19 +268,31 @@ def train_editor(
             lr_scheduler_type="linear",
             warmup_steps=20,
             logging_steps=25,
-            save_strategy="no",
+            save_steps=arguments.save_steps,
+            save_total_limit=1,
             seed=arguments.seed,
             report_to=[],
         ),
-        list(records),
+        trained_forms(records) if scoped else list(records),
         questions=known.questions,
     )
+    return timed_training(trainer, folder)
+
+
+def train_own_scope(
+    model: EditableModel, facts: Sequence[EditRecord], known: Known, arguments: argparse.Namespace
+) -> float:
+    """Trains the model's scope on facts in all forms of asking; returns the seconds it took."""
     started = time.perf_counter()
-    trainer.train()
+    records = trained_forms(with_locality(facts, known, arguments.seed))
+    examples = TrainingExamples(records, known.questions, seed=arguments.seed, asking=Asking(FORMS, 0.4))
+    print(train_scope(model, examples, ScopeTrainingArguments(arguments.scope_steps, seed=arguments.seed)))
     return time.perf_counter() - started
 
 
 def measure(model: EditableModel, records: Sequence[EditRecord], generate: bool = False) -> dict[str, float]:
+    if model.scope is not None:
+        return summarize(measure_with_scope(model.eval(), records))
     measured = evaluate_records(
         model.eval().split, model.targets, model.editor, model.encoder, records, max_steps=3, generate=generate
     )
@@ -305,9 +309,27 @@ def choose_step(model: EditableModel, records: Sequence[EditRecord], generality:
     return factor
 
 
+def measure_kept(
+    model: EditableModel, test: Sequence[EditRecord], known: Known, arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Of each number of edits that are kept together, the shares of answers that change and stay as they should."""
+    edited, found = {fact.prompt for fact in test}, {}
+    left = [(fact, said) for fact, said in zip(known.facts, known.said, strict=True) if fact.prompt not in edited]
+    others = Known([fact for fact, _ in left], [said for _, said in left])
+    records = with_locality(test, others, arguments.seed + 1)
+    texts = asked(records, others.questions, arguments.seed + 1)
+    for count in arguments.kept:
+        most = arguments.alone if count == 1 else len(records) - len(records) % min(count, len(records))
+        answers = partial(answers_of, model, model.encoder)
+        found[f"{count:,}"] = kept_together(model, records[:most], texts[:most], count, answers)
+        print(kept_table(found), flush=True)
+    return found
+
+
 def main() -> None:
     arguments = parse_arguments()
     test = [fact for fact in read_counterfact(arguments.data / "facts_test.json") if fact.ground_truth]
+    test = test[: arguments.test_facts]
     train = list(read_counterfact(arguments.data / "facts_train.json"))[: arguments.facts - len(test)]
     if not (arguments.folder / NAME).is_dir():
         train_base([*test, *train], arguments)
@@ -318,7 +340,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     options = config_options(arguments.option)
-    config = EditorConfig(target_modules=arguments.target_modules, **options)
+    config = EditorConfig(target_modules=arguments.target_modules, scope=arguments.scope_steps > 0, **options)
     model = get_editable_model(base, config, tokenizer)
     facts = [*test, *train]
     known = Known(facts, answers_of(base, model.encoder, [fact.prompt for fact in facts]))
@@ -326,14 +348,18 @@ def main() -> None:
     print(f"the model answers {right} of {len(facts)} facts ({right / len(facts):.3f})")
     learned, held_out = train[: -arguments.held_out], train[-arguments.held_out :]
     records = with_locality(with_targets(learned, arguments.variants, arguments.seed), known, arguments.seed)
-    seconds = train_editor(model, records, known, arguments)
-    factor = choose_step(model, with_locality(held_out, known, arguments.seed + 2), arguments.generality)
+    seconds, factor = train_editor(model, records, known, arguments), 1.0
+    if model.scope is not None:
+        seconds += train_own_scope(model, learned, known, arguments)
+    else:
+        factor = choose_step(model, with_locality(held_out, known, arguments.seed + 2), arguments.generality)
     model.save_pretrained(arguments.output, dtype=torch.bfloat16)  # measured as it is shared
     model.load_editor(arguments.output / "editor.safetensors")
 
     started = time.perf_counter()
     values = {"all": measure(model, with_locality(test[: arguments.limit], known, arguments.seed + 1), generate=True)}
-    markdown = metrics_table(values)
+    kept = measure_kept(model, test[: arguments.limit], known, arguments) if arguments.kept else {}
+    markdown = metrics_table(values) + (f"\n\n{kept_table(kept)}" if kept else "")
     result = {
         "base_model": NAME,
         "base": {
@@ -353,6 +379,7 @@ def main() -> None:
         "evaluation_seconds": time.perf_counter() - started,
         "machine": machine(model.device),
         "metrics": values,
+        "kept": kept,
     }
     write_results(arguments.results, result, markdown)
     print(markdown)

@@ -104,7 +104,8 @@ class EditorConfig(metaclass=_ConfigType):
         base_fingerprint (`dict[str, Any]`, *optional*): Architecture, shapes and hash of the base's edited weights;
             `save_pretrained` of a model sets it.
         scope (`bool`, defaults to `False`): Whether edits act only at the tokens where a text asks for them, as a
-            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere.
+            learned scope decides ([`~hf_mend.scope.network.ScopeNetwork`]); otherwise they act everywhere. With it,
+            an encoder-decoder model's edited layers are the decoder's.
         factor_dtype (`str`, defaults to `"int4"`): How edits with a scope keep their factors: `"int4"`
             ([`~hf_mend.edits.four_bit`]), `"bfloat16"` or `"float32"`. An edit that would say its target less surely
             in four bits is kept in bfloat16.

@@ -102,11 +102,6 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
-        if editor_config.scope and self.config.is_encoder_decoder:
-            raise ValueError(
-                f"EditorConfig(scope=True) is for causal models, and {type(base_model).__name__} has an encoder and a "
-                "decoder; leave scope out"
-            )
         self._gate = self._new_gate(ScopeNetwork(hidden_width(base_model))) if editor_config.scope else None
         self._active = ActiveEdits(self.targets, base_model, self._gate)
         self._ownership = ActsWhileOwned(self._active)

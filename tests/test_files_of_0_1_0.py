@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import EditableModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from hf_mend import Edit, EditableModel, EditRecord, EditResult
+from hf_mend import Edit, EditRecord, EditResult
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "0.1.0"
@@ -79,7 +80,9 @@ def logits(model: EditableModel) -> torch.Tensor:
 def of_result(result: EditResult, ids: list[str]) -> dict[str, Any]:
     """A result without its time; the ids of edits that are not in a file are random, so they are left out too."""
     values = dataclasses.asdict(result)
-    del values["seconds"], values["id"], values["nbytes"]  # the last is newer
+    newer = ("nbytes", "longer_word", "taken_back", "lost")
+    for name in ("seconds", "id", *newer):
+        del values[name]
     assert values.pop("scope") is None  # the version before had no scopes
     values["superseded"] = values["superseded"] if values["superseded"] in ids else values["superseded"] is not None
     return values
@@ -229,7 +232,8 @@ def test_a_model_with_files_of_the_version_before_answers_as_it_did(name: str, t
         if exactly and not (by_adam and key.startswith("after")):
             assert torch.equal(value, wanted[key]), key
         else:
-            torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-4, msg=key)
+            # Adam's first steps have the gradients' signs, so that rounding near zero moves a weight by a whole step.
+            torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-3 if by_adam else 1e-4, msg=key)
     now = json.loads(json.dumps(values))
     for key, value in plain["cases"][name].items():
         assert same(now[key], value, exactly and not by_adam), (key, now[key], value)

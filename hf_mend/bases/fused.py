@@ -59,7 +59,7 @@ def largest(pairs: Mapping[str, Pair]) -> torch.Tensor:
     if not found:
         return torch.zeros(1)
     device = found[0].device
-    return torch.stack([one.to(device) for one in found])
+    return torch.stack([one if one.device == device else one.to(device) for one in found])
 
 
 def fetched(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -99,6 +99,28 @@ class SplitModel:
         return {**rows.inputs, "attention_mask": _of_ones(rows.inputs["attention_mask"])}
 
     @torch.no_grad()
+    def run_below_further(self, rows: EncodedBatch) -> tuple[HiddenState, HiddenState | None]:
+        """
+        Run the blocks that no edit changes once, for `rows` and for its `further`.
+
+        Returns:
+            `tuple`: The output of `run_below` for `rows` and for `rows.further`; of the latter `None` where there is
+            none, or where a token more could change what a model says before it.
+        """
+        further = rows.further
+        if further is None or self._resumes is not None and not self._looks_back(rows):
+            return self.run_below(self.inputs_of(rows)), None
+        state = self.run_below(self.inputs_of(further))
+        hidden, name = state.hidden, "decoder_input_ids" if self.cuts_decoder_of_two else "input_ids"
+        if not self._looks_back(rows) or hidden.shape[1] != further.inputs[name].shape[1]:
+            return self.run_below(self.inputs_of(rows)), None
+        return HiddenState(hidden[:, : rows.inputs[name].shape[1]], state.encoder), state
+
+    def _looks_back(self, rows: EncodedBatch) -> bool:
+        """Whether each token of an answer depends on earlier ones alone, as the first use has found."""
+        return "decoder_input_ids" in rows.inputs or not self._needs_mask
+
+    @torch.no_grad()
     def run_below(self, inputs: Inputs) -> HiddenState:
         """
         Run the blocks that no edit changes, without a gradient.

@@ -222,6 +222,8 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
         targets = list(_every_layer(lists, config.layers_to_transform))
     else:
         targets = list(_matching(model, lists, chosen, config.layers_to_transform))
+    if config.scope:
+        targets = _above_the_encoder(targets, named=chosen not in (None, "default", "paper"))
     if not targets:
         names = sorted({name for block_list in lists for name in linear_layers(block_list.blocks[-1])})
         ends = {name.split(".")[-1] for name in names}
@@ -233,6 +235,24 @@ def find_targets(model: nn.Module, config: EditorConfig) -> list[Target]:
             f"matches no layer of {type(model).__name__}; its blocks hold linear layers named {names}{hint}"
         )
     return targets
+
+
+def _above_the_encoder(targets: list[Target], named: bool) -> list[Target]:
+    """
+    Return those of some layers that stand above what a scope reads: in an encoder-decoder model the encoder's output,
+    which has to be the un-edited model's.
+
+    Raises:
+        ValueError: The encoder's layers were chosen by name, or there are no others.
+    """
+    within = [target.name for target in targets if target.side == "encoder"]
+    if within and (named or len(within) == len(targets)):
+        raise ValueError(
+            "with scope=True an encoder-decoder model's edits are the decoder's, as the scope reads what the encoder "
+            f"gives, and {shortened(within[0])} is one of the encoder's ({len(within)} are); name the decoder's alone "
+            "by a regular expression in target_modules or by layers_pattern, or leave both out"
+        )
+    return [target for target in targets if target.side != "encoder"]
 
 
 def lowest_block(targets: Sequence[Target]) -> tuple[str, int]:

@@ -64,12 +64,20 @@ def _check_is_model(model: Any) -> None:
 
 def hidden_width(model: Any) -> int:
     """
-    Return the width of a model's hidden states.
+    Return the width of a model's hidden states, of an encoder-decoder model's the encoder's.
 
     Raises:
-        ValueError: The configuration does not state it.
+        ValueError: The configuration does not state it, or the encoder's output is of another width than what the
+            decoder reads.
     """
-    config = model.config.get_text_config(decoder=True)
+    if hasattr(model, "enc_to_dec_proj"):
+        raise ValueError(
+            f"{type(model).__name__} maps its encoder's output to the decoder's width by enc_to_dec_proj, and a scope "
+            "reads what both share; pass a model whose encoder and decoder have one width, or leave scope out of the "
+            "EditorConfig"
+        )
+    of_two = model.config.is_encoder_decoder
+    config = model.get_encoder().config if of_two else model.config.get_text_config(decoder=True)
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(

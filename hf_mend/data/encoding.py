@@ -34,6 +34,8 @@ class EncodedBatch:
         subjects (`torch.Tensor` of shape `(rows,)`, *optional*): Where the last token of each prompt's subject is, -1
             where none is known.
         forms (`int`, defaults to 1): How many neighbouring rows ask for one fact, each in another form.
+        further ([`EncodedBatch`], *optional*): The same texts with the whole answer as input, and one position more:
+            that of what follows the answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -41,6 +43,7 @@ class EncodedBatch:
     positions: torch.Tensor
     subjects: torch.Tensor | None = None
     forms: int = 1
+    further: EncodedBatch | None = None
 
     def __post_init__(self) -> None:
         self._places: Places | None = None
@@ -76,6 +79,7 @@ class EncodedBatch:
             inputs, on_device(self.next_tokens, device), on_device(self.positions, device), subjects, self.forms
         )
         moved._places = places
+        moved.further = None if self.further is None else self.further.to(device)
         return moved
 
 
@@ -109,7 +113,8 @@ class Query:
             puts there, and in plain text one space, or nothing where none is written
             ([`~hf_mend.data.joining.separator_between`]).
         ends (`bool`, defaults to `False`): The answer's tokens are followed by the one that ends it: in a chat the
-            template's own, otherwise a full stop. So its last word is whole, and it is said once.
+            template's own, otherwise a full stop; an encoder-decoder model's by the tokenizer's end of a text. So its
+            last word is whole, and it is said once.
     """
 
     prompt: str
@@ -200,6 +205,13 @@ class Encoder:
                     rows.positions[row, :read], rows.next_tokens[row, :read] = False, IGNORE
         return rows
 
+    def with_further(self, queries: Sequence[Query]) -> EncodedBatch:
+        """The queries as one batch, and the same texts with the whole answer as input: its `further`."""
+        rows = self(queries)
+        pairs = [self.tokens(query) for query in queries]
+        rows.further = self.pad([(prompt, [*answer, IGNORE]) for prompt, answer in pairs])
+        return rows
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of some tokens, without special ones and without space around it."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
@@ -242,6 +254,8 @@ class Encoder:
 
     def _end_ids(self, query: Query, text: str) -> list[int]:
         """The token that ends an answer, `text` being all up to there; none behind an answer that ends by itself."""
+        if self.is_encoder_decoder:  # whose answer is a text
+            return [self._end]
         if query.chat:
             ids = self._ids(chat_end(self.tokenizer))
             return ids[:1] or [self._end]

@@ -33,19 +33,27 @@ def look_again(call: Call, numbers: Sequence[int], everything: bool = False) -> 
         everything (`bool`, defaults to `False`): Score those too that have acted beside all others already.
     """
     again = numbers if everything else _to_look_at_again(call, numbers)
-    if call.ends:
-        found = call.answers_to(again)
-    else:  # no token that ends the word was asked for
-        found = call.answers_beyond([i for i in numbers if i in again or call.results[i].success])
+    found = call.answers_to(again)
+    call.said.update(found)
     for i, (answers, row) in found.items():
-        result = call.results[i]
-        if i in again:
-            if i in call.edits:
-                check_finite_answers(answers)
-            result.set_after(answers, row, call.encoder, call.target_length(i))
-        if not call.ends:
-            said = all(result.token_success or [False])
-            result.longer_word = _longer_word(answers.tokens[row], call.encoder) if said else None
+        if i in call.edits:
+            check_finite_answers(answers)
+        call.results[i].set_after(answers, row, call.encoder, call.target_length(i))
+    if not call.ends:  # no token that ends the word was asked for
+        _see_longer_words(call, numbers)
+
+
+def _see_longer_words(call: Call, numbers: Sequence[int]) -> None:
+    """Note where the model goes on with the last word of a target that it says."""
+    for i in numbers:
+        call.results[i].longer_word = None
+    said = {i: call.said[i] for i in numbers if call.results[i].success}
+    # Most passes that tell whether the target is said tell what follows it.
+    unseen = [i for i, (answers, row) in said.items() if answers.following[row] is None]
+    for i, (answers, row) in {**said, **call.answers_beyond(unseen)}.items():
+        following = answers.following[row]
+        assert following is not None
+        call.results[i].longer_word = _longer_word([*answers.tokens[row], following], call.encoder)
 
 
 def _to_look_at_again(call: Call, numbers: Sequence[int]) -> Sequence[int]:

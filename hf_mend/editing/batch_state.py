@@ -33,6 +33,7 @@ class FoundUpdates:
             empty where all are.
         rows ([`EncodedBatch`]): The texts, a row a request, or one for each form of it.
         hidden ([`HiddenState`]): Their output of `run_below`.
+        further ([`HiddenState`], *optional*): That of their `further`.
         used (`dict[str, list[list[int]]]`): Layer name -> of each row, which of `rank` are not zero.
         norms (`dict[str, list[float]]`): Layer name -> the Frobenius norm of each row's update.
     """
@@ -47,6 +48,7 @@ class FoundUpdates:
     used: dict[str, list[list[int]]] = field(default_factory=dict)
     norms: dict[str, list[float]] = field(default_factory=dict)
     kept: list[FourBitUpdates | None] = field(default_factory=list)
+    further: HiddenState | None = None
 
 
 @dataclass
@@ -72,6 +74,8 @@ class BatchState:
         seen (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates that the rows are under, as
             [`~hf_mend.edits.hook.applied`] takes them.
         kept (`list[FourBitUpdates | None]`): As in [`FoundUpdates`].
+        on_host (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates in the host's memory, where they are.
+        further ([`HiddenState`], *optional*): The output of `run_below` for the rows' `further`.
     """
 
     rows: EncodedBatch
@@ -87,6 +91,8 @@ class BatchState:
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, Update] = field(default_factory=dict)
     kept: list[FourBitUpdates | None] = field(default_factory=list)
+    on_host: dict[str, Update] = field(default_factory=dict)
+    further: HiddenState | None = None
 
     def __post_init__(self) -> None:
         self.steps = [0] * self.rows.facts

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..bases.split import HiddenState
-from ..data.encoding import IGNORE, EncodedBatch, Encoder, Query, length_batches
+from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit
 from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
+from .batch_state import FoundUpdates
 from .context import EditingContext
 from .edit_result import EditResult
 from .proposals import SearchOptions
 from .requests import EditRequest
 from .scoping import own_queries
-from .scoring import Answers
+from .scoring import Answers, without_following
 
 
 # Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
@@ -56,8 +56,9 @@ class Call:
         after ([`AfterEdits`]): What is done when the edits are made.
         now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
             of its prompt acts, and the row of the answers.
-        kept (`list[tuple[list[int], EncodedBatch, HiddenState]]`): The numbers of the requests that were found in one
-            batch, their texts, and what lies below the edited layers, which no edit changes.
+        kept (`list[tuple[list[int], FoundUpdates]]`): The numbers of the requests that were found in one batch, with
+            their texts and what lies below the edited layers, which no edit changes.
+        said (`dict[int, tuple[Answers, int]]`): A request's number -> the model's last answers to it, and their row.
         results, edits: A request's number -> its result, and its edit if one was made.
     """
 
@@ -71,7 +72,8 @@ class Call:
     gate: ScopeGate | None = None
     after: AfterEdits = AfterEdits()
     now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
-    kept: list[tuple[list[int], EncodedBatch, HiddenState]] = field(default_factory=list)
+    kept: list[tuple[list[int], FoundUpdates]] = field(default_factory=list)
+    said: dict[int, tuple[Answers, int]] = field(default_factory=dict)
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
 
@@ -85,7 +87,8 @@ class Call:
         """Return the texts by which some of the requests' edits are made."""
         queries = [self.requests[i].query for i in numbers]
         if not self.ends:
-            return self.encoder(queries)
+            looked_at = self.options.check and self.gate is None
+            return self.encoder.with_further(queries) if looked_at else self.encoder(queries)
         forms = [list(own_queries(query, self.encoder).values()) for query in queries]
         return self.encoder([query for one in forms for query in one], forms=len(forms[0]))
 
@@ -101,13 +104,19 @@ class Call:
 
     @torch.no_grad()
     def answers_to(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
-        """Return the model's answers to some of the requests, by number: the answers of a batch, and the row."""
+        """
+        Return the model's answers to some of the requests, by number: the answers of a batch, and the row. Where an
+        edit is made without the token that ends its answer, they tell what follows the target.
+        """
         found: dict[int, tuple[Answers, int]] = {}
-        for batch, rows, hidden in self.kept:
+        for batch, one in self.kept:
             if set(batch) <= {*numbers}:
-                answers = self.context.answers(rows, hidden)
+                answers, _ = self.context.answers_and((), one.rows, one.hidden, behind=one.further)
                 found.update({i: (answers, row) for row, i in enumerate(batch)})
-        for batch in self.batches([i for i in numbers if i not in found]):
+        left = [i for i in numbers if i not in found]
+        if not self.ends:
+            return found | self.answers_beyond(left)
+        for batch in self.batches(left):
             answers = self.answers([self.requests[i].query for i in batch])
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
@@ -115,15 +124,14 @@ class Call:
     @torch.no_grad()
     def answers_beyond(self, numbers: Sequence[int]) -> dict[int, tuple[Answers, int]]:
         """
-        Return the model's answers to some of the requests, by number, as `answers_to` does, with the token that it
-        chooses behind the target as one more of each row's `tokens`.
+        Return the model's answers to some of the requests, by number, as `answers_to` does, with what follows the
+        targets, in a pass of their own.
         """
         found = {}
         for batch in self.batches(numbers):
-            pairs = [self.encoder.tokens(self.requests[i].query) for i in batch]
-            rows = self.encoder.pad([(prompt, [*target, IGNORE]) for prompt, target in pairs])
-            answers = self.context.answers(rows.to(self.context.split.device))
-            answers.correct = [correct[:-1] for correct in answers.correct]
+            rows = self.encoder.with_further([self.requests[i].query for i in batch]).further
+            assert rows is not None
+            answers = without_following(self.context.answers(rows.to(self.context.split.device)))
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
 

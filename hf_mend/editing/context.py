@@ -16,7 +16,7 @@ from ..data.encoding import EncodedBatch
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..methods import EditMethod
-from .scoring import Answers, score_and_fetch
+from .scoring import Answers, score_and_fetch, without_following
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,19 @@ class EditingContext:
         targets (`Sequence[Target]`): The edited layers.
         method ([`EditMethod`]): Maps the factors of their gradients to updates.
         scoped (`bool`, defaults to `False`): Edits act only where they are asked for: at the tokens that predict a
-            target's. Their gradients are then of those tokens alone.
+            target's, of which alone their gradients then are, or, in an encoder-decoder model, at all of the decoder's
+            in the rows that ask for them.
     """
 
     split: SplitModel
     targets: Sequence[Target]
     method: EditMethod
     scoped: bool = False
+
+    @property
+    def at_answers(self) -> bool:
+        """Whether edits act at the tokens alone that predict a target's."""
+        return self.scoped and not self.split.cuts_decoder_of_two
 
     @property
     def four_bit_error(self) -> float | None:
@@ -59,16 +65,16 @@ class EditingContext:
         with self.applied(rows, *updates):
             inputs, places = self.split.inputs_of(rows), rows.places
             factors, logits = trace(self.split, self.targets, inputs, rows.next_tokens, hidden, places)
-        tokens = places.positions if self.scoped else places.read
+        tokens = places.positions if self.at_answers else places.read
         if any(x.shape[:2] != rows.positions.shape for x, _ in factors.values()):
             tokens = None  # a layer that ran on tokens of its own
-        if not self.scoped and rows.forms == 1:
+        if not self.at_answers and rows.forms == 1:
             return Factors(factors, tokens), logits
         found = Factors({}, tokens)
         present = rows.positions[..., None]  # (rows, seq, 1)
         for names in of_one_shape(factors):
             for_all = [stacked([factors[name][side] for name in names]) for side in (0, 1)]  # (layers, rows, seq, d)
-            if self.scoped:
+            if self.at_answers:
                 for_all = [side * present.to(side.device) for side in for_all]
             # An edit's gradient is the sum over its forms: (layers, facts, forms * seq, d).
             x, delta = (side.reshape(len(names), rows.facts, -1, side.shape[-1]) for side in for_all)
@@ -77,8 +83,8 @@ class EditingContext:
         return found, logits
 
     def applied(self, rows: EncodedBatch, *updates: Mapping[str, Update]) -> AbstractContextManager[None]:
-        """Add updates to the layers' outputs within the context, in a model with scopes at `rows.positions` alone."""
-        return applied(self.targets, *updates, where=rows.positions if self.scoped else None)
+        """Add updates to the layers' outputs within the context, at `rows.positions` alone where they act so."""
+        return applied(self.targets, *updates, where=rows.positions if self.at_answers else None)
 
     def logits(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
@@ -99,9 +105,17 @@ class EditingContext:
         rows: EncodedBatch,
         hidden: HiddenState | None = None,
         updates: Sequence[Mapping[str, Update]] = (),
+        behind: HiddenState | None = None,
     ) -> tuple[Answers, list[torch.Tensor]]:
         """
         Return the model's answers to the rows, and further tensors in the host's memory: it waits once for all of
         them. The other arguments are those of `trace`.
+
+        Args:
+            behind ([`HiddenState`], *optional*): The output of `run_below` for the rows' `further`, from which the
+                same pass tells what follows the targets too.
         """
-        return score_and_fetch(rows, self.logits(rows, hidden, updates), further)
+        if behind is None or rows.further is None:
+            return score_and_fetch(rows, self.logits(rows, hidden, updates), further)
+        answers, found = score_and_fetch(rows.further, self.logits(rows.further, behind, updates), further)
+        return without_following(answers), found

@@ -120,6 +120,7 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
         if all(answers.correct[row]) and not call.options.force:
             length = call.target_length(i)
             call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, length, call.options.check)
+            call.said[i] = answers, row
     gone = {requests[i].prompt_key for i in call.now if i not in call.results}
     before = active.snapshot
     if gone:
@@ -130,13 +131,16 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
     found = _find_in_batches(call, batches, earlier, delta)
     scopes = _scopes(call, batches, found)
     for batch, of_rows in zip(batches, found, strict=True):
-        if scopes and call.context.method.config.factor_dtype != "float32":
+        coarse = call.context.method.config.factor_dtype != "float32"
+        if scopes and coarse and not (of_rows.kept and all(of_rows.kept)):
             # Acting at few tokens, an edit bears half the precision, and thousands take half the room.
             of_rows.updates = in_bfloat16(of_rows.updates)
         for row, i in enumerate(batch):
             length = call.target_length(i)
             edit = as_edit(requests[i], of_rows, row)
             result = call.results[i] = as_result(requests[i], edit, of_rows, row, call.encoder, length)
+            if of_rows.after is not None:
+                call.said[i] = of_rows.after, row
             if i in call.now:
                 result.set_before(*call.now[i], call.encoder, length)
                 old = standing[requests[i].prompt_key]
@@ -207,7 +211,7 @@ def _find_in_batches(
             size = 1 if alone else None
             found += find_updates(call.context, rows, options, size, preserved_keys, base_delta, progress)
     if call.gate is None:
-        call.kept = [(list(batch), one.rows, one.hidden) for batch, one in zip(batches, found, strict=True)]
+        call.kept = [(list(batch), one) for batch, one in zip(batches, found, strict=True)]
     return found
 
 

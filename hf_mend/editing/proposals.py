@@ -93,7 +93,8 @@ class Proposer(ABC):
         """
         proposed, batch.proposed = batch.proposed, {}
         further = [largest(proposed)] if proposed else []
-        answers, found = self.context.answers_and(further, batch.rows, batch.hidden, (self.base_delta, updates))
+        under = (self.base_delta, updates)
+        answers, found = self.context.answers_and(further, batch.rows, batch.hidden, under, batch.further)
         if found:
             check_finite("update", proposed, found[0])
         return answers
@@ -104,8 +105,11 @@ class Proposer(ABC):
             if batch.answers is None:
                 batch.answers = self.score(batch, batch.seen)
 
-    def _state(self, rows: EncodedBatch, hidden: HiddenState, before: Answers) -> BatchState:
-        return BatchState(rows, hidden, before, before.all_correct.logical_not() | self.options.force)
+    def _state(
+        self, rows: EncodedBatch, hidden: HiddenState, further: HiddenState | None, before: Answers
+    ) -> BatchState:
+        wanted = before.all_correct.logical_not() | self.options.force
+        return BatchState(rows, hidden, before, wanted, further=further)
 
 
 class FromGradient(Proposer):
@@ -119,14 +123,14 @@ class FromGradient(Proposer):
         return (self.options.max_steps or 1) if self.options.check else 1
 
     def begin(self, rows: EncodedBatch) -> BatchState:
-        context, split = self.context, self.context.split
-        hidden = split.run_below(split.inputs_of(rows))
+        context = self.context
+        hidden, further = context.split.run_below_further(rows)
         factors, logits = context.trace(rows, hidden, (self.base_delta,))
         if self.base_delta:
             logits = context.logits(rows, hidden)
         before, (values,) = score_and_fetch(rows, logits, [largest(factors)])
         check_finite("gradient", factors, values)
-        batch = self._state(rows, hidden, before)
+        batch = self._state(rows, hidden, further, before)
         batch.factors = factors
         if batch.wanted.all():
             context.method.observe_edits(factors)
@@ -187,8 +191,8 @@ class FromSearch(Proposer):
         return _ROUNDS if self.context.method.joins and self.options.check else 1
 
     def begin(self, rows: EncodedBatch) -> BatchState:
-        hidden = self.context.split.run_below(self.context.split.inputs_of(rows))
-        batch = self._state(rows, hidden, self.context.answers(rows, hidden))
+        hidden, further = self.context.split.run_below_further(rows)
+        batch = self._state(rows, hidden, further, self.context.answers(rows, hidden))
         if not batch.wanted.any():
             self.progress(rows.facts)
         return batch

@@ -62,9 +62,12 @@ class ScopeReport:
 
 
 @torch.no_grad()
-def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None) -> torch.Tensor:
+def keys_of(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
+) -> list[torch.Tensor]:
     """
-    Return the keys of some texts at all tokens, `(rows, seq, width)`.
+    Return the keys of some texts at the tokens that predict what they are asked for, of each text `(tokens, width)`,
+    in the host's memory. An encoder-decoder model's have one key each, that of the encoder's last token.
 
     Args:
         gate ([`~hf_mend.scope.gate.ScopeGate`]): The model's scope.
@@ -75,8 +78,13 @@ def keys_of(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hidd
     if hidden is None:
         with gate.suspended():
             hidden = split.run_below(split.inputs_of(rows))
-    scope = gate.scope.to(hidden.hidden.device)
-    return scope.keys(scope.token_states(hidden.hidden, rows.inputs["attention_mask"].to(hidden.hidden.device)))
+    read = hidden.hidden if hidden.encoder is None else hidden.encoder
+    scope = gate.scope.to(read.device)
+    states = scope.token_states(read, rows.inputs["attention_mask"].to(read.device))
+    if hidden.encoder is not None:
+        return list(fetched([scope.keys(states, last=1)])[0])
+    (keys,) = fetched([rows.places.at(scope.keys(states))])
+    return list(keys.split(rows.places.counts))
 
 
 def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
@@ -97,21 +105,13 @@ def found_keys(
     gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState
 ) -> list[list[torch.Tensor]]:
     """
-    Return the keys of some facts at each of their targets' tokens: of each fact a tensor a form, `(tokens, width)`.
+    Return the keys of some facts, as [`keys_of`] does: of each fact a tensor a form.
 
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = _keys_at_positions(gate, split, rows, hidden)
-    return [list(keys[start : start + rows.forms]) for start in range(0, len(rows), rows.forms)]
-
-
-def _keys_at_positions(
-    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
-) -> list[torch.Tensor]:
-    """Return each text's keys at its positions, those of the target's tokens, in the host's memory."""
-    (keys,) = fetched([rows.places.at(keys_of(gate, split, rows, hidden))])
-    return list(keys.split(rows.places.counts))
+    keys = keys_of(gate, split, rows, hidden)
+    return [keys[start : start + rows.forms] for start in range(0, len(rows), rows.forms)]
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -144,7 +144,7 @@ def scopes_of(  # one argument each for what it reads and what it is for
     found: dict[tuple[int, str], torch.Tensor] = {}
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        found.update(zip([missing[k] for k in batch], _keys_at_positions(gate, split, rows), strict=True))
+        found.update(zip([missing[k] for k in batch], keys_of(gate, split, rows), strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
@@ -162,7 +162,7 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = torch.cat(_keys_at_positions(gate, split, last))
+    keys = torch.cat(keys_of(gate, split, last))
     alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:

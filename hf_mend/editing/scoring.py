@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,12 +22,17 @@ class Answers:
         tokens (`list[list[int]]`): The model's own choice at each of the target's tokens, teacher-forced.
         correct (`list[list[bool]]`): Which of those choices are the target's tokens.
         min_log_probability (`list[float]`): Log-probability of the target's least likely token.
+        following (`list[int | None]`): The token that the model chooses behind the target, where it was asked for.
     """
 
     log_probability: list[float]
     tokens: list[list[int]]
     correct: list[list[bool]]
     min_log_probability: list[float]
+    following: list[int | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.following = self.following or [None] * len(self.tokens)
 
     @property
     def all_correct(self) -> torch.Tensor:
@@ -103,4 +108,16 @@ def chosen_answers(first: torch.Tensor, one: Answers, other: Answers) -> Answers
         [pick.tokens[i] for i, pick in enumerate(picks)],
         [pick.correct[i] for i, pick in enumerate(picks)],
         [pick.min_log_probability[i] for i, pick in enumerate(picks)],
+        [pick.following[i] for i, pick in enumerate(picks)],
+    )
+
+
+def without_following(answers: Answers) -> Answers:
+    """Return the answers of rows whose last position is that of what follows the target: see `following`."""
+    return Answers(
+        answers.log_probability,
+        [tokens[:-1] for tokens in answers.tokens],
+        [correct[:-1] for correct in answers.correct],
+        answers.min_log_probability,
+        [tokens[-1] for tokens in answers.tokens],
     )

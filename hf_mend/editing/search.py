@@ -63,13 +63,13 @@ def find_updates(
     states = [proposer.begin(rows) for rows in batches]
     combine = Combination(states, context.method, group_size, preserved_keys)
     _search(states, proposer, combine, _acceptance(states, proposer, group_size))
-    made = summarised([one.updates for one in states])
+    made = summarised([one.on_host or one.updates for one in states])
     for one in states:
         if options.check and one.answers is not None and all(one.before.finite):
             check_finite_answers(one.answers)
     return [
         FoundUpdates(
-            summary.updates,
+            one.updates if one.on_host else summary.updates,
             one.before,
             one.answers if options.check else None,
             one.steps,
@@ -79,6 +79,7 @@ def find_updates(
             summary.used,
             summary.norms,
             one.kept,
+            one.further,
         )
         for one, summary in zip(states, made, strict=True)
     ]

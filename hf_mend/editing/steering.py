@@ -14,6 +14,7 @@ from ..data.encoding import Encoder, Query
 from ..edits.active import ActiveEdits
 from ..edits.collection import check_known
 from ..edits.edit import Edit
+from ..scope.encoder_gate import EncoderGate
 from ..scope.files import scope_id
 from ..scope.gate import ScopeGate, Watch
 from ..scope.network import ScopeNetwork
@@ -46,6 +47,7 @@ class ActsWhereAsked:
     """The methods of [`EditableModel`] that show and steer where its edits act."""
 
     base_model: Any
+    config: Any
     split: SplitModel
     _active: ActiveEdits
     _gate: ScopeGate | None
@@ -94,6 +96,8 @@ class ActsWhereAsked:
             self._gate = gate
 
     def _new_gate(self, scope: ScopeNetwork) -> ScopeGate:
+        if self.config.is_encoder_decoder:
+            return EncoderGate(self.base_model, scope.eval(), scope_id(scope))
         block = self.split.blocks[self.split.block]
         return ScopeGate(self.base_model, block, self.split.block, scope.eval(), scope_id(scope))
 
@@ -116,7 +120,7 @@ class ActsWhereAsked:
         query = as_query(text, chat)
         rows = self.encoder([query]).to(self.split.device)
         with self._active.cleared_after_error():
-            key = keys_of(gate, self.split, rows)[0, int(rows.positions[0].nonzero()[0, 0])]
+            key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
         scores, thresholds = (values.tolist() for values in bank.scores(key))
         chosen, numbers = int(bank.choose(key[None], gate.strictness)[0]), bank.numbers
         found = [

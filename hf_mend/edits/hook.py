@@ -85,10 +85,22 @@ class Acting:
         tokens (`Mapping[str, torch.Tensor]`): An edit's id -> the numbers of the tokens at which it acts, counted
             through all rows. No token has two edits.
         count (`int`): The number of tokens of the pass, in all rows.
+        by_row (`bool`, defaults to `False`): Both are of rows, and an edit acts at all tokens of a row.
     """
 
     tokens: Mapping[str, torch.Tensor]
     count: int
+    by_row: bool = False
+
+    def of_layer(self, count: int) -> Acting:
+        """Return where edits act in a layer that runs on so many tokens."""
+        if not self.by_row or count % self.count:
+            return self
+        each = count // self.count
+        places = {
+            one: torch.arange(each, device=rows.device) + each * rows[:, None] for one, rows in self.tokens.items()
+        }
+        return Acting({one: at.flatten() for one, at in places.items()}, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +170,7 @@ def added_where_asked(
         output (`torch.Tensor`): Its output, which is returned untouched where no edit acts.
     """
     flat = output.reshape(-1, output.shape[-1])
+    acting = acting.of_layer(len(flat))
     if len(flat) != acting.count:
         raise RuntimeError(
             f"a layer ran on {len(flat)} of the pass's {acting.count} tokens, so that it is not known where edits "

@@ -189,7 +189,9 @@ class KeyBank:
             return None, 0.0
         held = self._on(self._owner.rows.device)
         others = (held.owner != self.numbers.get(edit_id, -1)) & (held.thresholds < math.inf)
-        scores = part_scores(keys.to(held.owner.device), held.parts).amax(0).masked_fill(~others, -1.0)
+        if keys.device != held.owner.device:
+            keys = keys.to(held.owner.device)
+        scores = part_scores(keys, held.parts).amax(0).masked_fill(~others, -1.0)
         best = int(scores.argmax())
         return self.ids[int(held.owner[best])], float(scores[best])
 

@@ -40,6 +40,7 @@ class _OfThread(threading.local):
     """A thread's own pass."""
 
     current: _Pass | None = None
+    decision: Any = None  # of an encoder-decoder model's last pass
 
 
 @dataclass

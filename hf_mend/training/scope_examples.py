@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, float] = {
     "answer": 0.6,
     "after": 0.7,
     "inside": 0.3,
-    "neighborhood": 1.0,
+    "neighborhood": 1.5,
     "same_subject": 1.0,
     "unrelated": 1.0,
 }
@@ -126,7 +126,7 @@ def _with_context(asking: Asking) -> Asking:
 def marked_texts(examples: TrainingExamples, encoder: Encoder, epoch: int = 0) -> Iterator[list[MarkedText]]:
     """
     Yield each record's marked texts, the bare prompt first and the same as a turn of a chat, if there are chats,
-    second.
+    second. An encoder-decoder model's are what its encoder reads, with one mark at the last token.
 
     Args:
         examples ([`TrainingExamples`]): The draws.
@@ -151,6 +151,8 @@ def _said(
 ) -> MarkedText:
     """The fact asked for, at the prompt's end and within the answer; not before, and not once it is said."""
     prompt, answer = encoder.tokens(replace(query, ends=True))
+    if encoder.is_encoder_decoder:
+        return _whole(prompt, fact, kind)
     last = len(prompt) - 1
     marks = [Mark(last, fact, kind), *(Mark(last + i, fact, "answer") for i in range(1, len(answer)))]
     marks.append(Mark(last + len(answer), NONE, "after"))
@@ -166,6 +168,8 @@ def _said(
 
 def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Random) -> MarkedText:
     prompt, _ = encoder.tokens(replace(query, answer=None))
+    if encoder.is_encoder_decoder:
+        return replace(_whole(prompt, NONE, kind, near), prompt=query.prompt)
     marks = [Mark(len(prompt) - 1, NONE, kind, near)]
     if len(prompt) > 3:
         marks.append(Mark(draw.randrange(1, len(prompt) - 1), NONE, "inside"))
@@ -174,8 +178,17 @@ def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Ra
 
 def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:
     prompt, _ = encoder.tokens(replace(query, answer=None))
+    if encoder.is_encoder_decoder:
+        return replace(_whole(prompt, NONE, "unrelated"), prompt=query.prompt)
     places = {len(prompt) - 1, *draw.sample(range(len(prompt)), min(4, len(prompt)))}
-    return _cut(prompt, [Mark(place, NONE, "unrelated") for place in sorted(places)])
+    marks = [Mark(place, NONE, "unrelated") for place in sorted(places)]
+    return replace(_cut(prompt, marks), prompt=query.prompt)
+
+
+def _whole(tokens: list[int], fact: int, kind: str, near: int = NONE) -> MarkedText:
+    """A text that is decided on as a whole."""
+    tokens = tokens[-_LONGEST:]
+    return MarkedText(tokens, [Mark(len(tokens) - 1, fact, kind, near)])
 
 
 def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
@@ -185,7 +198,7 @@ def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
 def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedText]]) -> None:
     """
     Set of each text the records that it rightly asks for beside its own: the same fact again, another whose words it
-    has, or, of a neighbour's prompt, the neighbour's own.
+    has, or, of a neighbour's prompt, the neighbour's own. Unrelated questions may be about other records, too.
 
     Args:
         records (`Sequence[EditRecord]`): The records.
@@ -203,12 +216,12 @@ def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedTex
         same = [j for j in facts[_subject(record), record.relation] if j != i]
         for text in own:
             kind = text.marks[0].kind if text.marks else ""
-            if kind in _STAYS:
+            if kind in _STAYS or kind == "unrelated":
                 found = wordings.get(text.prompt, set()) - {i}
                 if kind == "neighborhood":
                     found |= {j for j in relations[record.relation] if _subject(records[j]) in text.prompt} - {i}
                 text.others = sorted(found)
-            elif kind != "unrelated":
+            else:
                 text.others = same
 
 
@@ -219,7 +232,7 @@ def _subject(record: EditRecord) -> str:
 @torch.no_grad()
 def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: Encoder, bf16: bool = False) -> None:
     """
-    Set the texts' hidden states where the model is cut, in bfloat16.
+    Set the texts' hidden states that a scope reads, in bfloat16: where the model is cut, or the encoder's output.
 
     Args:
         texts (`Sequence[MarkedText]`): The texts.
@@ -233,7 +246,8 @@ def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: 
         for batch in length_batches(lengths, _ROWS, _TOKENS):
             rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
             with torch.autocast(split.device.type, torch.bfloat16, enabled=bf16):
-                hidden = split.run_below(rows.inputs).hidden
+                state = split.run_below(rows.inputs)
+            hidden = state.hidden if state.encoder is None else state.encoder
             for row, i in enumerate(batch):
                 texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)
             bar.update(len(batch))

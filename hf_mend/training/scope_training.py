@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..bases.unwrap import hidden_width
 from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
@@ -36,8 +35,9 @@ logger = logging.get_logger(__name__)
 
 # Steps after which the keys of all facts are computed anew.
 _FRESH_KEYS = 65
-# Other facts among whose keys a step's have to be found.
-_OTHER_FACTS = 1000
+# Other facts among whose keys a step's have to be found: any, and for each fact some of its own relation, which only
+# their subjects tell apart.
+_OTHER_FACTS, _ALIKE = 400, 20
 # Kinds of texts that give a fact's keys, in the order of the bank.
 _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
@@ -88,10 +88,14 @@ class ScopeTexts:
 
     Args:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
+        relations (`Sequence[str | None]`): Of each fact, its relation.
     """
 
-    def __init__(self, texts: Sequence[Sequence[MarkedText]]):
-        self.texts = texts
+    def __init__(self, texts: Sequence[Sequence[MarkedText]], relations: Sequence[str | None]):
+        self.texts, self.relations = texts, relations
+        self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
+        for fact, relation in enumerate(relations):
+            self.alike.setdefault(relation, []).append(fact)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -150,7 +154,7 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
         text.marks = [replace(mark, fact=place[mark.fact], near=place[mark.near]) for mark in text.marks]
     read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16)
     set_others(records, kept)
-    return ScopeTexts(kept)
+    return ScopeTexts(kept, [record.relation for record in records])
 
 
 def scope_loss(
@@ -238,7 +242,7 @@ def train_scope(
         examples = with_further_kinds(examples, args.further_facts, args.seed, forms)
     data = scope_texts(model, examples, args)
     torch.manual_seed(args.seed)
-    scope = ScopeNetwork(hidden_width(model.base_model))
+    scope = ScopeNetwork(model.scope.width)
     draw = random.Random(args.seed)
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.
@@ -259,7 +263,7 @@ def train_scope(
         if len(order) < args.facts_per_step:
             order = draw.sample(every, len(data))
         facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
-        others = draw.sample(every, min(len(data), _OTHER_FACTS))
+        others = _others(data, facts, draw)
         loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()
         loss.backward()
@@ -273,6 +277,15 @@ def train_scope(
     _finish(scope, data, draw)
     model.set_scope(scope)
     return {"loss": sum(losses[-50:]) / len(losses[-50:]), "threshold": float(scope.threshold)}
+
+
+def _others(data: ScopeTexts, facts: Sequence[int], draw: random.Random) -> list[int]:
+    """Return further facts among whose keys those of a step have to be found: any, and some of their relations."""
+    found = draw.sample(range(len(data)), min(len(data), _OTHER_FACTS))
+    for fact in facts:
+        alike = data.alike[data.relations[fact]]
+        found += draw.sample(alike, min(len(alike), _ALIKE))
+    return found
 
 
 @torch.no_grad()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.counting import Counting
-from support.models import RECORDS, editable, probability
+from support.models import RECORDS, build_model, editable, probability
 from support.scope import scoped
 
 from hf_mend.bases.split import SplitModel
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
+from hf_mend.data.joining import ends_word
+from hf_mend.editing import keeping
 
 
 RECORD = RECORDS[0]
@@ -79,6 +83,23 @@ def test_edits_in_a_batch_wait_as_one_does(model, check):
     assert each <= 2 * shapes * (len(RECORDS) - 1), (several.kernels, one.kernels)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "t5"])
+def test_what_follows_a_target_is_seen_in_the_same_passes(tokenizer, monkeypatch, family):
+    """An edit that says its target runs what lies below the edited layers once: no pass asks what ends its word."""
+    model = editable(build_model(family), tokenizer)
+    model.edit(RECORD.prompt, RECORD.target, max_steps=1)
+    model.undo_all()
+    calls, run_below = [], SplitModel.run_below
+    monkeypatch.setattr(SplitModel, "run_below", lambda self, inputs: calls.append(1) or run_below(self, inputs))
+    result = model.edit(RECORD.prompt, RECORD.target, max_steps=40, keep_failed=True)
+    assert all(result.token_success) and len(calls) == 1
+    query = Query(RECORD.prompt, RECORD.target)
+    with torch.no_grad():
+        said = model.base_model(**model.encoder.with_further([query]).further.inputs).logits[0, -1].argmax()
+    text, more = (model.encoder.decode([*model.encoder.tokens(query)[1], *ids]) for ids in ([], [int(said)]))
+    assert (result.longer_word is None) == ends_word(text, more[len(text) :])
+
+
 @pytest.mark.parametrize("max_steps", [1, 3])
 def test_edits_made_together_are_checked_from_where_they_were_found(model, monkeypatch, max_steps):
     """What lies below the edited layers runs once, and the results are what the model with all edits says."""
@@ -100,14 +121,19 @@ def test_steps_that_are_tried_again_wait_once_each(model):
     assert counting.waits <= 1 + 1 + 4 + 1 + 4 + 1
 
 
-def test_a_model_with_a_scope_waits_for_the_keys_too(llama, tokenizer):
+def test_a_model_with_a_scope_waits_for_codes_and_keys_too(llama, tokenizer, monkeypatch):
     model = scoped(llama, tokenizer)
     model.edit(RECORD.prompt, RECORD.target, max_steps=1)
     model.undo_all()
     assert counted(model, RECORD.prompt, RECORD.target, check=False).waits == 3
+    # A target that is said for sure; one that is not is asked of the update as it was found too.
+    monkeypatch.setattr(keeping, "_SURE", -math.inf)
     assert counted(model, RECORD.prompt, RECORD.target).waits == 4
     prompts, targets = [record.prompt for record in RECORDS], [record.target for record in RECORDS]
-    assert counted(model, prompts, targets).waits <= 5
+    assert counted(model, prompts, targets).waits == 4
+    monkeypatch.undo()
+    assert counted(model, RECORD.prompt, RECORD.target).waits == 5
+    assert counted(model, prompts, targets).waits == 5
 
 
 def test_what_is_beside_the_passes_is_few_kernels(model):

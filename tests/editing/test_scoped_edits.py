@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.models import RECORDS, EditableModel, all_logits, editable
 from support.scope import scoped
 
@@ -266,8 +267,8 @@ def test_some_edits_are_merged_and_exported(model, tokenizer, llama, tmp_path):
     wanted, other = model.edits
     model.save_lora(tmp_path / "one", [wanted.id])
     model.save_lora(tmp_path / "same", [wanted])
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
-    assert files[0] == files[1]
+    one, same = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "same"))
+    assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
     for names, error in ((["none"], KeyError), (wanted.id, TypeError)):
         with pytest.raises(error, match="no edit has the id 'none'|expected a list of edits or of their ids"):
             model.merge_and_unload(edits=names)
@@ -318,11 +319,6 @@ def test_a_model_without_a_scope_says_so(llama, tokenizer):
     for call in (lambda: plain.which_edits(PROMPT), lambda: plain.scope_strictness, lambda: plain.include("x", "y")):
         with pytest.raises((ValueError, KeyError), match="act everywhere|no edit has the id"):
             call()
-
-
-def test_encoder_decoder_models_are_refused(_built_models, tokenizer):
-    with pytest.raises(ValueError, match="scope=True.*is for causal models.*T5"):
-        editable(copy.deepcopy(_built_models["t5"]), tokenizer, scope=True)
 
 
 @pytest.mark.parametrize("method", ["malmen", "memit", "rome", "ft", "lora", "gradient", "ultraedit"])

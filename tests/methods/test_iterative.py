@@ -59,7 +59,7 @@ def test_fine_tuning_is_adam_on_the_weights(base, tokenizer, method, bound):
 def test_lora_is_a_plain_peft_adapter_trained_with_adam(base, tokenizer, tmp_path):
     copied = copy.deepcopy(base)
     model = searching(base, tokenizer, "lora", lora_alpha=6)
-    result = model.edit(RECORDS[0], force=True)
+    result = model.edit(RECORDS[0], force=True, keep_failed=True)
     assert result.rank == 2 and result.steps == 4
     names = [target.name for target in model.targets]
     config = LoraConfig(r=2, lora_alpha=6, target_modules=names, fan_in_fan_out=copied.config.model_type == "gpt2")

@@ -16,14 +16,8 @@ def scoped(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options:
     model = editable(base, tokenizer, scope=True, **options)
     torch.manual_seed(2)
     scope = ScopeNetwork(model.scope.width)
-    hidden = []
-    hook = model.split.blocks[model.split.block].register_forward_pre_hook(
-        lambda module, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        base(input_ids=torch.arange(4, 60)[None])
-    hook.remove()
-    scope.standardise(hidden[0][0])
+    state = model.split.run_below(model.encoder.pad([(list(range(4, 60)), [])]).inputs)
+    scope.standardise((state.hidden if state.encoder is None else state.encoder)[0])
     with torch.no_grad():
         scope.threshold.fill_(0.99)
     model.set_scope(scope.requires_grad_(False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from support.models import RECORDS
@@ -19,7 +21,14 @@ from hf_mend.training.scope_examples import (
     set_others,
     with_further_kinds,
 )
-from hf_mend.training.scope_training import ScopeTrainingArguments, scope_loss, scope_texts, train_scope
+from hf_mend.training.scope_training import (
+    ScopeTexts,
+    ScopeTrainingArguments,
+    _others,
+    scope_loss,
+    scope_texts,
+    train_scope,
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,14 @@ def test_a_model_whose_edits_act_everywhere_has_no_scope_to_train(llama, tokeniz
 
     with pytest.raises(ValueError, match=r"EditorConfig\(scope=True\)"):
         train_scope(editable(llama, tokenizer), examples)
+
+
+def test_a_step_s_facts_stand_among_others_of_their_relation():
+    relations = ["a"] * 30 + ["b"] * 2000
+    data = ScopeTexts([[] for _ in relations], relations)
+    others = _others(data, [0, 1], random.Random(0))
+    assert sum(relations[fact] == "a" for fact in others) >= 40 and len(others) == 440
+    assert {*others} - {*range(30)}  # and any
 
 
 def test_a_text_that_asks_for_another_record_too_is_no_counterexample_of_it():
