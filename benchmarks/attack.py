@@ -69,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=50_000, help="edits of the large store")
     parser.add_argument("--minutes", type=float, default=10.0, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="add to the counts that are kept; give another seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of what is tried; others stay")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "attack"))
     return parser.parse_args()
@@ -172,9 +173,10 @@ def files(count: int, clock: Clock, rng: random.Random) -> Figures:
     """Altered files, loaded in processes with bounded memory that are watched."""
     outcomes, wrong, slowest = Counter[str](), [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        material, following = make_material(Path(folder), make_tokenizer()), 0
-        while following < count and clock.has_more():
-            for number, outcome, seconds in _in_a_worker(material, range(following, count), clock):
+        material, first = make_material(Path(folder), make_tokenizer()), rng.randrange(10**9)
+        following = first
+        while following < first + count and clock.has_more():
+            for number, outcome, seconds in _in_a_worker(material, range(following, first + count), clock):
                 following = number + 1
                 slowest = max(slowest, seconds)
                 outcomes[outcome if outcome in ("refused", "loaded") else "wrong"] += 1
@@ -257,6 +259,19 @@ def _name(kind: tuple[str, bool, bool]) -> str:
     return kind[0] + (", with a scope" if kind[1] else "") + (", with a store" if kind[2] else "")
 
 
+def added(before: Figures, now: Figures) -> Figures:
+    """What two runs of a part count together."""
+    whole = dict(now)
+    for name, value in before.items():
+        if name == "of":
+            whole["of"] = dict(Counter(value) + Counter(now["of"]))
+        elif name == "what":
+            whole["what"] = [*value, *now["what"]][:20]
+        else:
+            whole[name] = max(value, now[name]) if name.startswith("slowest") else value + now[name]
+    return whole
+
+
 def as_markdown(results: dict[str, Figures]) -> str:
     titles = {
         "lines": ("exceptions put in at lines", "neither before the call nor after it, or something is left"),
@@ -304,7 +319,8 @@ def main() -> None:
     }
     for part, (attack, count) in work.items():
         if part in arguments.parts and count:
-            kept[part] = attack(count, Clock(arguments.minutes), random.Random(arguments.seed))
+            found = attack(count, Clock(arguments.minutes), random.Random(arguments.seed))
+            kept[part] = added(kept[part], found) if arguments.add and part in kept and part != "many" else found
             print(part, {name: value for name, value in kept[part].items() if name != "of"}, flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")
