@@ -64,7 +64,5 @@ def export(  # typer makes an argument or option of each of the eleven parameter
             model.merge_and_unload(edits=edit).save_pretrained(work)
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
-            for file in (path for path in work.iterdir() if path.is_file()):
-                file.chmod(0o644)  # safetensors' own is for the user alone
         text = f"The model with {plural(count, 'edit')} in its weights is in {output}"
     return Report({"edits": count, "to": to, "output": str(output), **({"error": error} if max_rank else {})}, text)

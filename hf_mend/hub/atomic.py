@@ -21,8 +21,9 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
     A process killed at any point leaves the earlier folder whole: under its own name, or, in the instant between the
     two renames, under the name from which [`recover_folder`] brings it back. Files that the context does not write are
-    kept, and links that lead out of the folder stay links: what they lead to is neither read nor written. In a folder
-    that cannot be renamed (a mounted volume, the working directory) the files are replaced singly.
+    kept, permissions stay, and a new file can be read by all. Links that lead out of the folder stay links: what they
+    lead to is neither read nor written. In a folder that cannot be renamed (a mounted volume, the working directory)
+    the files are replaced singly.
 
     Args:
         path (`str` or `Path`): The folder to replace; it need not exist.
@@ -42,6 +43,8 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         yield work
         for file in work.iterdir():
             if file.is_file():
+                if file.stat().st_nlink == 1:  # no link to a file of before; safetensors' own is for the user alone
+                    os.chmod(file, _mode(path / file.name, 0o644))
                 _flush(file)
         if not fixed:
             for name, target in links.items():

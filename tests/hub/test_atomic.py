@@ -94,3 +94,18 @@ def test_a_place_that_the_system_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mend.hub.atomic.tempfile.TemporaryFile", refuse)
     with pytest.raises(PermissionError, match="new cannot be written .Permission denied.; name another folder"):
         check_writable(tmp_path / "new")
+
+
+def test_files_in_a_folder_keep_their_permissions_and_new_ones_can_be_read(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, mode in (("kept", 0o640), ("rewritten", 0o660)):
+        (folder / name).write_text("old")
+        (folder / name).chmod(mode)
+    with replaced_folder(folder) as work:
+        for name in ("rewritten", "new"):
+            (work / name).unlink(missing_ok=True)
+            (work / name).write_text("new")
+            (work / name).chmod(0o600)  # as safetensors writes
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {"kept": 0o640, "rewritten": 0o660, "new": 0o644}
