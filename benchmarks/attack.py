@@ -296,7 +296,7 @@ def as_markdown(results: dict[str, Figures]) -> str:
         if found.get("what"):
             out += ["", "What was wrong:", "", *(f"- `{one}`" for one in found["what"])]
     if "many" in results:
-        out += ["", "| a store of many edits | |", "|---|---|"]
+        out += ["", "| a store of many edits, seconds that passed beside other work on the machine | |", "|---|---|"]
         out += [
             f"| {k} | {v:,.3f} |" if isinstance(v, float) else f"| {k} | {v:,} |" for k, v in results["many"].items()
         ]
