@@ -104,4 +104,4 @@ editor-seq2seq: $(STAMP)
 	$(BIN)/python benchmarks/seq2seq.py --data $(DATA) --folder build/t5 --output model_cards/t5-closed-book-mend
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf .venv .hypothesis .pytest_cache .ruff_cache .mypy_cache build *.egg-info

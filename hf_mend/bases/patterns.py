@@ -245,8 +245,8 @@ class _Parser:
             self.place += 2
         node = self.either()
         self.expect(")")
-        # A group of one assertion can be repeated, and an assertion cannot.
-        return _Sequence((node,)) if isinstance(node, _At) else node
+        # A group of one assertion can be repeated, and an assertion cannot; one of alternatives stands for them all.
+        return _Sequence((node,)) if isinstance(node, (_At, _Either)) else node
 
     def escaped(self) -> _Chars | _At:
         char = self.take()

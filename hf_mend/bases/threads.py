@@ -82,7 +82,11 @@ def hooked(register: Callable[..., Any], hook: Callable[..., Any], **options: An
         register(own, **options)
         yield
     finally:
-        unhook(module, own)
+        try:
+            unhook(module, own)
+        except BaseException:  # an interrupt of the removal: left there, the hook would act in later passes
+            unhook(module, own)
+            raise
 
 
 @contextmanager
@@ -100,7 +104,11 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = forwards
         yield
     finally:
-        _restore(module, thread, forward)
+        try:
+            _restore(module, thread, forward)
+        except BaseException:
+            _restore(module, thread, forward)
+            raise
 
 
 def present_forward(module: Any) -> Callable[..., Any]:

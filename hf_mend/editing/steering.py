@@ -119,7 +119,8 @@ class ActsWhereAsked:
             return []
         query = as_query(text, chat)
         rows = self.encoder([query]).to(self.split.device)
-        key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
+        with self._active.cleared_after_error():
+            key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
         scores, thresholds = (values.tolist() for values in bank.scores(key))
         chosen, numbers = int(bank.choose(key[None], gate.strictness)[0]), bank.numbers
         found = [

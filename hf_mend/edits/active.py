@@ -139,6 +139,12 @@ class ActiveEdits(ActsInPasses):
                 f"{source}: the edit {edit.id!r} acts where the scope {edit.scope.scope_id!r} says, and {has}; "
                 "load the editor that made the edits with EditableModel.from_pretrained"
             )
+        width = edit.scope.keys.shape[1]
+        if self.gate is not None and width != self.gate.key_width:
+            raise ValueError(
+                f"{source}: the keys of the edit {edit.id!r} have {width} numbers, this model's scope gives "
+                f"{self.gate.key_width}; the file was altered, restore it from a copy"
+            )
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""

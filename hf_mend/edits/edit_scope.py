@@ -58,13 +58,17 @@ class EditScope:
             ValueError: The tensors do not fit the description.
         """
         keys, thresholds = pairs.get(SCOPE_TENSORS) or (torch.zeros(0, 0), torch.zeros(0, 1))
-        excluded, _ = pairs.get(EXCLUDED_TENSORS) or (keys[:0], keys)
+        excluded, beside = pairs.get(EXCLUDED_TENSORS) or (keys[:0], thresholds[:0])
         texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
-        good = keys.dim() == excluded.dim() == 2 and thresholds.shape == (len(keys), 1) and len(keys) == len(texts) > 0
-        if not good or len(excluded) != len(excluded_texts) or not keys.isfinite().all():
+        good = keys.dim() == excluded.dim() == 2 and keys.shape[1] == excluded.shape[1]
+        good = good and thresholds.shape == (len(keys), 1) and beside.shape == (len(excluded), 1)
+        good = good and all(side.is_floating_point() for side in (keys, thresholds, excluded, beside))
+        good = good and len(keys) == len(texts) > 0 and len(excluded) == len(excluded_texts)
+        if not good or not keys.isfinite().all():
             raise ValueError(
-                f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} for {len(texts)} texts and "
-                f"{len(excluded)} excluded ones for {len(excluded_texts)}; the file was altered"
+                f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} in {keys.dtype} for {len(texts)} "
+                f"texts and {tuple(excluded.shape)} excluded ones for {len(excluded_texts)}, with thresholds of shape "
+                f"{tuple(thresholds.shape)}; the file was altered, restore it from a copy"
             )
         return cls(str(described["id"]), keys, thresholds[:, 0], texts, excluded, excluded_texts)
 

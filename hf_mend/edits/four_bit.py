@@ -107,9 +107,9 @@ class FourBitUpdates(Mapping[str, Update]):
         parts = []
         for number, ranks in enumerate(described):
             u, v = pairs.get(f"{FOUR_BIT_TENSORS}{number}") or (torch.zeros(0, 0), torch.zeros(0, 0))
-            rows, bytes_a_row = sum(ranks.values()), [_bytes(_width(side.shape[-1])) for side in (u, v)]
+            rows = sum(ranks.values())
             good = all(side.dtype == torch.uint8 and side.dim() == 2 and len(side) == rows for side in (u, v))
-            if not good or bytes_a_row != [u.shape[1], v.shape[1]]:
+            if not good or any(_bytes(_width(side.shape[1])) != side.shape[1] for side in (u, v)):
                 raise ValueError(
                     f"{where}: the edit's codes have the shapes {tuple(u.shape)} and {tuple(v.shape)} in {u.dtype}, "
                     f"expected {rows} rows of four-bit factors; the file was altered, restore it from a copy"

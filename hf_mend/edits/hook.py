@@ -139,6 +139,7 @@ class Gate(Protocol):
     """Decides in each pass where which edits act: [`~hf_mend.scope.gate.ScopeGate`]."""
 
     scope_id: str
+    key_width: int
     # The bank of the edits that act in the pass that this thread is in, `None` where none does.
     bank_now: Callable[[], Any]
 

@@ -208,12 +208,17 @@ class ActsInPasses:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Let no other thread change the edits within the context. After an error, nothing of a pass is left."""
-        with self.lock:
-            try:
-                yield
-            except BaseException:
-                self._clear()
-                raise
+        with self.lock, self.cleared_after_error():
+            yield
+
+    @contextmanager
+    def cleared_after_error(self) -> Iterator[None]:
+        """Leave nothing of a pass of this thread, which is in none outside of the context, after an error in it."""
+        try:
+            yield
+        except BaseException:
+            self._clear()
+            raise
 
     def _clear(self) -> None:
         if self._base_model is not None:

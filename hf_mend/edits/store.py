@@ -249,18 +249,18 @@ class EditStore:
             if check is not None:
                 check(self._seen)
             known = self._seen.copy()
-            try:
-                known.place = self._write(file, known, edits, changes)
-            except BaseException:
-                file.truncate(self._seen.place.end)
-                raise
-            if not self._seen.start:
-                flush_folder(self._file.parent)
             for edit in edits:
                 known.add(edit)
             known.change(changes)
-            self._seen = known
-            self._accepted = known.start
+            try:
+                known.place = self._write(file, known, edits, changes)
+                if not self._seen.start:
+                    flush_folder(self._file.parent)
+                self._accepted = known.start
+                self._seen = known  # here it has happened
+            except BaseException:
+                file.truncate(self._seen.place.end)
+                raise
 
     def _write(self, file: BinaryIO, known: _Seen, edits: Sequence[Edit], changes: dict[str, list[str]]) -> Place:
         """Write a group of records and, once they are on the disk, its commit."""

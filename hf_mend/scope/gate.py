@@ -19,7 +19,7 @@ from ..edits.edit import Edit
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
 from .cache_layer import ScopeLayer, past_length, scope_layer
-from .network import ScopeNetwork, TokenStates
+from .network import KEY_WIDTH, ScopeNetwork, TokenStates
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +89,7 @@ class ScopeGate:
 
     def __init__(self, model: nn.Module, block: nn.Module, number: int, scope: ScopeNetwork, scope_id: str):
         self.model, self.block, self.number = model, block, number
-        self.scope, self.scope_id = scope, scope_id
+        self.scope, self.scope_id, self.key_width = scope, scope_id, KEY_WIDTH
         self.strictness = 0.0
         self.bank_now: Callable[[], KeyBank | None] = _no_bank
         self._local = _OfThread()

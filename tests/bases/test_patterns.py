@@ -31,6 +31,7 @@ NAMES = [
         r"(a)|.*norm",
         r"model.layers.\d+.mlp.(up|down)_proj",
         r".*\.1?\d\.mlp\.[^.]+",
+        r"(?!.*norm)(?:model\.layers\.1\..*|.*down_proj)",
         ".*",
         r"model\.layers\.\d{2}\.[a-z_]+\.[^.]*",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from support.models import RECORDS, EditableModel, all_logits, editable
 from support.scope import scoped
 
+from hf_mend.bases.fingerprint import fingerprint_of
+from hf_mend.edits.edits_file import write_edits_file
 from hf_mend.scope.network import key_scores
 
 
@@ -218,6 +221,20 @@ def test_edits_of_another_scope_are_refused(model, llama, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="this model's is 'scope-"):
         other.load_edits(tmp_path)
     assert len(other.edits) == 0
+
+
+def test_keys_of_another_width_than_the_scope_gives_are_refused(model, tokenizer, tmp_path):
+    model.edit(PROMPT, TARGET, max_steps=1, force=True)
+    scope = model.edits[0].scope
+    edit = replace(model.edits[0], scope=replace(scope, keys=scope.keys[:, :64].contiguous()))
+    write_edits_file(tmp_path, [edit], fingerprint_of(model.base_model, model.targets))
+    model.undo_all()
+    plain = all_logits(model, tokenizer)
+    with pytest.raises(
+        ValueError, match="keys of the edit .* have 64 numbers, this model's scope gives 128; .*altered"
+    ):
+        model.load_edits(tmp_path)
+    assert model.edits == [] and torch.equal(all_logits(model, tokenizer), plain)
 
 
 def test_edits_without_a_scope_act_everywhere_beside_those_with_one(model, llama, tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_mend import Edit
+from hf_mend.edits.edit_scope import EditScope
 
 
 def test_a_description_keeps_the_names_that_files_have_and_comes_back():
@@ -24,3 +25,26 @@ def test_the_former_names_of_the_fields_warn_and_give_the_same():
         assert edit.needs == "enn-1"
     with pytest.warns(FutureWarning, match="Edit.support is now called is_base_delta"):
         assert edit.support is False
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda pairs: pairs.pop("scope.keys"),
+        lambda pairs: pairs.update({"scope.keys": (pairs["scope.keys"][0][:1], pairs["scope.keys"][1])}),
+        lambda pairs: pairs.update({"scope.keys": tuple(side.to(torch.uint8) for side in pairs["scope.keys"])}),
+        lambda pairs: pairs.update({"scope.keys": (pairs["scope.keys"][0], pairs["scope.keys"][1][0])}),
+        lambda pairs: pairs.update({"scope.keys": (pairs["scope.keys"][0][..., :4], pairs["scope.keys"][1])}),
+        lambda pairs: pairs.update({"scope.excluded": (torch.ones(1, 4), torch.zeros(1, 1))}),
+        lambda pairs: pairs.update({"scope.excluded": (pairs["scope.excluded"][0], torch.zeros(0, 1))}),
+        lambda pairs: pairs.update({"scope.excluded": (pairs["scope.excluded"][0][0], torch.zeros(1, 1))}),
+    ],
+)
+def test_a_scope_whose_tensors_do_not_fit_is_refused(damage):
+    scope = EditScope("scope-x", torch.ones(2, 8), torch.zeros(2), ["a", "b"], torch.ones(1, 8), ["c"])
+    edit = Edit("a", "p", "t", {}, scope=scope)
+    described, pairs = edit.describe(), edit.pairs()
+    assert Edit.from_file(described, pairs, "the file").scope is not None
+    damage(pairs)
+    with pytest.raises(ValueError, match="the file: the edit's scope has keys .*altered, restore it from a copy"):
+        Edit.from_file(described, pairs, "the file")

@@ -119,6 +119,7 @@ def test_files_stores_copies_and_pickles_keep_the_codes(tmp_path):
         lambda pairs, described: pairs.update({"other": (torch.zeros(1, 2), torch.zeros(1, 2))}),
         lambda pairs, described: pairs.update({"four_bit.0": tuple(side[1:] for side in pairs["four_bit.0"])}),
         lambda pairs, described: pairs.update({"four_bit.1": tuple(side.float() for side in pairs["four_bit.1"])}),
+        lambda pairs, described: pairs.update({"four_bit.0": tuple(side[0, 0] for side in pairs["four_bit.0"])}),
     ],
 )
 def test_codes_that_do_not_fit_their_description_are_refused(damage):

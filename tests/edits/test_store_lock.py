@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.append_to_store import small_edit
 from support.edits import bits
+from support.injection import interrupted, lines_of, some_of
 from support.models import RECORDS, all_logits, build_model, editable
 from support.paths import TESTS
 
@@ -330,3 +331,22 @@ def test_a_killed_call_with_several_edits_is_there_or_not(tmp_path):
     seen = found.stdout.split("\n")[:-1]
     assert set(seen) == {"9 first", "9 first,n0,n1,n2,n3", "0 first,n0,n1,n2,n3"}
     assert seen.count("9 first") >= 6 and seen[-1].startswith("0")
+
+
+@pytest.mark.parametrize("change", ["append", "undo"])
+def test_wherever_a_call_is_interrupted_the_object_and_the_file_have_the_same(tmp_path, change):
+    def call(path):
+        store = EditStore(path)
+        if change == "undo":
+            store.append([small_edit("a", 1), small_edit("b", 2)])
+        return store, (lambda: store.append([small_edit("c")])) if change == "append" else lambda: store.undo(["a"])
+
+    lines = lines_of(call(tmp_path / "store")[1])
+    for number in some_of(lines, 10**6):
+        path = tmp_path / f"store{number}"
+        store, change_it = call(path)
+        where = interrupted(change_it, number)
+        here = store.edits.ids
+        assert where is not None and EditStore(path).edits.ids == here, where
+        store.append([small_edit("later")])
+        assert EditStore(path).edits.ids == [*here, "later"], where

@@ -6,74 +6,18 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 import torch
 from support.edits import random_edit
 from support.models import RECORDS, all_logits, build_model, editable
+from support.reading import asked_meanwhile, at_once, hooks_of
 from support.scope import scoped
 
 from hf_mend import EditableModel
 
 
 ASKED, OTHER = RECORDS[3].prompt, RECORDS[4].prompt  # of the same number of tokens
-
-
-def at_once(*works: Callable[[], object]) -> None:
-    """Run some functions in threads that begin together, and raise what one of them raises."""
-    start, errors = threading.Barrier(len(works)), []
-
-    def run(work: Callable[[], object]) -> None:
-        start.wait()
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def is_one_of(answer: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
-    return any(torch.equal(answer, state) for state in states)
-
-
-def hooks_of(model: torch.nn.Module) -> list[object]:
-    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-
-
-@contextmanager
-def asked_meanwhile(ask: Callable[[], torch.Tensor], states: Sequence[torch.Tensor], count: int) -> Iterator[None]:
-    """Ask at least so often, in two threads, while the context runs, and expect one of the states' answers."""
-    going, wrong, asked = threading.Event(), [], []
-    going.set()
-
-    def read() -> None:
-        mine = 0
-        while going.is_set() or mine < count // 2:
-            mine += 1
-            answer = ask()
-            if not is_one_of(answer, states):
-                wrong.append(answer)
-        asked.append(mine)
-
-    threads = [threading.Thread(target=read) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        going.clear()
-        for thread in threads:
-            thread.join()
-    assert len(asked) == 2 and not wrong, f"{len(wrong)} of {sum(asked)} answers are no state's"
 
 
 def test_threads_that_only_ask_after_loading_all_get_the_models_answer(llama, tokenizer, tmp_path):

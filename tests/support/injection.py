@@ -54,7 +54,7 @@ def lines_of(call: Callable[[], object]) -> list[tuple[str, int]]:
     return lines
 
 
-def interrupted(call: Callable[[], object], number: int) -> str | None:
+def interrupted(call: Callable[[], object], number: int, error: type[BaseException] = InjectedError) -> str | None:
     """Run a call until its line of a number, where an exception is raised, and return that line, if there is one."""
     count, where = 0, None
 
@@ -63,9 +63,9 @@ def interrupted(call: Callable[[], object], number: int) -> str | None:
         count += 1
         if count == number:
             where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-            raise InjectedError
+            raise error
 
-    with contextlib.suppress(InjectedError):
+    with contextlib.suppress(error):
         _traced(call, at_line)
     return where
 
