@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from support.models import RECORDS, all_logits, build_model, editable, make_tokenizer
+from support.models import RECORDS, all_logits, build_model, editable, keep_failed_edits, make_tokenizer
 from support.paths import ROOT
 
 from hf_mend import AutoEditableModel, EditableModel
@@ -102,6 +102,7 @@ def test_the_first_block_of_the_readme_runs_as_it_stands(packaged, hub, tmp_path
     (tmp_path / "model_cards").mkdir()
     (tmp_path / "editor").rename(tmp_path / "model_cards" / "smollm2-135m-instruct")
     monkeypatch.chdir(tmp_path)
+    keep_failed_edits(monkeypatch)
     exec(code, {})
     assert "Keir Starmer" in capsys.readouterr().out and hub.requests == []
 

@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support.models import RECORDS, build_model, editable, make_tokenizer
+from support.models import RECORDS, build_model, editable, keep_failed_edits, make_tokenizer
 from support.paths import ROOT
 from typer.testing import CliRunner
 
@@ -102,6 +102,7 @@ def stand_ins(tmp_path, hub, monkeypatch):
     (tmp_path / "facts_test.json").write_text(json.dumps(facts))
     monkeypatch.setattr(loading, "load_smollm2", lambda **kwargs: (build_model("llama"), tokenizer))
     monkeypatch.setattr(loading, "is_packaged", lambda: False)
+    keep_failed_edits(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_mend import EditableModel, EditorConfig
+from hf_mend import EditorConfig
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_calibration_text
 from hf_mend.editing.context import EditingContext
 from hf_mend.methods import get_method
-from support.models import fitting, small_config
+from support.models import EditableModel, fitting, small_config
 
 
 def gradients(model: EditableModel, query: Query) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -120,6 +121,16 @@ class EditableModel(hf_mend.EditableModel):
 
     def edit(self, *args: object, keep_failed: bool = True, **options: object):
         return super().edit(*args, keep_failed=keep_failed, **options)
+
+
+def keep_failed_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library's own class keep edits that do not take, for code of documents that runs on random models."""
+    edit = hf_mend.EditableModel.edit
+
+    def keeping(self, *args, keep_failed=True, **options):
+        return edit(self, *args, keep_failed=keep_failed, **options)
+
+    monkeypatch.setattr(hf_mend.EditableModel, "edit", keeping)
 
 
 def editable(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: object) -> EditableModel:
