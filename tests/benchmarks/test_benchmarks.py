@@ -93,7 +93,8 @@ def test_kernels_and_waits_are_counted_without_a_gpu(monkeypatch, tmp_path):
     for calls in found.values():
         forward, edit, checked, *_ = calls.values()
         assert forward["of a forward pass's"] == 1 and forward["kernels"] < edit["kernels"] < checked["kernels"]
-        assert edit["waits"] == checked["waits"] - 1
+        # A scoped edit that is unsure in four bits is looked at as it was found too.
+        assert 1 <= checked["waits"] - edit["waits"] <= 2
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
