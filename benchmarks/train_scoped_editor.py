@@ -215,9 +215,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     torch.set_flush_denormal(True)  # keys of thousands of facts give many
     facts = training_records(arguments, arguments.hold_out.split(","), mixed=False)
-    asked, questions = facts_of_questions(read_questions(arguments.data / "nq_open_train.jsonl")[:QUESTIONS])
-    questions += read_questions(arguments.data / "nq_open_train.jsonl")[QUESTIONS:]
-    questions += read_questions(arguments.examples / "questions.jsonl")
+    unrelated = read_questions(arguments.data / "nq_open_train.jsonl")
+    asked, questions = facts_of_questions(unrelated[:QUESTIONS])
+    questions += unrelated[QUESTIONS:] + read_questions(arguments.examples / "questions.jsonl")
     further = more_facts(facts, arguments.further_facts, arguments.seed)
     records = [*with_more_asked([*facts, *further], seed=arguments.seed), *asked]
     asking = Asking(DEFAULT_FORMS, CONTEXT_RATE, None, context_texts())

@@ -276,7 +276,7 @@ class Surroundings:
             kind = self.texts
         if kind is self.questions:
             asked, answer = draw.choice(self.questions)
-            return f"{_capital(asked)} {_capital(answer)}."
+            return f"{capital(asked)} {capital(answer)}."
         return draw.choice(self.texts) if len(self.texts) else ""
 
     def _exchange(self, draw: random.Random, avoid: str) -> tuple[str, str]:
@@ -285,7 +285,7 @@ class Surroundings:
             fact = draw.choice(self.questions)
         if fact is None:
             return "Hello!", "Hello! How can I help you today?"
-        return _capital(fact[0]), _capital(fact[1])
+        return capital(fact[0]), capital(fact[1])
 
     def _fact(self, draw: random.Random, avoid: str) -> tuple[str, str] | None:
         """Another record's prompt or question with an answer; `None` where chance finds none."""
@@ -299,7 +299,8 @@ class Surroundings:
         return asked, answer
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Return a text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 

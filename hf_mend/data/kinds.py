@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 
+from .forms import capital
 from .records import EditRecord
 
 
@@ -140,8 +141,4 @@ def with_more_asked(
 
 
 def _about(template: str, subject: str) -> str:
-    return _capital(template.replace("{}", subject))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return capital(template.replace("{}", subject))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from .forms import capital
 from .records import EditRecord
 
 
@@ -84,7 +85,7 @@ def statements_of(question: str) -> list[str]:
     for pattern, made in _RULES:
         match = re.fullmatch(pattern, plain)
         if match is not None:
-            return [_capital(text) for text in made(match)]
+            return [capital(text) for text in made(match)]
     return []
 
 
@@ -105,10 +106,6 @@ def facts_of_questions(
             rest.append((question, answer))
             continue
         plain = question.strip().rstrip("?").strip()
-        asked = [f"{_capital(plain)}?", plain, f"Do you know {plain}?", f"Please tell me: {plain}?"]
+        asked = [f"{capital(plain)}?", plain, f"Do you know {plain}?", f"Please tell me: {plain}?"]
         facts.append(EditRecord(statements[0], answer, statements[1:], relation="question", questions=asked))
     return facts, rest
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
