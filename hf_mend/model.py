@@ -468,8 +468,13 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         return self.base_model
 
     def _warn_if_untrained(self) -> None:
-        """Warn once if the editor was never trained."""
+        """Warn once if the editor or its scope was never trained."""
         initial, self._initial_editor = self._initial_editor, None
+        if initial is not None and self.scope is not None and not self.scope.is_trained:
+            logger.warning(
+                "the scope was never trained, so edits act where a text happens to be like their own: train it with "
+                "train_scope(model), which needs no data, or leave scope=True out for edits that act everywhere"
+            )
         if initial is not None and self.editor.trains and editor_id(self.editor, self.editor_config.method) == initial:
             logger.warning(
                 f"this {self.editor_config.method!r} editor was never trained, so its edits are no better than its "

@@ -83,6 +83,11 @@ class ScopeNetwork(nn.Module):
         """Width of the hidden states."""
         return self.centre.shape[0]
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it knows what hidden states are ordinary, which training learns first."""
+        return bool((self.spread != 1.0).any())
+
     @torch.no_grad()
     def standardise(self, hidden: torch.Tensor) -> None:
         """
