@@ -103,7 +103,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _MROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE}},
     "cosmos3_edge": {"text_config": {"rope_parameters": _MROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "chameleon": {"vocabulary_map": {"<image>": 150}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
