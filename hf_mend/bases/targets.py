@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import EditorConfig
+from ..data.deprecation import renamed_arguments
 from ..hub.files import shortened
 from .experts import is_experts
 from .patterns import expression
@@ -30,6 +31,7 @@ _AUXILIARY_NAME = re.compile(
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
+@renamed_arguments(stack="side")
 @dataclass(frozen=True)
 class Target:
     """

@@ -200,12 +200,13 @@ def _find_in_batches(
     found: list[FoundUpdates] = []
     off = nullcontext() if call.gate is None else call.gate.suspended()
     count = sum(map(len, batches))
-    estimate = Estimate("Editing", count, "edits")
+    sizes = [sum(side.numel() for side in rows.inputs.values()) for rows in encoded]  # long targets take longer
+    estimate, left = Estimate("Editing", count, "edits", work=sum(sizes)), iter(sizes)
     with off, tqdm(total=count, desc="Editing", disable=len(batches) <= 1) as bar:
 
         def progress(rows: int) -> None:
             bar.update(rows)
-            estimate.done(rows)
+            estimate.done(rows, next(left, 0))
 
         for rows in calls:
             size = 1 if alone else None

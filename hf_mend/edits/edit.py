@@ -15,7 +15,7 @@ from ..data.display import html_table, shown
 from ..hub.files import shortened
 from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
 from .four_bit import FOUR_BIT_TENSORS, FourBitUpdates, is_four_bit_description
-from .low_rank import Update
+from .low_rank import Update, same_pairs
 
 
 logger = logging.get_logger(__name__)
@@ -56,6 +56,15 @@ class Edit:
     requires: str | None = None
     is_base_delta: bool = False
     scope: EditScope | None = None
+
+    # A dataclass's own would ask tensors for one truth value.
+    def __eq__(self, other: object) -> bool:
+        """Whether another edit is the same in all that a file keeps: text, state, and every tensor to the bit."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        if self is other:
+            return True
+        return self.describe() == other.describe() and same_pairs(self.pairs(), other.pairs())
 
     def __repr__(self) -> str:
         return f"Edit({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}, {self._state})"
