@@ -235,7 +235,7 @@ def test_an_encoder_of_another_width_than_the_decoder(tokenizer):
         both.decoder_start_token_id, both.pad_token_id = 1, 0
         return EncoderDecoderModel(config=both).eval()
 
-    with pytest.raises(ValueError, match="enc_to_dec_proj.*leave scope out"):
+    with pytest.raises(ValueError, match="enc_to_dec_proj.*by scope=False"):
         EditableModel(build(16, 32), EditorConfig(scope=True), tokenizer)
     assert EditableModel(build(32, 32), EditorConfig(scope=True), tokenizer).scope.width == 32
 
