@@ -165,18 +165,6 @@ def test_another_process_loads_editor_scope_and_edits(model, base, tokenizer, tm
         assert torch.equal(one, other)
 
 
-def test_a_store_keeps_scopes(model, base, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "editor")
-    model.open_store(tmp_path / "store")
-    result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
-    model.include(result.id, OTHER)
-    model.close_store()
-    model.undo_all()
-    again = EditableModel.from_pretrained(base, tmp_path / "editor", tokenizer=tokenizer).eval()
-    again.open_store(tmp_path / "store")
-    assert again.which_edits(OTHER)[0].acts and len(again.edits) == 1
-
-
 def test_copies_and_pickles_decide_by_themselves(model):
     model.edit(PROMPT, TARGET, max_steps=1, check=False)
     edited = all_logits(model, model.tokenizer, PROMPT)
