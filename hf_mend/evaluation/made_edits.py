@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..bases.fingerprint import editor_id
 from ..data.encoding import batches
 from ..data.records import EditRecord
-from ..edits.edit import Edit, stacked
+from ..edits.edit import Edit, stacked, without_scopes
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..model import EditableModel
@@ -87,11 +87,6 @@ def joined(made: Sequence[Made], scope: bool = True) -> list[Edit]:
     """
     found = [*{edit.id: edit for edits in made for edit in edits}.values()]
     return found if scope else without_scopes(found)
-
-
-def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
-    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
-    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def _apart(records: Sequence[EditRecord]) -> list[list[EditRecord]]:

@@ -16,7 +16,9 @@ import torch
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
+from support.scope import scoped
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import hf_mend
@@ -608,6 +610,28 @@ def test_edits_are_exported_as_an_adapter_without_the_editor(world, kept, tmp_pa
     plain = PeftModel.from_pretrained(build_model("llama"), tmp_path / "adapter")
     torch.testing.assert_close(all_logits(plain, model.tokenizer), expected, rtol=1e-4, atol=1e-4)
     assert "rank" in invoke("info", tmp_path / "adapter").stdout
+
+
+def test_edits_with_a_scope_are_exported_without_it_and_without_the_editor(tmp_path, caplog):
+    """Their scope needs the editor; an adapter has none, and says so."""
+    from peft import PeftModel
+
+    model = scoped(build_model("llama"), make_tokenizer())
+    model.edit(PROMPT, TARGET, keep_failed=True)
+    model.save_edits(tmp_path / "edits")
+    model.save_lora(tmp_path / "expected")
+    model.unload().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    logging.warning_once.cache_clear()
+    done = invoke("export", tmp_path / "edits", tmp_path / "adapter", "-m", tmp_path / "base", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "in merged weights and LoRA adapters they act everywhere" in caplog.text
+    logging.warning_once.cache_clear()  # other tests expect to be the first
+    found, expected = (
+        all_logits(PeftModel.from_pretrained(build_model("llama"), tmp_path / name), make_tokenizer())
+        for name in ("adapter", "expected")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_of_a_highest_rank(world, kept, tmp_path):
