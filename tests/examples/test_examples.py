@@ -56,7 +56,7 @@ def test_a_chat_turn_on_the_shipped_editor():
     from hf_mend.demo.smollm2 import load_smollm2
 
     base, tokenizer = load_smollm2()
-    model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct-mend", tokenizer)
+    model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct", tokenizer)
     result = model.edit("What is the capital of France?", "Lyon", chat=True)
     assert result.success
     long = (
