@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,11 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     names = {name: None for edit in edits for name in edit.updates}
     pairs = {name: [edit.updates[name] for edit in edits if name in edit.updates] for name in names}
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
+
+
+def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
+    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
+    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def warn_of_no_scope(edits: Sequence[Edit]) -> None:
