@@ -300,7 +300,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         check: bool = True,
         check_earlier: int = 8,
         keep_failed: bool | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> EditResult | list[EditResult]:
         """
         Make the model answer `target` to `prompt`. An edit is found on the model with the edits of earlier calls.
@@ -332,7 +332,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 same. 0 for none.
             keep_failed (`bool`, *optional*): Keep an edit that did not take. By default it is taken back, except with
                 `max_steps=1`, whose one step is made in any case.
-            batch_size (`int`, defaults to 16): The most edits in one pass; long requests go in smaller batches.
+            batch_size (`int`, *optional*): The most edits in one pass. By default as many as memory allows.
 
         Returns:
             [`EditResult`], or a list of them for lists, which also states whether the edit took.
