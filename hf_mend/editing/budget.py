@@ -18,8 +18,8 @@ Found = TypeVar("Found")
 
 # Before a pass's cost is measured, or where it cannot be: so many rows and tokens, padding included.
 _ROWS, _TOKENS = 16, 4096
-# More tokens make a pass no faster a token: on a CPU, whose cost is estimated, and on an accelerator.
-_MOST_ON_CPU, _MOST = 2048, 131_072
+# More tokens make a pass no faster a token: on a CPU, where more rows do not either, and on an accelerator.
+_MOST_ON_CPU, _MOST = 4096, 131_072
 # The share of the free memory that a pass may take.
 _SHARE = 0.6
 
@@ -47,8 +47,7 @@ class Budget:
     @property
     def most_rows(self) -> int:
         """The most requests in the next pass."""
-        known = not self.fixed and (self.measured is not None or self.device.type == "cpu")
-        return self.rows or (1_000_000 if known else _ROWS)
+        return self.rows or (_ROWS if self.fixed or self.measured is None else 1_000_000)
 
     @property
     def tokens(self) -> int:

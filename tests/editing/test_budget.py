@@ -67,7 +67,7 @@ def test_a_cpu_takes_what_the_host_has_and_no_more_than_pays(monkeypatch, tmp_pa
     (tmp_path / "other").write_text("Pages free: many\n")
     assert available_on_host(tmp_path / "other") is None and available_on_host(tmp_path / "none") is None
     budget = Budget(torch.device("cpu"), 1e6)
-    for free, tokens in ((100 * GIB, 2048), (GIB, int(0.6 * GIB / 1e6)), (0, 1), (None, 4096)):
+    for free, tokens in ((100 * GIB, 4096), (GIB, int(0.6 * GIB / 1e6)), (0, 1), (None, 4096)):
         monkeypatch.setattr(budgets, "available_on_host", lambda free=free: free)
         assert budget.tokens == tokens
 
