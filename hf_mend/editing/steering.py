@@ -144,20 +144,24 @@ class ActsWhereAsked:
         with self._scoped().watched(only) as watch:
             yield watch
 
-    def scope_margins(self, keys: torch.Tensor, own: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def scope_margins(
+        self, keys: torch.Tensor, own: Sequence[str], alone: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return how far the texts of some keys are past the thresholds: of their own edits, and of the nearest others.
+        Return how far the texts of some keys are past what they have to reach: for their own edits, and for the
+        nearest others.
 
         Args:
             keys (`torch.Tensor` of shape `(texts, width)`): The keys, as [`watching`] finds them.
             own (`Sequence[str]`): Of each text, the id of its own edit.
+            alone (`bool`, defaults to `False`): For its own edit as if that were the only one.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit.
         """
         gate, bank = self._scoped(), self._active.acting.bank
         bank = gate.bank([]) if bank is None else bank
-        margins: tuple[torch.Tensor, torch.Tensor] = bank.margins(keys, own)
+        margins: tuple[torch.Tensor, torch.Tensor] = bank.margins(keys, own, alone)
         return margins
 
     def include(self, edit_id: str, texts: str | Sequence[str], chat: bool = False) -> Edit:

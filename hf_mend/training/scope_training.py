@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
+from ..scope.bank import threshold_reached
 from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
 from .scope_examples import (
@@ -313,6 +314,8 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
             scores = key_scores(queries[numbers], keys)
             for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
                 scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
-            least.append(scores.max(-1).values.quantile(1 - share))
+            of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
+            best, rival = of_facts.topk(min(2, len(some)), -1).values.T[[0, -1]]
+            least.append(threshold_reached(best, rival).quantile(1 - share))
     if least:
         scope.threshold.copy_(torch.stack(least).max())
