@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .compiled import check_uncompiled
+
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +41,7 @@ def plain_base(model: Any) -> Any:
                 "not part of the layers; edit the model without it"
             )
         model = model.get_base_model()
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{name or type(module).__name__!r} was compiled in place and would not see the edits; load the base "
-                "model without compile(), and compile what merge_and_unload() returns"
-            )
+    check_uncompiled(model)
     if isinstance(model, PreTrainedModel):
         _check_language_model(model)
     return model

@@ -186,7 +186,10 @@ def train(
     trainer.add_callback(EstimatesTime())
     trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate() if eval_data else {}
-    model.save_pretrained(output, card_data={"license": license} if license else None)
+    writes = trainer.is_world_process_zero()
+    model.save_pretrained(output, card_data={"license": license} if license else None, is_main_process=writes)
+    if not writes:  # of several processes, one reports
+        raise typer.Exit()
     rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]
     text = "\n".join([f"The editor is in {output}, after {trainer.state.global_step} steps.", *rows])
     return Report({"output": str(output), "steps": trainer.state.global_step, "metrics": metrics}, text)

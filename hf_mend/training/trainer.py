@@ -37,7 +37,8 @@ from .continuations import with_continuations
 from .examples import LOCAL_KINDS, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
 from .objective import EditingObjective
-from .scope_training import ScopeTrainingArguments, train_scope
+from .scope_processes import train_scope_once
+from .scope_training import ScopeTrainingArguments
 from .soundness import FiniteGradients, check_loss, checkpoint_to_resume
 
 
@@ -181,7 +182,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         forget_editor_id(model.editor)  # a sharded run may write to weights where torch counts no change
         if self.examples is not None and model.scope is not None and self.args.scope_steps:
             steps, further, seed = self.args.scope_steps, self.args.scope_further_facts, self.args.seed
-            train_scope(model, self.examples, ScopeTrainingArguments(steps, further_facts=further, seed=seed))
+            train_scope_once(model, self.examples, ScopeTrainingArguments(steps, further_facts=further, seed=seed))
         self._note_for_card()
         return output
 
