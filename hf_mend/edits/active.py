@@ -64,16 +64,21 @@ class ActiveEdits(ActsInPasses):
         if draft is not None:
             draft.snapshot = new
             return
-        if self.store is not None:
-            before = self._installed.edits
-            try:
-                self.store.follow(before, new.edits)
-            except BaseException:
-                # Interrupted after it was on the disk: then the change has happened.
-                if _has_followed(self.store, before, new.edits):
-                    self._installed = new
-                raise
-        self._installed = new
+        if self.store is None:
+            self._installed = new
+        else:
+            self._record(self.store, self._installed.edits, new)
+
+    def _record(self, store: EditStore, before: Sequence[Edit], new: Snapshot) -> None:
+        """Put a change into a store, and then in its place here: in both, or in none."""
+        try:
+            store.follow(before, new.edits)
+            self._installed, self.store = new, store
+        except BaseException:
+            # Interrupted after it was on the disk: then the change has happened.
+            if _has_followed(store, before, new.edits):
+                self._installed, self.store = new, store
+            raise
 
     def install(self, made: Snapshot) -> None:
         """Put in the place of the model's edits, or the draft's, what a draft has made of them."""
@@ -90,8 +95,7 @@ class ActiveEdits(ActsInPasses):
             new = self._installed.followed_by(edits, self._others, bank)
             try:
                 self._hook(new)
-                store.follow(list(store.edits), new.edits)
-                self._installed, self.store = new, store
+                self._record(store, list(store.edits), new)
             finally:
                 self._tidy()
 

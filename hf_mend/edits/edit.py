@@ -243,4 +243,4 @@ def is_description(value: Any) -> bool:
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(replaces, list):
         return False
     texts = [*map(value.get, ("id", "prompt", "target")), value.get("needs", ""), *value["metadata"].values()]
-    return all(isinstance(text, str) for text in [*texts, *replaces])
+    return {*map(type, texts), *map(type, replaces)} == {str}
