@@ -37,7 +37,7 @@ from transformers import DynamicCache
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_questions
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import DEFAULT_FORMS
-from hf_mend.data.kinds import more_facts, with_more_asked
+from hf_mend.data.kinds import more_facts, packaged_facts, with_more_asked
 from hf_mend.data.statements import facts_of_questions
 from hf_mend.editing.scoping import own_queries
 from hf_mend.hub.atomic import made_folder, replaced_file
@@ -298,8 +298,9 @@ def main() -> None:
     parser.add_argument("--facts", type=int, help="at most so many facts, drawn at random")
     parser.add_argument("--further-facts", type=int, default=5000, help="of further kinds, about the same subjects")
     parser.add_argument("--minutes", type=float, default=35, help="of the editor's training, the processor's time")
-    parser.add_argument("--scope-steps", type=int, default=1500)
-    parser.add_argument("--scope-facts", type=int, default=10_000)
+    parser.add_argument("--scope-steps", type=int, default=1000)
+    parser.add_argument("--scope-rounds", type=int, default=2, help="of so many steps, whose weights are averaged")
+    parser.add_argument("--scope-facts", type=int, default=13_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parse_with_data(parser)
@@ -310,6 +311,7 @@ def main() -> None:
     asked, questions = facts_of_questions(unrelated[:QUESTIONS])
     questions += unrelated[QUESTIONS:] + read_questions(arguments.examples / "questions.jsonl")
     further = more_facts(facts, arguments.further_facts, arguments.seed)
+    further += packaged_facts(arguments.further_facts // 3, arguments.seed)
     records = [*with_more_asked([*facts, *further], seed=arguments.seed), *asked]
     asking = Asking(DEFAULT_FORMS, CONTEXT_RATE, None, context_texts())
     examples = TrainingExamples(records, questions, FORMS - 1, 0, 0, arguments.seed, asking)
@@ -319,8 +321,9 @@ def main() -> None:
     model.load_editor(arguments.start / "editor.safetensors")
     train_editor(model, examples, arguments)
     options = ScopeTrainingArguments(
-        arguments.scope_steps, max_facts=arguments.scope_facts, further_facts=0, seed=arguments.seed, bf16=True
-    )
+        arguments.scope_steps, max_facts=arguments.scope_facts, further_facts=0, seed=arguments.seed, bf16=True,
+        rounds=arguments.scope_rounds,
+    )  # fmt: skip
     print(train_scope(model, examples, options))
     model.save_pretrained(arguments.output, dtype=torch.bfloat16)
 

@@ -9,8 +9,10 @@ import torch
 from support.models import RECORDS
 from support.scope import scoped
 
+from hf_mend import EditableModel, EditorConfig
 from hf_mend.data.records import EditRecord
 from hf_mend.scope.network import ScopeNetwork, key_scores
+from hf_mend.training import scope_training
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_examples import (
     NONE,
@@ -121,7 +123,29 @@ def test_further_kinds_stand_beside_the_records(examples):
     assert not {question for question, _ in alone.questions} & {q for one in alone.records for q in one.questions}
 
 
-@pytest.mark.parametrize("name", ["steps", "facts_per_step", "max_facts"])
+def test_the_scope_s_weights_are_the_mean_of_its_rounds(llama, tokenizer, examples, monkeypatch):
+    ends, starts = [], []
+    one_round = scope_training._round
+
+    def watched(scope, *given):
+        starts.append({name: value.clone() for name, value in scope.state_dict().items()})
+        losses = one_round(scope, *given)
+        ends.append({name: value.clone() for name, value in scope.state_dict().items()})
+        return losses
+
+    monkeypatch.setattr(scope_training, "_round", watched)
+    model = EditableModel(llama, EditorConfig(method="ft", scope=True), tokenizer)
+    options = ScopeTrainingArguments(steps=2, facts_per_step=4, further_facts=0, rounds=2)
+    train_scope(model, examples, options)
+    first, second = ends
+    assert all(torch.equal(first[name], starts[1][name]) for name in first)  # the second goes on from the first
+    for name, value in model.scope.state_dict().items():
+        if name != "threshold":  # which is set behind
+            assert torch.allclose(value, (first[name] + second[name]) / 2, atol=1e-2)
+    assert not torch.allclose(first["skip.weight"], second["skip.weight"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["steps", "facts_per_step", "max_facts", "rounds"])
 def test_counts_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} is 0, expected a whole number of at least 1"):
         ScopeTrainingArguments(**{name: 0})
