@@ -322,7 +322,7 @@ def _others(data: ScopeTexts, facts: Sequence[int], draw: random.Random) -> list
 def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     """
     Round the scope's matrices to the bfloat16 of its file, and set its threshold: where of each kind of text that asks
-    for no edit only the share in [`WRONG_FIRES`] would find one among a thousand.
+    for no edit only the share in [`WRONG_FIRES`] would find one, among a thousand or where there is no other.
     """
     scope.requires_grad_(False).eval()
     for parameter in scope.parameters():
@@ -334,17 +334,23 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
     texts = [text for text in texts if text.marks]
     # Within an unrelated text a fact may stand that is asked for rightly: at its end it is not.
     texts = [replace(text, marks=text.marks[-1:]) if text.marks[-1].kind == "unrelated" else text for text in texts]
-    marks = [(mark.kind, {*text.others}) for text in texts for mark in text.marks]
+    marks = [(mark, {*text.others}) for text in texts for mark in text.marks]
     queries = data.keys(scope, texts)
+    place = {fact: i for i, fact in enumerate(some)}
     least = []
     for kind, share in WRONG_FIRES.items():
-        numbers = [n for n, (found, _) in enumerate(marks) if found == kind]
-        if numbers:
-            scores = key_scores(queries[numbers], keys)
-            for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
-                scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
-            of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
-            best, rival = of_facts.topk(min(2, len(some)), -1).values.T[[0, -1]]
-            least.append(threshold_reached(best, rival).quantile(1 - share))
+        numbers = [n for n, (mark, _) in enumerate(marks) if mark.kind == kind]
+        if not numbers:
+            continue
+        scores = key_scores(queries[numbers], keys)
+        for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
+            scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
+        of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
+        best, rival = of_facts.topk(min(2, len(some)), -1).values.T[[0, -1]]
+        # Unrelated text has no rivals to rely on, nor has what stands near an edit that is alone.
+        least.append((best if kind == "unrelated" else threshold_reached(best, rival)).quantile(1 - share))
+        near = [(row, place[marks[n][0].near]) for row, n in enumerate(numbers) if marks[n][0].near != NONE]
+        if near:
+            least.append(torch.stack([of_facts[one] for one in near]).quantile(1 - share))
     if least:
         scope.threshold.copy_(torch.stack(least).max())

@@ -11,6 +11,7 @@ from support.scope import scoped
 
 from hf_mend import EditableModel, EditorConfig
 from hf_mend.data.records import EditRecord
+from hf_mend.scope.bank import threshold_reached
 from hf_mend.scope.network import ScopeNetwork, key_scores
 from hf_mend.training import scope_training
 from hf_mend.training.examples import Asking, TrainingExamples
@@ -98,7 +99,8 @@ def test_training_finds_facts_in_the_words_of_its_texts(llama, tokenizer, exampl
     right = [int(scores[n].argmax()) == marks[n].fact for n in said]
     assert sum(right) / len(right) > 0.9
     unrelated = [n for n, mark in enumerate(marks) if mark.kind == "unrelated"]
-    assert (scores[unrelated].max(-1).values <= model.scope.threshold + 1e-3).float().mean() > 0.9
+    reached = threshold_reached(*scores[unrelated].unflatten(1, (data.sides, -1)).amax(1).topk(2).values.T)
+    assert (reached <= model.scope.threshold + 1e-3).float().mean() > 0.9  # as a bank of all these facts decides
     again = model.scope.state_dict()
     for name, value in again.items():
         if value.dim() > 1:
