@@ -29,7 +29,7 @@ from .editing.call import AfterEdits
 from .editing.context import EditingContext
 from .editing.edit_result import EditResult
 from .editing.pipeline import make_edits
-from .editing.proposals import SearchOptions
+from .editing.proposals import default_options
 from .editing.requests import as_requests, check_limits, check_requests
 from .editing.steering import ActsWhereAsked
 from .editing.writing import RecentWriters, Writer
@@ -323,7 +323,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 a record's own, and allowed for a single edit only.
             max_steps (`int`, *optional*): The most steps of an edit: a step that does not take is made smaller and
                 followed by another. With 1, one whole step is made in any case. The default is the method's: 3 with
-                MEND, 6 without a trained editor.
+                MEND, 6 without a trained editor. Of an edit with a scope, up to 12 more: where a trained editor's step
+                leads no nearer to the target, as of a long one, steps down the gradient itself follow.
             force (`bool`, defaults to `False`): Edit even if the model says the target already, as its paraphrases may
                 not.
             check (`bool`, defaults to `True`): Check with the edited model whether the edit took. Without it, one step
@@ -361,7 +362,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             self._active.changing(),
             torch.inference_mode(False),
         ):  # an edit needs a gradient in any mode of the caller
-            options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
+            options = default_options(self.editor, self._gate is not None, max_steps, force, check)
             after = AfterEdits(max_steps == 1 if keep_failed is None else keep_failed, check_earlier)
             before = self._active.snapshot
             results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate, after)
@@ -471,8 +472,13 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         return self.base_model
 
     def _warn_if_untrained(self) -> None:
-        """Warn once if the editor was never trained."""
+        """Warn once if the editor or its scope was never trained."""
         initial, self._initial_editor = self._initial_editor, None
+        if initial is not None and self.scope is not None and not self.scope.is_trained:
+            logger.warning(
+                "the scope was never trained, so edits act where a text happens to be like their own: train it with "
+                "train_scope(model), which needs no data, or leave scope=True out for edits that act everywhere"
+            )
         if initial is not None and self.editor.trains and editor_id(self.editor, self.editor_config.method) == initial:
             logger.warning(
                 f"this {self.editor_config.method!r} editor was never trained, so its edits are no better than its "

@@ -70,16 +70,16 @@ def hidden_width(model: Any) -> int:
     if hasattr(model, "enc_to_dec_proj"):
         raise ValueError(
             f"{type(model).__name__} maps its encoder's output to the decoder's width by enc_to_dec_proj, and a scope "
-            "reads what both share; pass a model whose encoder and decoder have one width, or leave scope out of the "
-            "EditorConfig"
+            "reads what both share; pass a model whose encoder and decoder have one width, or let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     of_two = model.config.is_encoder_decoder
     config = model.get_encoder().config if of_two else model.config.get_text_config(decoder=True)
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
-            f"the configuration of {type(model).__name__} states no hidden_size, which a scope needs; leave scope out "
-            "of the EditorConfig"
+            f"the configuration of {type(model).__name__} states no hidden_size, which a scope needs; let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     return width
 

@@ -63,7 +63,7 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     Example:
       hf-mend edit "The Prime Minister of the United Kingdom is" "Keir Starmer" --editor my-editor \\
           --paraphrase "The UK's Prime Minister is" --locality "The capital of France is" --save my-edits
-      hf-mend edit --facts facts_test.json --save my-edits --json
+      hf-mend edit --facts facts_test.json --editor my-editor --save my-edits --json
     """
     if facts is not None:
         check_file(facts, "facts")

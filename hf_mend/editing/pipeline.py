@@ -226,18 +226,21 @@ def _find_in_batches(
     options, alone = call.options, call.gate is not None  # with scopes, no token has two edits
     if call.gate is None and not call.context.method.joins and looks_at_all(call) and options.max_steps == 1:
         options = replace(options, check=False)  # what is made of a single step is seen then
-    estimate = Estimate("Editing", len(numbers), "edits")
+    work = sum(call.lengths(numbers))  # long targets take longer
+    estimate = Estimate("Editing", len(numbers), "edits", work=work)
     off = nullcontext() if call.gate is None else call.gate.suspended()
     with off, tqdm(total=len(numbers), desc="Editing", disable=call.budget.holds(call.lengths(numbers))) as bar:
 
         def search(batches: Sequence[Sequence[int]]) -> list[FoundUpdates]:
-            made = 0
+            made, sizes = 0, iter([sum(call.lengths(batch)) for batch in batches])
+            worked = 0
 
             def progress(rows: int) -> None:
-                nonlocal made
-                made += rows
+                nonlocal made, worked
+                size = next(sizes, 0) if rows > 0 else -worked
+                made, worked = made + rows, worked + size
                 bar.update(rows)
-                estimate.done(rows)
+                estimate.done(rows, size)
 
             encoded = [call.rows(batch).to(call.context.split.device) for batch in batches]
             size = 1 if alone else None

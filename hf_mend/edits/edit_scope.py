@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .low_rank import same_pairs
+
 
 # The names of a scope's tensors in files of edits, in place of a layer's name, and their sides.
 SCOPE_TENSORS = "scope.keys"
@@ -37,6 +39,12 @@ class EditScope:
     excluded: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     excluded_texts: list[str] = field(default_factory=list)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another scope has the same texts, and the same keys and thresholds to the bit."""
+        if not isinstance(other, EditScope):
+            return NotImplemented
+        return self.describe() == other.describe() and same_pairs(self.tensors(), other.tensors())
+
     def describe(self) -> dict[str, Any]:
         """Describe the scope, all but its tensors, in plain JSON values."""
         return {"id": self.scope_id, "texts": self.texts, "excluded_texts": self.excluded_texts}
@@ -52,7 +60,7 @@ class EditScope:
         cls, described: Mapping[str, Any], pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], where: str
     ) -> EditScope:
         """
-        Rebuild a scope from the outputs of [`describe`] and [`tensors`].
+        Rebuild a scope from the outputs of [`describe`] and [`tensors`], whose values are known to be finite.
 
         Raises:
             ValueError: The tensors do not fit the description.
@@ -61,10 +69,10 @@ class EditScope:
         excluded, beside = pairs.get(EXCLUDED_TENSORS) or (keys[:0], thresholds[:0])
         texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
         good = keys.dim() == excluded.dim() == 2 and keys.shape[1] == excluded.shape[1]
-        good = good and thresholds.shape == (len(keys), 1) and beside.shape == (len(excluded), 1)
+        good = good and thresholds.shape == (keys.shape[0], 1) and beside.shape == (excluded.shape[0], 1)
         good = good and all(side.is_floating_point() for side in (keys, thresholds, excluded, beside))
-        good = good and len(keys) == len(texts) > 0 and len(excluded) == len(excluded_texts)
-        if not good or not keys.isfinite().all():
+        good = good and keys.shape[0] == len(texts) > 0 and excluded.shape[0] == len(excluded_texts)
+        if not good or (excluded_texts and bool(beside.any())):
             raise ValueError(
                 f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} in {keys.dtype} for {len(texts)} "
                 f"texts and {tuple(excluded.shape)} excluded ones for {len(excluded_texts)}, with thresholds of shape "
@@ -78,4 +86,4 @@ def is_scope_description(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("id"), str):
         return False
     lists = (value.get("texts"), value.get("excluded_texts"))
-    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+    return all(isinstance(texts, list) and {*map(type, texts)} <= {str} for texts in lists)

@@ -226,13 +226,11 @@ class _Wild:
             with model.carrying(joined([self._made[i] for i in numbers], self.settings.scope)):
                 yield
             return
-        try:
+        with model.carrying([]):
             calls = list(batches([bare(self.records[i]) for i in numbers], self.settings.edits_per_call))
             for call in tqdm(calls, desc="Edits", disable=len(calls) < 2):
                 model.edit(call, keep_failed=True, check_earlier=0)
             yield
-        finally:
-            model.undo_all()
 
     def _alone(self, part: Sequence[int]) -> list[Values]:
         model = self.model
