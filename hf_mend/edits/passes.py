@@ -245,10 +245,10 @@ class ActsInPasses:
         return any(is_hooked(hook.module, hook.hook) for hook in self._pass_hooks)
 
     def _hook(self, snapshot: Snapshot) -> None:
-        hooks = self._hooks_of(snapshot)
-        if hooks and self._base_model is not None and not self.is_hooked:
-            check_uncompiled(self._base_model)  # it may have been compiled since it was wrapped
         with self._hooking:
+            hooks = self._hooks_of(snapshot)
+            if hooks and self._base_model is not None and not self.is_hooked:
+                check_uncompiled(self._base_model)  # it may have been compiled since it was wrapped
             for hook in hooks:
                 hook.add()
 
