@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .bases.compiled import check_uncompiled
 from .bases.delegation import DelegatesToBase, known_to_pipelines
 from .bases.fingerprint import check_base, editor_id, fingerprint_of
 from .bases.placement import PlacedWithBase
@@ -300,7 +301,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         check: bool = True,
         check_earlier: int = 8,
         keep_failed: bool | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> EditResult | list[EditResult]:
         """
         Make the model answer `target` to `prompt`. An edit is found on the model with the edits of earlier calls.
@@ -333,18 +334,20 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 same. 0 for none.
             keep_failed (`bool`, *optional*): Keep an edit that did not take. By default it is taken back, except with
                 `max_steps=1`, whose one step is made in any case.
-            batch_size (`int`, defaults to 16): The most edits in one pass; long requests go in smaller batches.
+            batch_size (`int`, *optional*): The most edits in one pass; long requests go in smaller ones where memory is
+                short. By default as many as memory allows on a GPU, and 16 on a CPU, where more are no faster.
 
         Returns:
             [`EditResult`], or a list of them for lists, which also states whether the edit took.
 
         Raises:
             ValueError: A prompt, target or probe is empty or too long, lists differ in length or have two targets for
-                one prompt, a limit is below 1, there is no tokenizer, or an update is not finite. The model stays
-                unchanged.
+                one prompt, a limit is below 1, there is no tokenizer, the base was compiled in place, or an update is not
+                finite. The model stays unchanged.
             RuntimeError: The model has been merged or unloaded.
         """
         self._check_usable()
+        check_uncompiled(self.base_model)
         check_limits(max_steps=max_steps, batch_size=batch_size)
         if check_earlier < 0:
             raise ValueError(f"check_earlier is {check_earlier}, expected 0 or more")
@@ -469,8 +472,13 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         return self.base_model
 
     def _warn_if_untrained(self) -> None:
-        """Warn once if the editor was never trained."""
+        """Warn once if the editor or its scope was never trained."""
         initial, self._initial_editor = self._initial_editor, None
+        if initial is not None and self.scope is not None and not self.scope.is_trained:
+            logger.warning(
+                "the scope was never trained, so edits act where a text happens to be like their own: train it with "
+                "train_scope(model), which needs no data, or leave scope=True out for edits that act everywhere"
+            )
         if initial is not None and self.editor.trains and editor_id(self.editor, self.editor_config.method) == initial:
             logger.warning(
                 f"this {self.editor_config.method!r} editor was never trained, so its edits are no better than its "

@@ -261,7 +261,8 @@ def _above_the_encoder(targets: list[Target], named: bool) -> list[Target]:
         raise ValueError(
             "with scope=True an encoder-decoder model's edits are the decoder's, as the scope reads what the encoder "
             f"gives, and {shortened(within[0])} is one of the encoder's ({len(within)} are); name the decoder's alone "
-            "by a regular expression in target_modules or by layers_pattern, or leave both out"
+            "by a regular expression in target_modules or by layers_pattern, leave both out, or let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     return [target for target in targets if target.side != "encoder"]
 

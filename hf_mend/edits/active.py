@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
 from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
-from .edit import Edit, check_required, warn_of_no_scope
+from .edit import Edit, check_required, warn_of_no_scope, without_scopes
 from .hook import Gate
 from .passes import ActsInPasses
 from .snapshot import Snapshot
@@ -65,16 +64,21 @@ class ActiveEdits(ActsInPasses):
         if draft is not None:
             draft.snapshot = new
             return
-        if self.store is not None:
-            before = self._installed.edits
-            try:
-                self.store.follow(before, new.edits)
-            except BaseException:
-                # Interrupted after it was on the disk: then the change has happened.
-                if _has_followed(self.store, before, new.edits):
-                    self._installed = new
-                raise
-        self._installed = new
+        if self.store is None:
+            self._installed = new
+        else:
+            self._record(self.store, self._installed.edits, new)
+
+    def _record(self, store: EditStore, before: Sequence[Edit], new: Snapshot) -> None:
+        """Put a change into a store, and then in its place here: in both, or in none."""
+        try:
+            store.follow(before, new.edits)
+            self._installed, self.store = new, store
+        except BaseException:
+            # Interrupted after it was on the disk: then the change has happened.
+            if _has_followed(store, before, new.edits):
+                self._installed, self.store = new, store
+            raise
 
     def install(self, made: Snapshot) -> None:
         """Put in the place of the model's edits, or the draft's, what a draft has made of them."""
@@ -91,8 +95,7 @@ class ActiveEdits(ActsInPasses):
             new = self._installed.followed_by(edits, self._others, bank)
             try:
                 self._hook(new)
-                store.follow(list(store.edits), new.edits)
-                self._installed, self.store = new, store
+                self._record(store, list(store.edits), new)
             finally:
                 self._tidy()
 
@@ -220,7 +223,7 @@ class ActiveEdits(ActsInPasses):
         """Let the edits that have a scope act everywhere, as a merged weight does."""
         warn_of_no_scope(self.active)
         if any(edit.scope is not None for edit in self.edits):
-            self.replace([edit if edit.scope is None else replace(edit, scope=None) for edit in self.edits])
+            self.replace(without_scopes(self.edits))
 
 
 def _has_followed(store: EditStore, before: Sequence[Edit], after: Sequence[Edit]) -> bool:

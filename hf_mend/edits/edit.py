@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,11 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
 
 
+def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
+    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
+    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
+
+
 def warn_of_no_scope(edits: Sequence[Edit]) -> None:
     """Warn, once, if edits that have a scope are about to be merged or exported, where there is none."""
     scoped = sum(edit.scope is not None for edit in edits)
@@ -238,4 +243,4 @@ def is_description(value: Any) -> bool:
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(replaces, list):
         return False
     texts = [*map(value.get, ("id", "prompt", "target")), value.get("needs", ""), *value["metadata"].values()]
-    return all(isinstance(text, str) for text in [*texts, *replaces])
+    return {*map(type, texts), *map(type, replaces)} == {str}

@@ -60,7 +60,7 @@ class EditScope:
         cls, described: Mapping[str, Any], pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], where: str
     ) -> EditScope:
         """
-        Rebuild a scope from the outputs of [`describe`] and [`tensors`].
+        Rebuild a scope from the outputs of [`describe`] and [`tensors`], whose values are known to be finite.
 
         Raises:
             ValueError: The tensors do not fit the description.
@@ -69,10 +69,10 @@ class EditScope:
         excluded, beside = pairs.get(EXCLUDED_TENSORS) or (keys[:0], thresholds[:0])
         texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
         good = keys.dim() == excluded.dim() == 2 and keys.shape[1] == excluded.shape[1]
-        good = good and thresholds.shape == (len(keys), 1) and beside.shape == (len(excluded), 1)
+        good = good and thresholds.shape == (keys.shape[0], 1) and beside.shape == (excluded.shape[0], 1)
         good = good and all(side.is_floating_point() for side in (keys, thresholds, excluded, beside))
-        good = good and len(keys) == len(texts) > 0 and len(excluded) == len(excluded_texts)
-        if not good or not keys.isfinite().all():
+        good = good and keys.shape[0] == len(texts) > 0 and excluded.shape[0] == len(excluded_texts)
+        if not good or (excluded_texts and bool(beside.any())):
             raise ValueError(
                 f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} in {keys.dtype} for {len(texts)} "
                 f"texts and {tuple(excluded.shape)} excluded ones for {len(excluded_texts)}, with thresholds of shape "
@@ -86,4 +86,4 @@ def is_scope_description(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("id"), str):
         return False
     lists = (value.get("texts"), value.get("excluded_texts"))
-    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+    return all(isinstance(texts, list) and {*map(type, texts)} <= {str} for texts in lists)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,14 +109,13 @@ class FourBitUpdates(Mapping[str, Update]):
         for number, ranks in enumerate(described):
             u, v = pairs.get(f"{FOUR_BIT_TENSORS}{number}") or (torch.zeros(0, 0), torch.zeros(0, 0))
             rows = sum(ranks.values())
-            good = all(side.dtype == torch.uint8 and side.dim() == 2 and len(side) == rows for side in (u, v))
-            if not good or any(_bytes(_width(side.shape[1])) != side.shape[1] for side in (u, v)):
+            if not (_are_codes(u, rows) and _are_codes(v, rows)):
                 raise ValueError(
                     f"{where}: the edit's codes have the shapes {tuple(u.shape)} and {tuple(v.shape)} in {u.dtype}, "
                     f"expected {rows} rows of four-bit factors; the file was altered, restore it from a copy"
                 )
             parts.append(FourBitPart(dict(ranks), u, v))
-        if len({name for part in parts for name in part.ranks}) != sum(len(part.ranks) for part in parts):
+        if len(set().union(*described)) != sum(map(len, described)):
             raise ValueError(f"{where}: an edit has a layer twice; the file was altered, restore it from a copy")
         return cls(parts)
 
@@ -124,7 +124,8 @@ def is_four_bit_description(value: Any) -> bool:
     """Whether a value has the form of [`FourBitUpdates.describe`]'s output."""
     if not isinstance(value, list) or not all(isinstance(ranks, dict) for ranks in value):
         return False
-    return all(type(rank) is int and 0 <= rank < 2**31 for ranks in value for rank in ranks.values())
+    every = [rank for ranks in value for rank in ranks.values()]
+    return {*map(type, every)} <= {int} and all(0 <= rank < 2**31 for rank in every)
 
 
 def bears_four_bits(updates: Mapping[str, Update]) -> bool:
@@ -231,6 +232,16 @@ def _padded(rows: torch.Tensor, more: int) -> torch.Tensor:
 
 def _of_byte(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, ((scale - _ONE) / _STEPS).exp2(), 0.0)
+
+
+def _are_codes(side: torch.Tensor, rows: int) -> bool:
+    """Whether a tensor may be so many rows of codes and scales."""
+    return side.dtype == torch.uint8 and side.dim() == 2 and side.shape[0] == rows and _is_whole(side.shape[1])
+
+
+@lru_cache(maxsize=1024)
+def _is_whole(bytes_a_row: int) -> bool:
+    return _bytes(_width(bytes_a_row)) == bytes_a_row
 
 
 def _bytes(width: int) -> int:

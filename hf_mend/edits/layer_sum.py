@@ -69,14 +69,14 @@ class LayerSum:
 
     def __init__(self, d_in: int, d_out: int, edits: Sequence[Update] = ()):
         self.d_in, self.d_out = d_in, d_out
-        self.edits: list[Update] = [pair for pair in edits if len(pair[0])]
+        self.edits: list[Update] = [pair for pair in edits if pair[0].shape[0]]
         self._dtype = torch.float32
         self._rank = 0
         self._count_in(self.edits)
         self._sum = _Sum()  # of as many of the edits as are added up
 
     def _count_in(self, edits: Sequence[Update]) -> None:
-        self._rank += sum(len(u) for u, _ in edits)
+        self._rank += sum(u.shape[0] for u, _ in edits)
         if any(u.dtype == torch.float64 for u, _ in edits):
             self._dtype = torch.float64
 
@@ -94,7 +94,7 @@ class LayerSum:
 
     def extended(self, edits: Sequence[Update]) -> LayerSum:
         """Return the sum with further edits behind these."""
-        more = [pair for pair in edits if len(pair[0])]
+        more = [pair for pair in edits if pair[0].shape[0]]
         if not more:
             return self
         new = LayerSum(self.d_in, self.d_out)

@@ -209,7 +209,7 @@ def _next(file: BinaryIO, size: int, here: Place, where: str) -> tuple[Record | 
 
 def _after(place: Place, frame: bytes, size: int) -> Place:
     chain = hashlib.sha256(place.chain + frame).digest()
-    return replace(place, end=place.end + size, number=place.number + 1, chain=chain)
+    return Place(place.end + size, place.number + 1, chain, place.in_groups)
 
 
 def _is_frame(frame: bytes) -> bool:

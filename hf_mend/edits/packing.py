@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,6 @@ from .low_rank import Update
 _METADATA = b'{"__metadata__":{"edit":'
 _LARGE = 1 << 16  # too large for the cache of headers
 _DECODER = json.JSONDecoder()
-_Layout = tuple[list[tuple[str, torch.dtype, int, int, list[int]]], int]
 
 
 def packed(edit: Edit) -> bytes:
@@ -50,20 +50,27 @@ def unpacked(payload: memoryview, where: str) -> Edit:
     described = read_json_object(metadata.get("edit", "null"), where)
     if not is_description(described):
         raise ValueError(f"{where}: {shortened(described)} does not describe an edit; restore the file from a copy")
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in _views(payload[end:], layout, where).items():
-        layer, _, side = name.rpartition(".")
-        if side not in ("u", "v") or tensor.dim() != 2:
-            raise ValueError(
-                f"{where}: it holds {shortened(name)} of shape {tuple(tensor.shape)}, expected factors u and v"
-            )
-        sides.setdefault(layer, {})[side] = tensor
-    updates: dict[str, Update] = {}
-    for layer, pair in sides.items():
-        if len(pair) != 2 or len(pair["u"]) != len(pair["v"]):
-            raise ValueError(f"{where}: the factors of {shortened(layer)} are no pair; restore the file from a copy")
-        updates[layer] = (pair["u"], pair["v"])
-    return Edit.from_file(described, updates, where)
+    return Edit.from_file(described, _views(payload[end:], layout, where), where)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tensors of one dtype that lie one behind the other, from a byte on."""
+
+    dtype: torch.dtype
+    start: int
+    names: list[str]
+    counts: list[int]  # of values
+    shapes: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where an edit's tensors lie, the layers' names with the numbers of `u` and `v`, and the bytes that all take."""
+
+    runs: list[_Run]
+    pairs: list[tuple[str, int, int]]
+    size: int
 
 
 def _read_header(text: bytes, where: str) -> tuple[dict[str, str], _Layout]:
@@ -90,46 +97,64 @@ def _known_layout(rest: str) -> _Layout:
 
 
 def _layout(header: dict[str, Any], where: str) -> _Layout:
-    """Return name, dtype, first byte, size in values and shape of each tensor, and the bytes that all take."""
-    tensors, end = [], 0
+    runs: list[_Run] = []
+    shapes: dict[str, list[int]] = {}
+    end = 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            dtype, count = EDIT_DTYPES[entry["dtype"]], math.prod(entry["shape"])
+            dtype, shapes[name] = EDIT_DTYPES[entry["dtype"]], entry["shape"]
+            count = math.prod(entry["shape"])
             if first != end or last - first != count * dtype.itemsize:
                 raise ValueError(f"{name} does not begin where the tensor before it ends, or has not its size")
-            tensors.append((name, dtype, first, count, entry["shape"]))
+            if not runs or runs[-1].dtype != dtype:
+                runs.append(_Run(dtype, first, [], [], []))
+            runs[-1].names.append(name)
+            runs[-1].counts.append(count)
+            runs[-1].shapes.append(entry["shape"])
             end = last
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is not a whole safetensors file ({error}); restore the file from a copy") from error
-    return tensors, end
+    return _Layout(runs, _pairs(shapes, where), end)
 
 
-def _views(body: memoryview, layout: _Layout, where: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file as views of its body, which safetensors itself would copy."""
-    entries, size = layout
-    if size != len(body):
+def _pairs(shapes: dict[str, list[int]], where: str) -> list[tuple[str, int, int]]:
+    """Return the layers, with the numbers of their factors among the tensors."""
+    sides: dict[str, dict[str, int]] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        layer, _, side = name.rpartition(".")
+        if side not in ("u", "v") or len(shape) != 2:
+            raise ValueError(f"{where}: it holds {shortened(name)} of shape {tuple(shape)}, expected factors u and v")
+        sides.setdefault(layer, {})[side] = number
+    rows = [shape[0] for shape in shapes.values()]
+    for layer, pair in sides.items():
+        if len(pair) != 2 or rows[pair["u"]] != rows[pair["v"]]:
+            raise ValueError(f"{where}: the factors of {shortened(layer)} are no pair; restore the file from a copy")
+    return [(layer, pair["u"], pair["v"]) for layer, pair in sides.items()]
+
+
+def _views(body: memoryview, layout: _Layout, where: str) -> dict[str, Update]:
+    """Return the factors of each layer as views of a safetensors file's body, which safetensors itself would copy."""
+    if layout.size != len(body):
         raise ValueError(
-            f"{where} is not a whole safetensors file (its tensors take {size} bytes of {len(body)}); restore the "
-            "file from a copy"
+            f"{where} is not a whole safetensors file (its tensors take {layout.size} bytes of {len(body)}); restore "
+            "the file from a copy"
         )
-    tensors = {
-        name: (
-            torch.frombuffer(body, dtype=dtype, count=count, offset=first) if count else torch.empty(0, dtype=dtype)
-        ).view(shape)
-        for name, dtype, first, count, shape in entries
-    }
-    _check_finite(body, tensors, where)
-    return tensors
-
-
-def _check_finite(body: memoryview, tensors: dict[str, torch.Tensor], where: str) -> None:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    # All in one pass, without a copy; one by one to name the one.
-    every = {"": torch.frombuffer(body, dtype=dtypes.pop())} if len(dtypes) == 1 and body else tensors
-    if not all(map(_is_finite, every.values())):
-        name = next(name for name, tensor in tensors.items() if not _is_finite(tensor))
-        raise ValueError(f"{where}: {name} holds NaN or infinity; restore the file from a copy")
+    tensors: list[torch.Tensor] = []
+    for run in layout.runs:
+        count = sum(run.counts)
+        whole = (
+            torch.frombuffer(body, dtype=run.dtype, count=count, offset=run.start)
+            if count
+            else torch.empty(0, dtype=run.dtype)
+        )
+        flat = torch.split_with_sizes(whole, run.counts)
+        parts = [part.view(shape) for part, shape in zip(flat, run.shapes, strict=True)]
+        if not _is_finite(whole):
+            name = next(name for name, part in zip(run.names, parts, strict=True) if not _is_finite(part))
+            raise ValueError(f"{where}: {name} holds NaN or infinity; restore the file from a copy")
+        tensors += parts
+    return {layer: (tensors[u], tensors[v]) for layer, u, v in layout.pairs}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

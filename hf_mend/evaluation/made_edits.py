@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..bases.fingerprint import check_same_base, editor_id, fingerprint_of
 from ..data.encoding import batches
 from ..data.records import EditRecord
-from ..edits.edit import Edit, stacked
+from ..edits.edit import Edit, stacked, without_scopes
 from ..edits.hook import applied
 from ..edits.low_rank import Update
 from ..edits.store import EditStore
@@ -97,11 +97,6 @@ def joined(made: Sequence[Made], scope: bool = True) -> list[Edit]:
     """
     found = [*{edit.id: edit for edits in made for edit in edits}.values()]
     return found if scope else without_scopes(found)
-
-
-def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
-    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
-    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def _apart(records: Sequence[EditRecord]) -> list[list[EditRecord]]:

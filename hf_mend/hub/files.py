@@ -294,12 +294,13 @@ def read_json(text: str, source: str | Path) -> Any:
         ValueError: The text breaks one of these rules; the message names the source.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused)
+        values = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:  # a number with thousands of digits is a ValueError too
         raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
     if "\\ud" in text.lower() and _has_lone_surrogate(values):
         raise ValueError(f"{source} holds half of a character, a lone surrogate; download or save it again")
-    if _is_deeper(values, _DEEPEST):
+    # Few texts have so many brackets that a look is needed.
+    if text.count("{") + text.count("[") > _DEEPEST and _is_deeper(values, _DEEPEST):
         raise ValueError(f"{source} is nested more than {_DEEPEST} levels deep; download or save it again")
     return values
 
@@ -326,6 +327,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refused)
 
 
 def shortened(value: Any, length: int = 200) -> str:

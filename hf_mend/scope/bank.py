@@ -20,10 +20,10 @@ _SCORES_AT_ONCE = 1 << 24
 # Less than any score is past any threshold.
 _OUT = -2.0
 # An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
-# edited, a neighbour that none is about is about as near to several of them. A rival counts from so far below its own
-# threshold on, and that share of what it has above that is added to what the best has to reach, but no more than that
-# share of what a perfect score has left.
-RIVAL_ROOM, RIVAL_SHARE, RIVAL_MOST = 0.2, 0.3, 0.5
+# edited, a neighbour that none is about is about as near to several of them. A rival counts from as far below its
+# threshold on as a perfect score is above it, and that share of what it has above that is added to what the best has
+# to reach, but no more than that share of what a perfect score has left.
+RIVAL_SHARE, RIVAL_MOST = 0.3, 0.5
 
 
 def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -34,8 +34,8 @@ def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         rival (`torch.Tensor`): How far the text is past the rival's threshold, or short of it.
         threshold (`torch.Tensor` of the same shape): The edit's.
     """
-    most = (RIVAL_MOST * (1.0 - threshold)).clamp(min=0.0)
-    return torch.minimum(RIVAL_SHARE * (rival + RIVAL_ROOM).clamp(min=0.0), most)
+    room = (1.0 - threshold).clamp(min=0.0)
+    return torch.minimum(RIVAL_SHARE * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
 
 
 def threshold_reached(score: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def threshold_reached(score: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
         score (`torch.Tensor`): The text's score with the edit.
         rival (`torch.Tensor` of the same shape): Its score with the nearest rival.
     """
-    beside = (score - RIVAL_SHARE * (rival + RIVAL_ROOM)) / (1.0 - RIVAL_SHARE)
+    beside = (score - RIVAL_SHARE * (1.0 + rival)) / (1.0 - 2.0 * RIVAL_SHARE)
     at_most = (score - RIVAL_MOST) / (1.0 - RIVAL_MOST)  # where a perfect score's share limits the penalty
     return torch.maximum(torch.minimum(score, beside), at_most)
 
@@ -267,7 +267,8 @@ class _Keys:
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is.
         if not may_pass(queries, self.parts[0], self.thresholds + strictness).any():
             return queries.new_full((len(queries),), -1, dtype=torch.long)
-        least = self.thresholds + min(strictness, -RIVAL_ROOM)
+        # Rivals count, too, from as far below their thresholds on as a perfect score is above.
+        least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
         near = may_pass(queries, self.parts[0], least).nonzero()[:, 0]
         over, owner = self.over(queries, near), self.owner[near]
         if only is not None:

@@ -90,6 +90,9 @@ class ScopeTexts:
     Args:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
         relations (`Sequence[str | None]`): Of each fact, its relation.
+
+    Attributes:
+        weights (`list[float]`): Of each fact, how often it is drawn: the root of how many there are of its relation.
     """
 
     def __init__(self, texts: Sequence[Sequence[MarkedText]], relations: Sequence[str | None]):
@@ -97,6 +100,8 @@ class ScopeTexts:
         self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
         for fact, relation in enumerate(relations):
             self.alike.setdefault(relation, []).append(fact)
+        # Of how many kinds the facts are matters more than how many there are of each.
+        self.weights = [len(self.alike[relation]) ** -0.5 for relation in relations]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -262,8 +267,8 @@ def train_scope(
         if step % _FRESH_KEYS == 0:
             bank = data.bank(scope, every)
         if len(order) < args.facts_per_step:
-            order = draw.sample(every, len(data))
-        facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
+            order = draw.choices(every, data.weights, k=len(data))
+        facts, order = [*dict.fromkeys(order[: args.facts_per_step])], order[args.facts_per_step :]
         others = _others(data, facts, draw)
         loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()

@@ -228,14 +228,17 @@ def test_files_and_stores_keep_scopes(model, llama, tokenizer, tmp_path):
     assert torch.equal(all_logits(again, tokenizer, PROMPT), expected)
 
 
-def test_a_store_gives_back_a_changed_scope(model, llama, tokenizer, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bart"])
+def test_a_store_gives_back_a_changed_scope(_built_models, tokenizer, tmp_path, architecture):
+    base = copy.deepcopy(_built_models[architecture])
+    model = scoped(base, tokenizer)
     model.save_pretrained(tmp_path / "editor")
     model.open_store(tmp_path / "store")
     result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
     model.include(result.id, OTHER)
     model.close_store()
     model.undo_all()
-    again = EditableModel.from_pretrained(llama, tmp_path / "editor", tokenizer=tokenizer).eval()
+    again = EditableModel.from_pretrained(base, tmp_path / "editor", tokenizer=tokenizer).eval()
     again.open_store(tmp_path / "store")
     assert again.which_edits(OTHER)[0].acts and len(again.edits) == 1
 

@@ -41,6 +41,9 @@ def test_the_former_names_of_the_fields_warn_and_give_the_same():
         lambda pairs: pairs.update({"scope.excluded": (torch.ones(1, 4), torch.zeros(1, 1))}),
         lambda pairs: pairs.update({"scope.excluded": (pairs["scope.excluded"][0], torch.zeros(0, 1))}),
         lambda pairs: pairs.update({"scope.excluded": (pairs["scope.excluded"][0][0], torch.zeros(1, 1))}),
+        lambda pairs: pairs.update(
+            {"scope.excluded": (pairs["scope.excluded"][0], torch.ones(1, 1))}
+        ),  # stands for none
     ],
 )
 def test_a_scope_whose_tensors_do_not_fit_is_refused(damage):

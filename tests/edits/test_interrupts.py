@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from support.edits import random_edit
@@ -9,6 +11,7 @@ from support.injection import InjectedError, interrupted, lines_of, some_of
 from support.interrupts import CALLS, checked, interrupted_merges, kinds
 from support.models import all_logits, build_model, editable
 
+from hf_mend import EditStore
 from hf_mend.edits.layer_sum import LayerSum
 
 
@@ -48,6 +51,40 @@ def test_a_store_and_its_model_agree_after_an_interrupt(tokenizer, tmp_path, nam
         assert sorted(there) == sorted(here), where
         model.close_store()
         model.undo_all()
+
+
+@pytest.mark.parametrize("name", ["undo", "disable_edit"])
+def test_at_every_line_between_a_model_and_its_store_both_have_the_change_or_none(tokenizer, tmp_path, name):
+    model = checked(name, tokenizer, tmp_path, with_store=True)
+    model.set_up()
+    lines = lines_of(model.run)  # not those of the first time, which makes files and fills caches
+    between = {line: n for n, line in enumerate(lines, start=1) if line[0].endswith(("active.py", "store.py"))}
+    assert len(between) > 50
+    assert model.interrupt(sorted(between.values())) == []
+
+
+def test_a_store_whose_opening_is_interrupted_is_the_models_with_all_or_has_none_of_its_edits(tokenizer, tmp_path):
+    model, good, path = editable(build_model("llama"), tokenizer), tmp_path / "good", tmp_path / "store"
+    model.open_store(good)
+    model._active.replace([random_edit(model, "there", seed=1)])
+    model.close_store()
+    here = [random_edit(model, "here", seed=2)]
+
+    def made_ready():
+        model.close_store()
+        model._active.replace(here)
+        shutil.copy(good, path)
+
+    for _ in range(2):  # the first time fills caches
+        made_ready()
+        lines = lines_of(lambda: model.open_store(path))
+    between = {line: n for n, line in enumerate(lines, start=1) if line[0].endswith(("active.py", "store.py"))}
+    for number in {*between.values(), *some_of(lines, 20)}:
+        made_ready()
+        where = interrupted(lambda: model.open_store(path), number)
+        opened, mine = model._active.store is not None, [edit.id for edit in model.edits]
+        assert mine == (["there", "here"] if opened else ["here"]), where
+        assert EditStore(path).edits.ids == (["there", "here"] if opened else ["there"]), where
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib.util
 import io
 import os
@@ -12,12 +13,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from support.models import RECORDS, all_logits, editable
 from support.paths import ROOT
+from support.reading import at_once
 from support.scope import scoped
 
 import hf_mend
@@ -193,6 +196,27 @@ def test_the_page_edits_and_shows_row_after_row(app):
     page = steps[-1][2]
     assert "same answer" in page or "another answer" in page or f"says {TARGET!r}" in page
     assert " likely</small>" in page and "P(" not in page
+
+
+def test_four_visitors_at_once_see_what_each_sees_alone(app, bench, tokenizer):
+    asked = [(record.prompt, record.target) for record in RECORDS[:4]]
+    plain = all_logits(bench.model, tokenizer)
+
+    def visit(number, seen):
+        session = session_module.Session()
+        prompt, target = asked[number]
+        page = last(app.make_edit(session, "", "", prompt, target, PROMPT, "the river", False, 0.0))[2]
+        rows = bench.compare(session, *asked[number], [PROMPT], ["the river"])
+        seen[number] = page, [(row.before, row.after, row.probability_after) for row in rows]
+
+    alone, together = {}, {}
+    for number in range(4):
+        visit(number, alone)
+    assert len({str(rows) for _, rows in alone.values()}) == 4
+    # Each in a copy of its context, as Gradio's handlers run.
+    at_once(*(partial(contextvars.copy_context().run, visit, number, together) for number in range(4)))
+    assert together == alone
+    assert bench.model.edits == [] and torch.equal(all_logits(bench.model, tokenizer), plain)
 
 
 def test_an_empty_prompt_leaves_results_and_edits_as_they_are(app):

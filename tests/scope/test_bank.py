@@ -40,7 +40,8 @@ def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[f
     found = {}
     for i in over:
         rival = max((over[j] for j in over if edits[j].target != edits[i].target), default=-2.0)
-        found[i] = over[i], min(0.3 * max(rival + 0.2, 0.0), 0.5 * (1 - thresholds[i]))
+        room = 1 - thresholds[i]
+        found[i] = over[i], min(0.3 * max(rival + room, 0.0), 0.5 * room)
     return found
 
 
@@ -75,7 +76,7 @@ def test_the_chosen_edit_is_the_one_furthest_past_its_threshold(strictness):
 def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
     torch.manual_seed(3)
     key = unit(1)
-    near = torch.nn.functional.normalize((key + 0.05 * torch.randn(1, 128)).unflatten(1, (2, 64)), dim=-1).flatten(1)
+    near = torch.nn.functional.normalize((key + 0.15 * torch.randn(1, 128)).unflatten(1, (2, 64)), dim=-1).flatten(1)
     between = torch.nn.functional.normalize((key + near).unflatten(1, (2, 64)), dim=-1).flatten(1)
     score = float(key_scores(between, key))
     best = scoped_edit(0, key, score - 0.01)  # a little less than the text's score
@@ -84,10 +85,10 @@ def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
         return int(KeyBank([best, *rivals]).choose(between)[0])
 
     assert chosen() == 0
-    assert chosen(scoped_edit(1, near, score + 0.05)) == -1  # nearly as near, and nearly past its threshold
-    assert chosen(scoped_edit(1, near, score + 0.05, target="t0")) == 0
-    assert chosen(scoped_edit(1, near, score + 0.25)) == 0  # too far from acting to matter
-    own = KeyBank([best, scoped_edit(1, near, score + 0.05)]).choose(key)
+    assert chosen(scoped_edit(1, near, score + 0.01)) == -1  # nearly as near, and nearly past its threshold
+    assert chosen(scoped_edit(1, near, score + 0.01, target="t0")) == 0
+    assert chosen(scoped_edit(1, unit(1), score)) == 0  # too far from acting to matter
+    own = KeyBank([best, scoped_edit(1, near, score + 0.01)]).choose(key)
     assert own.tolist() == [0]  # the edit's own text, whatever rivals there are
 
 
