@@ -334,16 +334,16 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 same. 0 for none.
             keep_failed (`bool`, *optional*): Keep an edit that did not take. By default it is taken back, except with
                 `max_steps=1`, whose one step is made in any case.
-            batch_size (`int`, *optional*): The most edits in one pass; long requests go in smaller ones where memory is
-                short. By default as many as memory allows on a GPU, and 16 on a CPU, where more are no faster.
+            batch_size (`int`, *optional*): The most edits in one pass; long requests go in smaller ones where memory
+                is short. By default as many as memory allows on a GPU, and 16 on a CPU, where more are no faster.
 
         Returns:
             [`EditResult`], or a list of them for lists, which also states whether the edit took.
 
         Raises:
             ValueError: A prompt, target or probe is empty or too long, lists differ in length or have two targets for
-                one prompt, a limit is below 1, there is no tokenizer, the base was compiled in place, or an update is not
-                finite. The model stays unchanged.
+                one prompt, a limit is below 1, there is no tokenizer, the base was compiled in place, or an update is
+                not finite. The model stays unchanged.
             RuntimeError: The model has been merged or unloaded.
         """
         self._check_usable()

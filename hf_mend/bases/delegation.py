@@ -128,8 +128,9 @@ class DelegatesToBase:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Run the base model's `generate` under the active edits: those of its beginning, to its end. With a static cache,
-        transformers compiles the model on GPUs, and what is compiled sees no edits; while there are any, it does not.
+        Run the base model's `generate` under the active edits: those of its beginning, to its end. With a static
+        cache, transformers compiles the model on GPUs, and what is compiled sees no edits; while there are any, it
+        does not.
         """
         with self._active.reading():
             if self._active.is_hooked and hasattr(self.generation_config, "disable_compile"):
