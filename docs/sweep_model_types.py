@@ -432,7 +432,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         if exact and found["why"]:
             why += f" ({found['why']})"
         rows.append(f"| {name} | {result} | {why} |")
-    parts = [f"{count.get(word, 0)} are {word}" for word in ("exact", "refused", "no text", "not swept", "**failing**")]
+    named = ("exact", "refused", "no text", "not swept", "**failing**")
+    parts = [f"{count.get(word, 0)} are {word}" for word in named]
     summary = ", ".join(part for part in parts if not part.startswith("0 are **"))
     if not count.get("**failing**"):
         summary += ", none fails"

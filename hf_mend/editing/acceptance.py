@@ -64,8 +64,7 @@ class AcceptByRow(AcceptAll):
     """
     Accept of each row's step the whole, the half, the quarter or the eighth that does best, or nothing where none
     brings the row nearer to its target: an editor has learned its steps on targets of a few tokens, and overshoots on
-    others. With [`SearchOptions`]'s `gradient`, a row that takes nothing of its method's step goes on down the gradient
-    itself.
+    others. With the option `gradient`, a row that takes nothing of its method's step goes on down the gradient itself.
     """
 
     def accept(self, number: int, proposal: Proposal) -> None:

@@ -254,8 +254,8 @@ def _with_gradient_steps(batch: BatchState, updates: Mapping[str, Update]) -> di
     found = {}
     for name, (u, v) in updates.items():
         x, delta = batch.factors[name]
-        pair = (u, x), (v, delta.to(v) * per_row(step.to(v.dtype), v))
-        found[name] = tuple(_instead(batch.on_gradient, own.to(u), other) for other, own in pair)
+        residuals = delta.to(v) * per_row(step.to(v.dtype), v)
+        found[name] = _instead(batch.on_gradient, x.to(u), u), _instead(batch.on_gradient, residuals, v)
     return found
 
 

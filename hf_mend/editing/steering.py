@@ -223,8 +223,8 @@ class ActsWhereAsked:
         Raises:
             KeyError: No edit has that id.
             TypeError: One is no text.
-            ValueError: The edit has no scope, there is no text, or one asks for the same as its own prompt, is empty or
-                longer than the model takes.
+            ValueError: The edit has no scope, there is no text, or one asks for the same as its own prompt, is empty,
+                or longer than the model takes.
         """
         self._check_usable()
         with self._active.changing():
@@ -269,9 +269,10 @@ def as_query(text: str | Sequence[Mapping[str, str]], chat: bool = False) -> Que
     """
     if isinstance(text, str):
         return Query(text, None, chat)
-    if not isinstance(text, Sequence) or not all(isinstance(turn, Mapping) for turn in text):
-        raise TypeError(f"text is {text!r}, expected a text, or a chat as a list of turns with role and content")
-    turns = [(turn["role"], turn["content"]) for turn in text]
+    given: Any = text
+    if not isinstance(given, Sequence) or not all(isinstance(turn, Mapping) for turn in given):
+        raise TypeError(f"text is {given!r}, expected a text, or a chat as a list of turns with role and content")
+    turns = [(turn["role"], turn["content"]) for turn in given]
     if not turns or turns[-1][0] != "user":
         raise ValueError(f"a chat ends with a user's turn, got {[role for role, _ in turns]}")
     system = turns[0][1] if turns[0][0] == "system" else None

@@ -43,6 +43,7 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
 
 def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> float:
     losses = dict.fromkeys((2.0**power for power in range(-14, 9)), 0.0)
+    bar = tqdm(total=len(edits) * len(losses), desc="Size of the first step")
     for rows in edits:
         rows = rows.to(model.device)
         state = model.split.run_below(rows.inputs)
@@ -54,5 +55,7 @@ def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> flo
                 scaled = {name: (u, v * factor) for name, (u, v) in updates.items()}
                 logits = model.context.logits(rows, state, (base_delta, scaled))
                 losses[factor] += float(target_nll(logits, rows)) * len(rows)
+                bar.update()
+    bar.close()
     finite = {factor: loss for factor, loss in losses.items() if loss == loss}
     return min(finite, key=lambda factor: finite[factor]) / 2 if finite else 1.0

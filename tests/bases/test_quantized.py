@@ -167,10 +167,8 @@ def test_a_quantisers_own_layers_are_edited_as_plain_ones_of_the_same_values(tok
     torch.testing.assert_close(edited, all_logits(theirs, tokenizer), rtol=1e-4, atol=1e-5)
     ours.save_edits(tmp_path / "edits")
     ours.save_lora(tmp_path / "lora")
-    with pytest.raises(
-        TypeError,
-        match=rf"a {'HQQLinear' if kind is hqq else kind.__name__} has no plain weight.*save_lora.*unquantised",
-    ):
+    name = "HQQLinear" if kind is hqq else kind.__name__
+    with pytest.raises(TypeError, match=rf"a {name} has no plain weight.*save_lora.*unquantised"):
         ours.merge_and_unload()
     assert torch.equal(all_logits(ours, tokenizer), edited)
     ours.undo()

@@ -94,10 +94,8 @@ def test_the_table_has_four_states_and_says_why(rows_of_all_states):
         "1 of 4 edits took, 1 already said, 1 did not take, 1 refused",
     ]
     rows_of_all_states[1][2].result.token_success = [False] * 300
-    assert (
-        "in other words, and those of more than a hundred tokens in short."
-        in report_of_file(rows_of_all_states[1], []).text
-    )
+    again = report_of_file(rows_of_all_states[1], [])
+    assert "in other words, and those of more than a hundred tokens in short." in again.text
     assert not report.ok and report.document["took"] == report.document["did_not_take"] == 1
 
 

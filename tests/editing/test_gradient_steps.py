@@ -9,10 +9,10 @@ from support.models import RECORDS, all_logits, editable
 from support.scope import scoped
 
 from hf_mend.data.encoding import Query
-from hf_mend.edits.low_rank import dense
 from hf_mend.editing import acceptance
 from hf_mend.editing.proposals import SearchOptions
 from hf_mend.editing.search import find_updates
+from hf_mend.edits.low_rank import dense
 
 
 PROMPT, LONG = RECORDS[0].prompt, "lima oslo nairobi"
