@@ -195,6 +195,22 @@ def _cut(tokens: list[int], marks: list[Mark]) -> MarkedText:
     return MarkedText(tokens[:_LONGEST], [mark for mark in marks if mark.position < _LONGEST])
 
 
+def within(text: MarkedText, longest: int | None) -> MarkedText:
+    """
+    Return the end of a text that is longer than a model takes, with the marks in it.
+
+    Args:
+        text ([`MarkedText`]): The text.
+        longest (`int`, *optional*): The most tokens; as many as there are when missing.
+    """
+    if longest is None or len(text.tokens) <= longest:
+        return text
+    tokens = text.tokens[: max((mark.position for mark in text.marks), default=len(text.tokens) - 1) + 1]
+    first = max(0, len(tokens) - longest)
+    marks = [replace(mark, position=mark.position - first) for mark in text.marks if mark.position >= first]
+    return replace(text, tokens=tokens[first:], marks=marks)
+
+
 def set_others(records: Sequence[EditRecord], texts: Sequence[Sequence[MarkedText]]) -> None:
     """
     Set of each text the records that it rightly asks for beside its own: the same fact again, another whose words it

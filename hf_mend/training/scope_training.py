@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..bases.limits import longest_input
 from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
@@ -30,6 +31,7 @@ from .scope_examples import (
     scope_examples,
     set_others,
     with_further_kinds,
+    within,
 )
 
 
@@ -155,7 +157,8 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
         args ([`ScopeTrainingArguments`]): The options.
     """
     drawn = scope_examples(examples)
-    texts = list(marked_texts(drawn, model.encoder))
+    longest = longest_input(model.config)
+    texts = [[within(text, longest) for text in one] for one in marked_texts(drawn, model.encoder)]
     chosen = sorted(random.Random(args.seed).sample(range(len(texts)), min(args.max_facts, len(texts))))
     records = [drawn.records[i] for i in chosen]
     kept = [texts[i] for i in chosen]

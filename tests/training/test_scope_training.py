@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support.models import RECORDS
+from support.models import RECORDS, build_model
 from support.scope import scoped
 
 from hf_mend import EditableModel, EditorConfig
@@ -23,6 +23,7 @@ from hf_mend.training.scope_examples import (
     scope_examples,
     set_others,
     with_further_kinds,
+    within,
 )
 from hf_mend.training.scope_training import (
     ScopeTexts,
@@ -123,6 +124,17 @@ def test_further_kinds_stand_beside_the_records(examples):
     alone = with_further_kinds(None, 10)
     assert len(alone) == 10 and alone.questions
     assert not {question for question, _ in alone.questions} & {q for one in alone.records for q in one.questions}
+
+
+def test_texts_that_are_longer_than_the_model_takes_are_cut_at_their_beginning(tokenizer, examples):
+    marks = [Mark(1, 0, "inside"), Mark(7, 0, "said"), Mark(8, NONE, "after")]
+    cut = within(MarkedText([*range(12)], marks), 5)
+    assert cut.tokens == [4, 5, 6, 7, 8] and [mark.position for mark in cut.marks] == [3, 4]
+    assert within(MarkedText([*range(12)], marks), None).tokens == [*range(12)]
+    model = EditableModel(build_model("gpt2"), EditorConfig(method="ft", scope=True), tokenizer)
+    model.config.n_positions = 12
+    train_scope(model, examples, ScopeTrainingArguments(steps=2, facts_per_step=4, further_facts=12))
+    assert model.scope.is_trained
 
 
 def test_the_scope_s_weights_are_the_mean_of_its_rounds(llama, tokenizer, examples, monkeypatch):
