@@ -152,7 +152,7 @@ class ActiveEdits(ActsInPasses):
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""
-        names = {name for edit in edits for name in edit.updates} - {target.name for target in self.targets}
+        names = set().union(*(edit.updates for edit in edits)) - {target.name for target in self.targets}
         return [] if self._base_model is None else named_layers(self._base_model, names)
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
