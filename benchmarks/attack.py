@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--add", action="store_true", help="add to the counts that are kept; give another seed")
+    parser.add_argument("--mended", action="store_true", help="what was found wrong is mended: begin to count anew")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of what is tried; others stay")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "attack"))
     return parser.parse_args()
@@ -279,6 +280,8 @@ def added(before: Figures, now: Figures) -> Figures:
     """What two runs of a part count together."""
     whole = dict(now)
     for name, value in before.items():
+        if name == "mended before":
+            continue
         if name == "of":
             whole["of"] = dict(Counter(value) + Counter(now["of"]))
         elif name == "what":
@@ -286,6 +289,19 @@ def added(before: Figures, now: Figures) -> Figures:
         else:
             whole[name] = max(value, now[name]) if name.startswith("slowest") else value + now[name]
     return whole
+
+
+def mended_before(before: Figures, mended: bool) -> Figures:
+    """Keep what was found wrong before it was mended."""
+    earlier = before.get("mended before", {"tried": 0, "wrong": 0, "what": []})
+    if mended and before.get("wrong"):
+        what = [*earlier["what"], *(one[:200] for one in before["what"])]
+        earlier = {
+            "tried": earlier["tried"] + before["tried"],
+            "wrong": earlier["wrong"] + before["wrong"],
+            "what": what,
+        }
+    return {"mended before": earlier} if earlier["wrong"] else {}
 
 
 def as_markdown(results: dict[str, Figures]) -> str:
@@ -303,7 +319,7 @@ def as_markdown(results: dict[str, Figures]) -> str:
             out.append(f"| {what} | {results[part]['tried']:,} | {results[part]['wrong']:,} | {means} |")
     for part, (what, _) in titles.items():
         found = results.get(part, {})
-        more = {k: v for k, v in found.items() if k not in ("tried", "wrong", "what", "of")}
+        more = {k: v for k, v in found.items() if k not in ("tried", "wrong", "what", "of", "mended before")}
         if more:
             values = ", ".join(f"{k} {v:,.2f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in more.items())
             out += ["", f"{what[0].upper()}{what[1:]}: {values}."]
@@ -311,6 +327,10 @@ def as_markdown(results: dict[str, Figures]) -> str:
             out += ["", f"| {what} of | tried |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in found["of"].items())]
         if found.get("what"):
             out += ["", "What was wrong:", "", *(f"- `{one}`" for one in found["what"])]
+    for part, (what, _) in titles.items():
+        if before := results.get(part, {}).get("mended before"):
+            out += ["", f"Before what was found was mended, {before['tried']:,} {what} had these wrong:", ""]
+            out += [f"- `{one}`" for one in before["what"]]
     for name, found in results.get("many", {}).items():
         if isinstance(found, dict):
             edits = f"a store of {results['many']['edits']:,} edits that {name}, {found['MB']:.0f} MB"
@@ -340,7 +360,9 @@ def main() -> None:
     for part, (attack, count) in work.items():
         if part in arguments.parts and count:
             found = attack(count, Clock(arguments.minutes), random.Random(arguments.seed))
-            kept[part] = added(kept[part], found) if arguments.add and part in kept and part != "many" else found
+            before = kept.get(part, {})
+            kept[part] = added(before, found) if arguments.add and before and part != "many" else found
+            kept[part] |= mended_before(before, arguments.mended)
             print(part, {name: value for name, value in kept[part].items() if name != "of"}, flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")
