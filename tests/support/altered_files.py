@@ -101,6 +101,7 @@ def run_case(number: int, material: Material, kinds: Sequence[str] = (*EDITORS, 
         return f"case {number}, {folder.name}/{path.name}: {error}"
     finally:
         path.write_bytes(good)
+        material.base.train().requires_grad_(True)
 
 
 def _outcome(folder: Path, material: Material) -> str:
