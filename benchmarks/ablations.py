@@ -38,6 +38,7 @@ from hf_mend.evaluation.reports import TITLES
 from hf_mend.hub.cards import machine, table
 
 
+METRICS = ("edit_success", "generality", "neighborhood", "unrelated", "score")  # that the table shows
 VARIANTS: dict[str, dict[str, Any]] = {
     "MEND": {},
     "no sharing": {"shared": False},
@@ -124,16 +125,13 @@ def table_of(result: dict[str, Any]) -> str:
     rows = [
         (
             name,
-            *(
-                f"{found[metric]:.3f}"
-                for metric in ("edit_success", "generality", "neighborhood", "unrelated", "score")
-            ),
+            *(f"{found[metric]:.3f}" for metric in METRICS),
             f"{found['editor_parameters'] / 1e6:.1f} million",
             f"{found['training_seconds']:.0f}",
         )
         for name, found in result["variants"].items()
     ]
-    head = ("variant", *TITLES, "editor's parameters", "training, s")
+    head = ("variant", *(TITLES[metric] for metric in METRICS), "editor's parameters", "training, s")
     given = {name: value for name, value in result["settings"].items() if value not in (None, [], False)}
     shared = ", ".join(f"{name} {value}" for name, value in given.items())
     return f"{table(head, rows)}\n\n{result['base_model']}, {result['machine']}; {shared}."

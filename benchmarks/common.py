@@ -25,8 +25,7 @@ DATA: dict[str, Any] = {
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
-# Arguments of a training that draws paraphrases alone: the editors in model_cards/ were trained before there were
-# other forms of asking.
+# Arguments of a training that draws paraphrases alone, as the first part of the shipped editor's does.
 PARAPHRASES_ALONE: dict[str, Any] = {
     "forms": {"paraphrase": 1.0},
     "context_rate": 0.0,

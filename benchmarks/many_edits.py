@@ -43,7 +43,7 @@ from hf_mend.hub.plots import series_colors
 KINDS = ("edit success", "generality", "neighbourhood", "unrelated")
 NAMES = ("edit_success", "generality", "neighborhood", "unrelated")
 NEIGHBOURS = 2  # neighbouring prompts measured of a fact
-EDITOR = "model_cards/smollm2-135m-instruct-mend"
+EDITOR = "model_cards/smollm2-135m-instruct"
 
 
 def measure_state(

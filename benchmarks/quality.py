@@ -1,7 +1,7 @@
 """
-Train a MEND editor for SmolLM2-135M-Instruct, measure it on the test facts and write the table.
+Train an editor for SmolLM2-135M-Instruct whose edits act everywhere, measure it on the test facts and write the table.
 
-    python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output model_cards/smollm2-135m-instruct-mend
+    python benchmarks/quality.py --data DIR --hold-out P27,P106,P178 --output build/editor/base
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json, facts_test.json, nq_open_train.jsonl and
 nq_open_test.jsonl. Facts of the held-out relations never enter training; the table reports them apart. With
@@ -34,6 +34,7 @@ from hf_mend import (
 from hf_mend.demo.smollm2 import SMOLLM2_ID
 from hf_mend.hub.cards import CardNotes, machine, metrics_table, write_card
 from hf_mend.hub.files import read_tensors
+from hf_mend.training.soundness import last_whole_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hold-out", default="", help="relations, separated by commas, that training never sees")
     parser.add_argument("--evaluate", action="store_true", help="measure the editor in --output, train nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--start-from", type=Path, help="a saved editor whose weights training starts from")
     parser.add_argument("--checkpoints", type=Path, help="where training keeps its checkpoints (a temporary folder)")
     parser.add_argument("--hidden-states", type=Path, help="where the hidden states below the edited blocks are kept")
@@ -120,7 +121,8 @@ def train(model: EditableModel, records: list[EditRecord], arguments: argparse.N
             questions=questions,
         )
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=arguments.resume or None)
+        last = last_whole_checkpoint(arguments.checkpoints) if arguments.resume and arguments.checkpoints else None
+        trainer.train(resume_from_checkpoint=last)
         return time.perf_counter() - started
 
 

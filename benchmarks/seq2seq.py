@@ -261,6 +261,7 @@ def train_editor(
             output_dir=str(folder),
             **asking,
             max_steps=arguments.steps,
+            scope_steps=0,  # that of its own follows
             per_device_train_batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
             neighborhood_weight=arguments.neighborhood_weight,

@@ -1,7 +1,7 @@
 """
 Trains the editor of SmolLM2-135M-Instruct on facts in every form of asking: questions, chats, behind other text.
 
-    python benchmarks/train_editor_forms.py --data DIR --output build/editor --checkpoints build/checkpoints
+    python benchmarks/train_editor_forms.py --data DIR --start-from EDITOR --output build/forms --checkpoints build/of
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json and nq_open_train.jsonl; the facts of
 examples/data are added to its own. Held out: the relations of `--hold-out`, of each other relation's templates the
@@ -37,7 +37,6 @@ from hf_mend.training.examples import Asking, TrainingExamples
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "data"
-START = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-instruct-mend"
 HELD_OUT = "P27,P106,P178,iata_city,language_script,country_currency,city_us_state,airport_country"
 HELD_OUT_TEXTS = 40
 CONTEXT_RATE = 0.4
@@ -51,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=Path, default=EXAMPLES, help="folder of more facts and questions")
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
     parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--start-from", type=Path, default=START, help="a saved editor")
+    parser.add_argument("--start-from", type=Path, required=True, help="a saved editor")
     parser.add_argument("--hold-out", default=HELD_OUT, help="relations that training never sees")
     parser.add_argument("--facts", type=int, help="at most so many facts, drawn at random")
     parser.add_argument("--steps", type=int, default=600)

@@ -1,7 +1,7 @@
 """
 Trains the editor and the scope of SmolLM2-135M-Instruct: edits that act only where a text asks for them.
 
-    python benchmarks/train_scoped_editor.py --data DIR --output build/editor --minutes 35 --scope-steps 1500
+    python benchmarks/train_scoped_editor.py --data DIR --start EDITOR --output build/scoped --checkpoints build/kept
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_train.json and nq_open_train.jsonl; the facts of
 examples/data are added to its own, and by rule facts of further kinds, about the same subjects and of questions. Held
@@ -11,6 +11,10 @@ relation's templates the last question and the last prompt about the same subjec
 An edit acts at the tokens that predict its target's, so what stands before them is the un-edited model's own. It runs
 once, in bfloat16, and gives the cached keys and values on which the answer's few tokens run with and without the edit:
 a step of 16 facts in five forms takes four seconds on one core. `benchmarks/in_the_wild.py` measures.
+
+`--start` is an editor that was trained on edits made alone; `make editor` trains that one, too. Started again with the
+same arguments, the editor's training goes on where it was some minutes before it was interrupted, and is not repeated
+if it was over; the scope's begins anew.
 """
 
 from __future__ import annotations
@@ -21,21 +25,22 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from common import DATA, load_base, parse_with_data
 from torch import nn
-from train_editor_forms import CONTEXT_RATE, HELD_OUT, START, context_texts, training_records
+from train_editor_forms import CONTEXT_RATE, HELD_OUT, context_texts, training_records
 from transformers import DynamicCache
 
-from hf_mend import EditableModel, EditRecord, read_questions
+from hf_mend import EditableModel, EditorConfig, EditRecord, read_questions
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import DEFAULT_FORMS
 from hf_mend.data.kinds import more_facts, with_more_asked
 from hf_mend.data.statements import facts_of_questions
 from hf_mend.editing.scoping import own_queries
+from hf_mend.hub.atomic import made_folder, replaced_file
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
 
@@ -44,6 +49,7 @@ FACTS = 16
 FORMS = 4  # of each fact in a step, its own prompt among them
 ROWS = 20  # texts of like lengths in one pass
 WARM_UP = 20
+SAVE_MINUTES = 3.0  # of the processor's time, from one checkpoint to the next
 QUESTIONS = 2000  # of the unrelated questions, those that become facts where a rule fits
 
 
@@ -168,33 +174,115 @@ def step_loss(prefixes: Prefixes, records: Sequence[EditRecord], asked: Sequence
     return total / len(queries)
 
 
-def train_editor(model: EditableModel, examples: TrainingExamples, minutes: float, rate: float, seed: int) -> int:
-    """Trains for some minutes of the processor's time, at a rate that falls in the second half; returns the steps."""
-    prefixes, draw = Prefixes(model), random.Random(seed)
+@dataclass
+class Progress:
+    """
+    How far the training of the editor is.
+
+    Args:
+        step (`int`): Steps that were made.
+        minutes (`float`): The processor's time that they took.
+        epoch (`int`): The epoch whose draws are made.
+        order (`list[int]`): Facts of the epoch that are still to come.
+    """
+
+    step: int = 0
+    minutes: float = 0.0
+    epoch: int = 0
+    order: list[int] = field(default_factory=list)
+
+
+class Checkpoint:
+    """
+    Keeps in a file all that the editor's training needs to go on: weights, the optimizer's state, draws, progress.
+
+    Args:
+        path (`Path`): The file.
+        settings (`Mapping[str, object]`): What the training depends on; it goes on with the same alone.
+        model ([`EditableModel`]): The model.
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        draw (`random.Random`): The draws.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, object],
+        model: EditableModel,
+        optimizer: torch.optim.Optimizer,
+        draw: random.Random,
+    ):
+        self.path, self.settings = path, dict(settings)
+        self.model, self.optimizer, self.draw = model, optimizer, draw
+
+    def save(self, progress: Progress) -> None:
+        """Write the file, whole or not at all."""
+        made_folder(self.path.parent)
+        state = {
+            "settings": self.settings,
+            "progress": asdict(progress),
+            "editor": self.model.editor.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "draw": self.draw.getstate(),
+            "torch": torch.get_rng_state(),
+        }
+        with replaced_file(self.path) as work:
+            torch.save(state, work)
+
+    def load(self) -> Progress:
+        """Go on from the file, if it is there; otherwise return the beginning."""
+        if not self.path.is_file():
+            return Progress()
+        state = torch.load(self.path, weights_only=True)
+        if state["settings"] != self.settings:
+            raise SystemExit(
+                f"{self.path} is of a training with {state['settings']}, not {self.settings}; give the same options "
+                "to go on, or remove the file to begin anew"
+            )
+        self.model.editor.load_state_dict(state["editor"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.draw.setstate(state["draw"])
+        torch.set_rng_state(state["torch"])
+        return Progress(**state["progress"])
+
+
+def train_editor(model: EditableModel, examples: TrainingExamples, arguments: argparse.Namespace) -> int:
+    """
+    Trains for some minutes of the processor's time, at a rate that falls in the second half, from the checkpoint on if
+    there is one; returns the steps.
+    """
+    prefixes, draw = Prefixes(model), random.Random(arguments.seed)
     parameters = [p for p in model.editor.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    started, step, epoch, order = time.process_time(), 0, 0, list[int]()
-    while (passed := (time.process_time() - started) / 60) < minutes:
-        factor = min(1.0, (step + 1) / WARM_UP, max(0.01, 2 * (1 - passed / minutes)))
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.0)
+    names = ("minutes", "learning_rate", "seed", "hold_out")
+    settings = {name: getattr(arguments, name) for name in names} | {"facts": len(examples)}
+    checkpoint = Checkpoint(arguments.checkpoints / "editor.pt", settings, model, optimizer, draw)
+    now = checkpoint.load()
+    earlier, saved, started = now.minutes, now.minutes, time.process_time()
+    while now.minutes < arguments.minutes:
+        factor = min(1.0, (now.step + 1) / WARM_UP, max(0.01, 2 * (1 - now.minutes / arguments.minutes)))
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor
-        if len(order) < FACTS:
-            order, epoch = draw.sample(range(len(examples)), len(examples)), epoch + 1
-        chosen, order = order[:FACTS], order[FACTS:]
+            group["lr"] = arguments.learning_rate * factor
+        if len(now.order) < FACTS:
+            now.order, now.epoch = draw.sample(range(len(examples)), len(examples)), now.epoch + 1
+        chosen, now.order = now.order[:FACTS], now.order[FACTS:]
         records = [examples.records[i] for i in chosen]
         asked = []
         for i, record in zip(chosen, records, strict=True):
             own = Query(record.prompt, record.target, chat=draw.random() < 0.5)
-            asked.append([replace(query, ends=True) for query in (own, *examples.texts(i, epoch).general)])
+            asked.append([replace(query, ends=True) for query in (own, *examples.texts(i, now.epoch).general)])
         loss = step_loss(prefixes, records, asked)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
-        if step % 10 == 0:
-            print(f"step {step} after {passed:.1f} minutes: loss {float(loss):.3f}", flush=True)
-    return step
+        now.step, now.minutes = now.step + 1, earlier + (time.process_time() - started) / 60
+        if now.step % 10 == 0:
+            print(f"step {now.step} after {now.minutes:.1f} minutes: loss {float(loss):.3f}", flush=True)
+        if now.minutes - saved >= SAVE_MINUTES or now.minutes >= arguments.minutes:
+            checkpoint.save(now)
+            saved = now.minutes
+    return now.step
 
 
 def main() -> None:
@@ -202,7 +290,10 @@ def main() -> None:
     parser.add_argument("--data", **DATA)
     parser.add_argument("--examples", type=Path, default=Path(__file__).parent.parent / "examples" / "data")
     parser.add_argument("--output", type=Path, required=True, help="folder of the editor")
-    parser.add_argument("--start-from", type=Path, default=START, help="a saved editor")
+    parser.add_argument("--start", "--start-from", type=Path, required=True, help="a saved editor")
+    parser.add_argument(
+        "--checkpoints", type=Path, required=True, help="folder of what an interrupted run goes on from"
+    )
     parser.add_argument("--hold-out", default=HELD_OUT, help="relations that training never sees")
     parser.add_argument("--facts", type=int, help="at most so many facts, drawn at random")
     parser.add_argument("--further-facts", type=int, default=5000, help="of further kinds, about the same subjects")
@@ -223,11 +314,10 @@ def main() -> None:
     asking = Asking(DEFAULT_FORMS, CONTEXT_RATE, None, context_texts())
     examples = TrainingExamples(records, questions, FORMS - 1, 0, 0, arguments.seed, asking)
     base, tokenizer = load_base()
-    start = EditableModel.from_pretrained(base, arguments.start_from, tokenizer=tokenizer)
-    state, config = start.editor.state_dict(), start.editor_config
-    model = EditableModel(start.unload(), replace(config, scope=True), tokenizer).eval()
-    model.editor.load_state_dict(state)
-    train_editor(model, examples, arguments.minutes, arguments.learning_rate, arguments.seed)
+    config = replace(EditorConfig.from_pretrained(arguments.start), scope=True)  # of its own, still to be trained
+    model = EditableModel(base, config, tokenizer).eval()
+    model.load_editor(arguments.start / "editor.safetensors")
+    train_editor(model, examples, arguments)
     options = ScopeTrainingArguments(
         arguments.scope_steps, max_facts=arguments.scope_facts, further_facts=0, seed=arguments.seed, bf16=True
     )

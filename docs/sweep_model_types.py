@@ -89,28 +89,100 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+_MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8}
+_LINEAR_AND_FULL = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_QWEN4 = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "hc_lowrank": 8,
+    "indexer_compress_ratio": 4, "ngram_vocab_size_base": 128, "ple_embed_dim": 8, "split_ngram_parts": 2,
+}  # fmt: skip
 # Type -> settings that its small configuration needs beside or instead of those.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"audio_config": {"codebook_dim": 32}},
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _MROPE}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE}},
     "cosmos3_edge": {"text_config": {"rope_parameters": _MROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "chameleon": {"vocabulary_map": {"<image>": 150}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [24, 24]}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [24, 24], "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]},
+        }
+    },
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1],
+            "patch_prenorm": [False, True], "embed_dim": [16, 32], "num_heads": [2, 4], "num_groups": [2, 4],
+            "projection_dim": 32, "window_size": 7,
+        }
+    },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
-    "hy_v4_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "glm46v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _HALF_MROPE}},
+    "glm5_next": {
+        "text_config": {
+            "qk_rope_head_dim": 0, "head_dim": 0, "index_topk": 16, "index_head_dim": 8, "index_n_heads": 2,
+            "linear_head_dim": 8,
+        }
+    },
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "glmga": {"text_config": {"rope_parameters": _MROPE}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "granitemoehybrid": {"layer_types": _LINEAR_AND_FULL, **_MAMBA},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}},
+    "hy_v4_vl": {"text_config": {"qk_rope_head_dim": 8, "rope_parameters": _MROPE}},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "inkling2_loop": {"vision_config": {"text_hidden_size": 32}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "kimi_linear": {"layer_types": _LINEAR_AND_FULL, "linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 4, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "molmo2": {"vision_config": {"image_size": [28, 28]}, "adapter_config": {"vision_feature_layer": [3, 2]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 150, "text_config": {"rope_parameters": _MROPE}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 150, "text_config": {"rope_parameters": _MROPE}},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attention_head_size": 8,
+        "attn_layers": ["local", "local", "local", "local"], "local_attn_chunk_length": 16,
+    },
+    "xlnet": {"d_inner": 48, "d_head": 8},
+    "xlstm": {"mode": "train", "chunk_size": 1},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+# Type -> why it does not go on with text by itself.
+NO_TEXT = {
+    "gemma4_assistant": "drafts tokens for another model, from that model's hidden states",
+    "gemma4_unified_assistant": "drafts tokens for another model, from that model's hidden states",
+    "idefics": "reads text beside an image alone",
+    "kosmos-2": "reads text beside an image alone",
+    "kyutai_speech_to_text": "writes down sound alone",
+    "musicgen": "writes sound",
+    "musicgen_melody": "writes sound",
+    "qwen2_5_omni": "several models as one, without a pass of its own: edit its qwen2_5_omni_thinker",
+    "qwen3_omni_moe": "several models as one, without a pass of its own: edit its qwen3_omni_moe_thinker",
+    "udop": "reads text with its place on a page alone",
+    "voxtral_realtime": "writes down sound alone",
 }
 
 
@@ -145,8 +217,19 @@ def _fields(config_class: Any) -> set[str]:
 
 
 def build(model_type: str) -> PreTrainedModel:
+    """A small random model of a type, by the first kind that builds it."""
+    kinds = [(name, types[model_type]) for name, types in KINDS.items() if model_type in types]
+    for number, (auto, named) in enumerate(kinds, start=1):
+        try:
+            return _built(model_type, auto, named)
+        except Exception:
+            if number == len(kinds):
+                raise
+    raise KeyError(model_type)
+
+
+def _built(model_type: str, auto: str, named: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    auto, named = next((name, types[model_type]) for name, types in KINDS.items() if model_type in types)
     config = small_config(model_type)
     if auto == "AutoModelForSeq2SeqLM" and config.decoder_start_token_id is None:
         config.decoder_start_token_id = 2
@@ -323,6 +406,7 @@ Every type that transformers {version} builds as a causal, a sequence-to-sequenc
 - **exact**: the edit changes the target's probability, an undo restores the logits bit for bit, the factors give
   autograd's gradient, and in a batch each row has the gradient that it has alone.
 - **refused**: an error of this library says why the model cannot be edited.
+- **no text**: the type does not go on with text alone, so that there is nothing to edit by a prompt.
 - **not swept**: not tried, or transformers itself does not build or run a small model on text alone from the script's
   settings, or it takes too long, which says nothing about edits.
 
@@ -339,6 +423,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     rows, count = [], {}
     for name in all_types():
         found = results.get(name, {"result": "not built", "why": "not tried"})
+        if name in NO_TEXT:
+            found = {"result": "no text", "why": NO_TEXT[name]}
         result = words.get(found["result"], found["result"])
         count[result] = count.get(result, 0) + 1
         exact = found["result"] == "exact"
@@ -346,7 +432,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         if exact and found["why"]:
             why += f" ({found['why']})"
         rows.append(f"| {name} | {result} | {why} |")
-    parts = [f"{count.get(word, 0)} are {word}" for word in ("exact", "refused", "not swept", "**failing**")]
+    parts = [f"{count.get(word, 0)} are {word}" for word in ("exact", "refused", "no text", "not swept", "**failing**")]
     summary = ", ".join(part for part in parts if not part.startswith("0 are **"))
     if not count.get("**failing**"):
         summary += ", none fails"
@@ -363,7 +449,9 @@ def main() -> None:
     arguments = parser.parse_args()
     done = read_results(arguments.results)
     types = arguments.types or [
-        name for name in all_types() if name not in done or done[name]["result"] in arguments.again
+        name
+        for name in all_types()
+        if name not in NO_TEXT and (name not in done or done[name]["result"] in arguments.again)
     ]
     sweep(types, arguments.results, arguments.seconds)
     PAGE.write_text(page(read_results(arguments.results)), encoding="utf-8")

@@ -35,6 +35,7 @@ FURTHER = {
     ],
     "evaluation.sharing": ["sharing", "share_of", "Share"],
     "evaluation.generation": ["answer", "probability"],
+    "editing.together": ["made_together"],
     "auto": ["load_model", "load_base"],
     "config": ["option"],
     "methods": [

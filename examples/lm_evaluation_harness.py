@@ -28,7 +28,7 @@ from hf_mend.auto import load_model
 
 ROOT = Path(__file__).parent.parent
 FACTS = ROOT / "examples" / "data" / "facts_test.json"
-EDITOR = ROOT / "model_cards" / "smollm2-135m-instruct-mend-several"
+EDITOR = ROOT / "model_cards" / "smollm2-135m-instruct"
 TASK = """\
 task: {name}
 dataset_path: json

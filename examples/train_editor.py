@@ -1,5 +1,5 @@
 """
-Train an editor for your own model on the facts in examples/data, measure it, and save it.
+Train an editor and its scope for your own model on the facts in examples/data, measure them, and save them.
 
     python examples/train_editor.py --output my-editor                      # SmolLM2-135M-Instruct, offline
     python examples/train_editor.py --base-model gpt2 --output my-editor    # any causal or seq2seq model of the Hub
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--base-model", help="a model of the Hub or a folder; SmolLM2-135M-Instruct when left out")
     parser.add_argument("--output", default="my-editor")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--scope-steps", type=int, default=800, help="with 0, edits act everywhere")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-facts", type=int, default=50)
     arguments = parser.parse_args()
@@ -38,12 +39,13 @@ def main() -> None:
     train_facts = read_counterfact(DATA / "facts_train.json")
     test_facts = list(read_counterfact(DATA / "facts_test.json", questions))[: arguments.eval_facts]
 
-    model = get_editable_model(base, EditorConfig(), tokenizer=tokenizer)
+    model = get_editable_model(base, EditorConfig(scope=arguments.scope_steps > 0), tokenizer=tokenizer)
     trainer = EditorTrainer(
         model,
         EditorTrainingArguments(
             output_dir=f"{arguments.output}-checkpoints",
             max_steps=arguments.steps,
+            scope_steps=arguments.scope_steps,
             per_device_train_batch_size=arguments.batch_size,
             lr_scheduler_type="linear",
             logging_steps=20,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .data.deprecation import MovedModules
 
 
 if TYPE_CHECKING:
@@ -72,6 +75,34 @@ _MODULES = {
     "training.cache": ["HiddenStateCache"],
     "training.trainer": ["EditorTrainer"],
 }
+# Where the modules of 0.1.0 are now.
+_MOVED = {
+    "adapters": "bases.merge_adapters",
+    "cache": "training.cache",
+    "cards": "hub.cards",
+    "checks": "data.checks",
+    "collection": "edits.collection",
+    "compression": "edits.compression",
+    "evaluation_checks": "evaluation.checks",
+    "files": "hub.files",
+    "fingerprint": "bases.fingerprint",
+    "generation": "evaluation.generation",
+    "lora": "edits.lora",
+    "losses": "training.losses",
+    "metrics": "evaluation.metrics",
+    "plots": "hub.plots",
+    "readers": "data.readers",
+    "records": "edits.log",
+    "reports": "evaluation.reports",
+    "requests": "editing.requests",
+    "scores": "evaluation.scores",
+    "sharing": "hub.sharing",
+    "smollm2": "demo.smollm2",
+    "store": "edits.store",
+    "targets": "bases.targets",
+    "trainer": "training.trainer",
+}
+sys.meta_path.append(MovedModules({f"{__name__}.{old}": f"{__name__}.{new}" for old, new in _MOVED.items()}))
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -207,7 +207,8 @@ def load_model(
 
 def load_edited(edits: str, base_model: str | None = None, **options: Any) -> EditableModel:
     """
-    Load a model with saved edits and without a trained editor; it is not meant for further edits.
+    Load a model with saved edits and without a trained editor, to export them: they have no scope. It is not meant for
+    further edits.
 
     Args:
         edits (`str`): Folder or Hub id of the edits.
@@ -224,7 +225,7 @@ def load_edited(edits: str, base_model: str | None = None, **options: Any) -> Ed
     layers |= (fingerprint or {}).get("layers", {}).keys()
     config = EditorConfig(target_modules=sorted(layers), rank=1, whiten=False)
     model = EditableModel(base, config, tokenizer)
-    model.load_edits(path.parent)
+    model.load_edits(path.parent, scope=False)
     return model
 
 

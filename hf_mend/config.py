@@ -171,6 +171,8 @@ class EditorConfig(metaclass=_ConfigType):
     # The blocks that target_modules="default" means for the method, as fractions of the model's depth: first and end.
     # benchmarks/results/settings.md has the measurements.
     default_span: ClassVar[tuple[float, float]] = (0.567, 0.767)
+    # Whether `hf-mend train` gives a new editor of the method a scope if it is not told.
+    trained_with_scope: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # the signature of a call, which returns an object of the method's own class
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .bases.compiled import check_uncompiled
 from .bases.delegation import DelegatesToBase, known_to_pipelines
 from .bases.fingerprint import check_base, editor_id, fingerprint_of
 from .bases.placement import PlacedWithBase
@@ -28,7 +29,7 @@ from .editing.call import AfterEdits
 from .editing.context import EditingContext
 from .editing.edit_result import EditResult
 from .editing.pipeline import make_edits
-from .editing.proposals import SearchOptions
+from .editing.proposals import default_options
 from .editing.requests import as_requests, check_limits, check_requests
 from .editing.steering import ActsWhereAsked
 from .editing.writing import RecentWriters, Writer
@@ -300,7 +301,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         check: bool = True,
         check_earlier: int = 8,
         keep_failed: bool | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> EditResult | list[EditResult]:
         """
         Make the model answer `target` to `prompt`. An edit is found on the model with the edits of earlier calls.
@@ -322,7 +323,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 a record's own, and allowed for a single edit only.
             max_steps (`int`, *optional*): The most steps of an edit: a step that does not take is made smaller and
                 followed by another. With 1, one whole step is made in any case. The default is the method's: 3 with
-                MEND, 6 without a trained editor.
+                MEND, 6 without a trained editor. Of an edit with a scope, up to 12 more: where a trained editor's step
+                leads no nearer to the target, as of a long one, steps down the gradient itself follow.
             force (`bool`, defaults to `False`): Edit even if the model says the target already, as its paraphrases may
                 not.
             check (`bool`, defaults to `True`): Check with the edited model whether the edit took. Without it, one step
@@ -332,18 +334,20 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 same. 0 for none.
             keep_failed (`bool`, *optional*): Keep an edit that did not take. By default it is taken back, except with
                 `max_steps=1`, whose one step is made in any case.
-            batch_size (`int`, defaults to 16): The most edits in one pass; long requests go in smaller batches.
+            batch_size (`int`, *optional*): The most edits in one pass; long requests go in smaller ones where memory is
+                short. By default as many as memory allows on a GPU, and 16 on a CPU, where more are no faster.
 
         Returns:
             [`EditResult`], or a list of them for lists, which also states whether the edit took.
 
         Raises:
             ValueError: A prompt, target or probe is empty or too long, lists differ in length or have two targets for
-                one prompt, a limit is below 1, there is no tokenizer, or an update is not finite. The model stays
-                unchanged.
+                one prompt, a limit is below 1, there is no tokenizer, the base was compiled in place, or an update is not
+                finite. The model stays unchanged.
             RuntimeError: The model has been merged or unloaded.
         """
         self._check_usable()
+        check_uncompiled(self.base_model)
         check_limits(max_steps=max_steps, batch_size=batch_size)
         if check_earlier < 0:
             raise ValueError(f"check_earlier is {check_earlier}, expected 0 or more")
@@ -358,7 +362,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             self._active.changing(),
             torch.inference_mode(False),
         ):  # an edit needs a gradient in any mode of the caller
-            options = SearchOptions(self.editor.max_steps if max_steps is None else max_steps, force, check)
+            options = default_options(self.editor, self._gate is not None, max_steps, force, check)
             after = AfterEdits(max_steps == 1 if keep_failed is None else keep_failed, check_earlier)
             before = self._active.snapshot
             results = make_edits(self.context, encoder, self._active, requests, options, batch_size, self._gate, after)
@@ -468,8 +472,13 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         return self.base_model
 
     def _warn_if_untrained(self) -> None:
-        """Warn once if the editor was never trained."""
+        """Warn once if the editor or its scope was never trained."""
         initial, self._initial_editor = self._initial_editor, None
+        if initial is not None and self.scope is not None and not self.scope.is_trained:
+            logger.warning(
+                "the scope was never trained, so edits act where a text happens to be like their own: train it with "
+                "train_scope(model), which needs no data, or leave scope=True out for edits that act everywhere"
+            )
         if initial is not None and self.editor.trains and editor_id(self.editor, self.editor_config.method) == initial:
             logger.warning(
                 f"this {self.editor_config.method!r} editor was never trained, so its edits are no better than its "

@@ -16,6 +16,7 @@ from support.models import RECORDS, EditableModel, all_logits, build_model, edit
 
 from hf_mend import EditorConfig, EditStore, get_editable_model
 from hf_mend.data.encoding import Query
+from hf_mend.scope.network import ScopeNetwork
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -290,6 +291,21 @@ def test_an_editor_that_was_never_trained_says_so_once(tokenizer, tmp_path, capl
     with torch.no_grad():
         next(trained.editor.parameters()).add_(0.01)
     EditableModel(build_model("llama"), EditorConfig(method="ft"), tokenizer).edit(PROMPT, TARGET, max_steps=1)
+    trained.edit(PROMPT, TARGET, max_steps=1)
+    assert "never trained" not in caplog.text
+
+
+def test_a_scope_that_was_never_trained_says_so_once(tokenizer, caplog):
+    config = EditorConfig(method="ft", scope=True)
+    model = EditableModel(build_model("llama"), config, tokenizer)
+    for target in (TARGET, "the old town"):
+        model.edit(PROMPT, target, max_steps=1)
+    assert caplog.text.count("the scope was never trained") == 1 and "train_scope(model)" in caplog.text
+    caplog.clear()
+    trained = EditableModel(build_model("llama"), config, tokenizer)
+    scope = ScopeNetwork(trained.scope.width)
+    scope.standardise(torch.randn(20, trained.scope.width))
+    trained.set_scope(scope)
     trained.edit(PROMPT, TARGET, max_steps=1)
     assert "never trained" not in caplog.text
 

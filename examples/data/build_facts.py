@@ -544,7 +544,7 @@ def build_records(
 ) -> dict[str, list[dict[str, Any]]]:
     """Split the facts and write the records of each split.
 
-    A record's neighborhood comes from the training facts, and in a held-out split from this split's facts too, so
+    A record's neighbourhood comes from the training facts, and in a held-out split from this split's facts too, so
     that no training record and no record of the other held-out split mentions a held-out fact.
     """
     splits = split_facts(facts, sizes, rng)
@@ -644,7 +644,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", type=int, default=200, help="facts for validation (default: 200)")
     parser.add_argument("--test", type=int, default=300, help="facts for test (default: 300)")
     parser.add_argument(
-        "--train-neighbors", type=int, default=3, help="most neighborhood prompts of a training record (default: 3)"
+        "--train-neighbors", type=int, default=3, help="most neighbourhood prompts of a training record (default: 3)"
     )
     options = parser.parse_args(arguments)
 

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
+from .compiled import uncompiled
+
 
 def known_to_pipelines(cls: type) -> None:
     """
@@ -106,6 +108,7 @@ class DelegatesToBase:
             raise AttributeError(f"{error}; {instead}" if instead else str(error)) from None
 
     # The named arguments are those by which `Trainer` knows a data set's columns and its labels.
+    @uncompiled
     def forward(
         self, *args: Any, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
     ) -> Any:
@@ -124,8 +127,13 @@ class DelegatesToBase:
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's `generate` under the active edits: those of its beginning, to its end."""
+        """
+        Run the base model's `generate` under the active edits: those of its beginning, to its end. With a static cache,
+        transformers compiles the model on GPUs, and what is compiled sees no edits; while there are any, it does not.
+        """
         with self._active.reading():
+            if self._active.is_hooked and hasattr(self.generation_config, "disable_compile"):
+                kwargs["disable_compile"] = True
             return self.base_model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

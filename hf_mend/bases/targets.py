@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import EditorConfig
+from ..data.deprecation import renamed_arguments
 from ..hub.files import shortened
 from .experts import is_experts
 from .patterns import expression
@@ -30,6 +31,7 @@ _AUXILIARY_NAME = re.compile(
 _PAPER_BLOCKS = {"decoder_only": 3, "encoder_decoder": 2}
 
 
+@renamed_arguments(stack="side")
 @dataclass(frozen=True)
 class Target:
     """
@@ -259,7 +261,8 @@ def _above_the_encoder(targets: list[Target], named: bool) -> list[Target]:
         raise ValueError(
             "with scope=True an encoder-decoder model's edits are the decoder's, as the scope reads what the encoder "
             f"gives, and {shortened(within[0])} is one of the encoder's ({len(within)} are); name the decoder's alone "
-            "by a regular expression in target_modules or by layers_pattern, or leave both out"
+            "by a regular expression in target_modules or by layers_pattern, leave both out, or let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     return [target for target in targets if target.side != "encoder"]
 

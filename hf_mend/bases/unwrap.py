@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .compiled import check_uncompiled
+
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +41,7 @@ def plain_base(model: Any) -> Any:
                 "not part of the layers; edit the model without it"
             )
         model = model.get_base_model()
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{name or type(module).__name__!r} was compiled in place and would not see the edits; load the base "
-                "model without compile(), and compile what merge_and_unload() returns"
-            )
+    check_uncompiled(model)
     if isinstance(model, PreTrainedModel):
         _check_language_model(model)
     return model
@@ -73,16 +70,16 @@ def hidden_width(model: Any) -> int:
     if hasattr(model, "enc_to_dec_proj"):
         raise ValueError(
             f"{type(model).__name__} maps its encoder's output to the decoder's width by enc_to_dec_proj, and a scope "
-            "reads what both share; pass a model whose encoder and decoder have one width, or leave scope out of the "
-            "EditorConfig"
+            "reads what both share; pass a model whose encoder and decoder have one width, or let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     of_two = model.config.is_encoder_decoder
     config = model.get_encoder().config if of_two else model.config.get_text_config(decoder=True)
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
-            f"the configuration of {type(model).__name__} states no hidden_size, which a scope needs; leave scope out "
-            "of the EditorConfig"
+            f"the configuration of {type(model).__name__} states no hidden_size, which a scope needs; let edits act "
+            "everywhere by scope=False (hf-mend train --no-scope)"
         )
     return width
 

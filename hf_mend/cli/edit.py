@@ -63,7 +63,7 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     Example:
       hf-mend edit "The Prime Minister of the United Kingdom is" "Keir Starmer" --editor my-editor \\
           --paraphrase "The UK's Prime Minister is" --locality "The capital of France is" --save my-edits
-      hf-mend edit --facts facts_test.json --save my-edits --json
+      hf-mend edit --facts facts_test.json --editor my-editor --save my-edits --json
     """
     if facts is not None:
         check_file(facts, "facts")
@@ -81,15 +81,21 @@ def edit(  # typer makes an argument or option of each of the fifteen parameters
     if save is not None:
         edits = _with_those_of(save, edits)
     data: Any = None if facts is None else read_edits(facts, on_conflict=on_conflict.value, **columns.named())
+    from ..editing.together import made_together
+    from ..evaluation.sharing import share_of
+
+    share = share_of(None)
     model = base.load(editor, revision)
     if edits is not None:
         model.load_edits(edits)
-    if data is not None:
-        rows = edit_records(model, data.records, **options)
-        report = report_of_file(rows, data.notes)
-    else:
-        made: Any = model.edit(**asked, **options)
-        report = _report_of_one(made)
+    with made_together(share.number, share.count):
+        if data is not None:
+            rows = edit_records(model, data.records, **options)
+        else:
+            made: Any = model.edit(**asked, **options)
+    if not share.is_first:  # the first process has all edits, and reports and saves them
+        raise typer.Exit()
+    report = _report_of_one(made) if data is None else report_of_file(rows, data.notes)
     report.document["saved"] = None if save is None else str(save)
     if save is not None and data is not None:
         report.text += f"\n{save_what_took(model, rows, save)}"

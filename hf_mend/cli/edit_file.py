@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # In the folder of the saved edits: the rows that are not among them, as `--facts` takes them again.
 REST_NAME = "did_not_take.jsonl"
 
+# Tokens of an answer, in plain text and in a chat together, that is no fact any more.
+_LONG = 200
+
 _TOOK, _SAID, _MISSED, _REFUSED = "took", "already said", "DID NOT TAKE", "REFUSED"
 
 
@@ -125,8 +128,18 @@ def report_of_file(rows: Sequence[Row], notes: Sequence[str]) -> Report:
     document["results"] = [_as_values(row) for row in rows]
     others = {"already said": _SAID, "did not take": _MISSED, "refused": _REFUSED}
     ends = [f"{counts[state]} {name}" for name, state in others.items() if counts[state]]
+    missed = [row.result for row in rows if row.state == _MISSED and row.result is not None]
+    advice = [_advice(missed)] if missed else []
     summary = ", ".join([f"{counts[_TOOK]} of {plural(len(rows), 'edit')} took", *ends])
-    return Report(document, "\n".join([*lines, *notes, summary]), not counts[_MISSED] + counts[_REFUSED])
+    return Report(document, "\n".join([*lines, *notes, *advice, summary]), not counts[_MISSED] + counts[_REFUSED])
+
+
+def _advice(missed: Sequence[EditResult]) -> str:
+    """What may help rows that did not take."""
+    longest = max(len(result.token_success or []) for result in missed)
+    steps = max(40, 2 * max(result.steps for result in missed))
+    shorter = ", and those of more than a hundred tokens in short" if longest > _LONG else ""
+    return f"What did not take may with more steps (--max-steps {steps}) or with answers in other words{shorter}."
 
 
 def _as_values(row: Row) -> dict[str, Any]:

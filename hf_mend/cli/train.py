@@ -71,22 +71,29 @@ class EditorOptions(Options):
     ] = None
 
     scope: Annotated[
-        bool, typer.Option("--scope", help="Let edits act only where a text asks for them, and learn where that is.")
-    ] = False
-    scope_steps: Annotated[int, typer.Option(min=1, help="Training steps of the scope.")] = 800
+        bool | None,
+        typer.Option(
+            "--scope/--no-scope",
+            help="Whether edits act only where a text asks for them, which is learned behind the editor. The default "
+            "for mend, malmen and ke; a trained editor that is gone on from keeps what it has.",
+            show_default=False,
+        ),
+    ] = None
 
     def as_config(self) -> EditorConfig:
         """Return the configuration of a new editor."""
-        from ..config import EditorConfig
+        from ..config import EditorConfig, config_class
 
+        if self.start_from is not None and self.scope is not None:
+            raise ValueError("--scope and --no-scope are for a new editor, and --start-from takes one as it was saved")
         modules, chosen = self.target_modules, as_fields("--config", self.config, EditorConfig)
+        method = chosen.get("method", self.method)
         named: dict[str, Any] = {
-            "method": self.method,
+            "method": method,
             "target_modules": _modules(modules),
             "layers_to_transform": _indices(self.layers) if self.layers else None,
+            "scope": config_class(method).trained_with_scope if self.scope is None else self.scope,
         }
-        if self.scope:
-            named["scope"] = True
         if self.rank is not None and "r" not in chosen:
             named["rank"] = self.rank
         return EditorConfig(**{**named, **chosen})
@@ -99,6 +106,7 @@ class TrainingOptions(Options):
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1400
     batch_size: Annotated[int, typer.Option(min=1, help="Facts edited at once.")] = 16
     learning_rate: Annotated[float, typer.Option(help="Of the editor's networks.")] = 1e-3
+    scope_steps: Annotated[int, typer.Option(min=1, help="Training steps of the scope, if there is one.")] = 800
     seed: Annotated[int, typer.Option(help="Of the draws and the initial weights.")] = 0
     checkpoints: Annotated[
         Path | None, typer.Option(help="Folder of checkpoints (default: the output's name with -checkpoints).")
@@ -127,6 +135,7 @@ class TrainingOptions(Options):
             "max_steps": self.steps,
             "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
+            "scope_steps": self.scope_steps,
             "lr_scheduler_type": "linear",
             "logging_steps": max(1, min(25, self.steps // 4)),
             "save_steps": self.save_steps,
@@ -151,7 +160,7 @@ def train(
     as_json: AsJson = False,
 ) -> Report:
     """
-    Train an editor for a model and save it with its card.
+    Train an editor for a model, and the scope that says where its edits act, and save both with a card.
 
     \b
     Example:
@@ -176,12 +185,11 @@ def train(
     trainer = EditorTrainer(model, arguments, train_data, eval_data, questions)
     trainer.add_callback(EstimatesTime())
     trainer.train(resume_from_checkpoint=last)
-    if model.scope is not None and trainer.examples is not None:
-        from ..training.scope_training import ScopeTrainingArguments, train_scope
-
-        train_scope(model, trainer.examples, ScopeTrainingArguments(steps=editor.scope_steps, seed=run.seed))
     metrics = trainer.evaluate() if eval_data else {}
-    model.save_pretrained(output, card_data={"license": license} if license else None)
+    writes = trainer.is_world_process_zero()
+    model.save_pretrained(output, card_data={"license": license} if license else None, is_main_process=writes)
+    if not writes:  # of several processes, one reports
+        raise typer.Exit()
     rows = [f"  {name.removeprefix('eval_'):16}  {value:.3f}" for name, value in metrics.items()]
     text = "\n".join([f"The editor is in {output}, after {trainer.state.global_step} steps.", *rows])
     return Report({"output": str(output), "steps": trainer.state.global_step, "metrics": metrics}, text)

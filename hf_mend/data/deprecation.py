@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, TypeVar
 
 
@@ -66,6 +70,47 @@ def renamed_in(thing: Any) -> Mapping[str, str]:
     return names
 
 
+class MovedModules(MetaPathFinder, Loader):
+    """
+    Finds modules by the names that they had before, for `sys.meta_path`.
+
+    Args:
+        names (`Mapping[str, str]`): Each module's old qualified name with the new one.
+    """
+
+    def __init__(self, names: Mapping[str, str]):
+        self.names = names
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return how to load a module of one of the old names, and `None` for all others."""
+        return ModuleSpec(fullname, self) if fullname in self.names else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let the module under the old name have all that the one under the new name has."""
+        old = module.__name__
+        warnings.warn(_message(f"the module {old}", self.names[old]), FutureWarning, stacklevel=2)
+        module.__dict__["__getattr__"] = functools.partial(getattr, import_module(self.names[old]))
+
+
+def moved_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """
+    Return a package's `__getattr__` for names that were its own when it was a module.
+
+    Args:
+        package (`str`): The package.
+        modules (`Mapping[str, str]`): Each name with the module of the package that has it now.
+    """
+
+    def find(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        new = f"{package}.{modules[name]}"
+        _warn(f"{package}.{name}", f"{new}.{name}")
+        return getattr(import_module(new), name)
+
+    return find
+
+
 def _with_old_arguments(function: Any, owner: str, names: Mapping[str, str]) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,5 +133,8 @@ def _reader(owner: str, old: str, new: str) -> Callable[[Any], Any]:
 
 
 def _warn(old: str, new: str) -> None:
-    message = f"{old} is now called {new}; the old name goes with the next release"
-    warnings.warn(message, FutureWarning, stacklevel=3)
+    warnings.warn(_message(old, new), FutureWarning, stacklevel=3)
+
+
+def _message(old: str, new: str) -> str:
+    return f"{old} is now called {new}; the old name goes with the next release"

@@ -26,6 +26,7 @@ class Estimate:
         noun (`str`): What they are called.
         say (`Callable`, *optional*): Takes the message; a warning of the log by default.
         clock (`Callable`, *optional*): Gives the time in seconds.
+        work (`float`, *optional*): The work in all items, in any unit, where some take longer than others.
     """
 
     def __init__(
@@ -35,18 +36,21 @@ class Estimate:
         noun: str,
         say: Callable[[str], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        work: float | None = None,
     ):
         self.what, self.total, self.noun, self.clock = what, total, noun, clock
         self.say = logger.warning if say is None else say
-        self.began, self.count, self.said = clock(), 0, False
+        self.work = total if work is None else work
+        self.began, self.count, self.worked, self.said = clock(), 0, 0.0, False
 
-    def done(self, count: int = 1) -> None:
-        """Note that so many more items are done."""
+    def done(self, count: int = 1, work: float | None = None) -> None:
+        """Note that so many more items are done, and how much work that was."""
         self.count += count
+        self.worked += count if work is None else work
         elapsed = self.clock() - self.began
         if self.said or not self.count or (self.count < _ITEMS and elapsed < _SECONDS):
             return
-        whole = elapsed / self.count * self.total
+        whole = elapsed / self.worked * self.work
         if whole > _SHORT and self.count < self.total:
             self.said = True
             self.say(

@@ -17,6 +17,8 @@ from .scoring import Answers, chosen_answers
 _SURE = 0.1
 # The number of times that a step is halved which does not lead nearer to its target.
 _HALVINGS = 3
+# Rows whose targets have more tokens, in all their forms, go no further than their method leads: each step costs more.
+_LONGEST = 256
 
 
 class AcceptAll:
@@ -62,7 +64,8 @@ class AcceptByRow(AcceptAll):
     """
     Accept of each row's step the whole, the half, the quarter or the eighth that does best, or nothing where none
     brings the row nearer to its target: an editor has learned its steps on targets of a few tokens, and overshoots on
-    others.
+    others. With [`SearchOptions`]'s `gradient`, a row that takes nothing of its method's step goes on down the gradient
+    itself.
     """
 
     def accept(self, number: int, proposal: Proposal) -> None:
@@ -74,7 +77,13 @@ class AcceptByRow(AcceptAll):
         shares, after = best_shares(answers, batch.current_answers, batch.wanted)
         batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
         batch.answers = after
-        batch.wanted = (shares > 0) & ~after.all_correct
+        moved = shares > 0
+        if self.proposer.options.gradient:
+            short = torch.tensor([len(tokens) <= _LONGEST for tokens in after.correct])
+            turning = batch.wanted & ~moved & ~batch.on_gradient & short
+            batch.on_gradient = batch.on_gradient | turning
+            moved = moved | turning
+        batch.wanted = moved & ~after.all_correct
 
     def judge(self) -> None:
         """Do nothing: `accept` decides."""

@@ -94,15 +94,23 @@ def take_back_failed(call: Call, numbers: Sequence[int]) -> None:
     Take back the edits that did not take. Where edits act everywhere, one may fail by the others: of those that fail,
     the less probable half goes first.
     """
-    while failed := [i for i in numbers if i in call.edits and call.results[i].success is False]:
+    while failed := call.together.joined(_failed(call, numbers)):
         disturb_one_another = call.gate is None and len(call.edits) > 1
         if disturb_one_another:
-            failed = sorted(failed, key=lambda i: call.results[i].probability_after or 0.0)[: (len(failed) + 1) // 2]
-        take_back(call, failed)
-        for i in failed:
-            call.results[i].set_taken_back()
+            failed = sorted(failed)[: (len(failed) + 1) // 2]
+        gone = [i for _, i in failed]
+        take_back(call, gone)
+        for i in gone:
+            if i in call.results:
+                call.results[i].set_taken_back()
         if disturb_one_another:
             look_again(call, [i for i in numbers if i in call.edits], everything=True)
+
+
+def _failed(call: Call, numbers: Sequence[int]) -> list[tuple[float, int]]:
+    """Return those of some requests whose edits did not take, with the targets' probabilities."""
+    failed = [i for i in numbers if i in call.edits and call.results[i].success is False]
+    return [(call.results[i].probability_after or 0.0, i) for i in failed]
 
 
 def lost_edits(call: Call, before: Snapshot) -> list[LostEdit]:
@@ -122,7 +130,8 @@ def lost_edits(call: Call, before: Snapshot) -> list[LostEdit]:
     if call.gate is not None:
         by_id = {edit.id: edit for edit in earlier if edit.scope is not None}
         lost += _covered(call, by_id)
-    return [LostEdit(edit.id, edit.prompt, edit.target) for edit in lost]
+    found = [LostEdit(edit.id, edit.prompt, edit.target) for edit in lost]
+    return list(dict.fromkeys(call.together.joined(found)))
 
 
 @torch.no_grad()
@@ -157,7 +166,7 @@ def _covered(call: Call, earlier: dict[str, Edit]) -> list[Edit]:
     made = {edit.id for edit in call.edits.values()}
     found: dict[str, Edit] = {}
     for i in call.edits:
-        scope = call.results[i].scope
+        scope = call.results[i].scope if i in call.results else None
         near = None if scope is None or scope.nearest_score < scope.threshold else earlier.get(scope.nearest or "")
         if near is not None and report(near, call.active.snapshot.bank, call.gate.strictness).taken_by in made:
             found[near.id] = near

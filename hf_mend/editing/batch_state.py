@@ -61,6 +61,7 @@ class BatchState:
         hidden ([`HiddenState`]): Their output of `run_below`.
         before ([`Answers`]): The model's answers without the updates.
         wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that want a further step.
+        on_gradient (`torch.Tensor` of shape `(rows,)`, bool): The rows whose next steps go down the gradient itself.
         steps (`list[int]`): The number of steps of each row.
         answers ([`Answers`], *optional*): The model's answers under `seen`; `None` until they are scored.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The factors of the last look's gradients, where the
@@ -82,6 +83,7 @@ class BatchState:
     hidden: HiddenState
     before: Answers
     wanted: torch.Tensor
+    on_gradient: torch.Tensor = field(init=False)
     steps: list[int] = field(default_factory=list)
     answers: Answers | None = None
     factors: Factors = field(default_factory=Factors)
@@ -95,6 +97,7 @@ class BatchState:
     further: HiddenState | None = None
 
     def __post_init__(self) -> None:
+        self.on_gradient = torch.zeros_like(self.wanted)
         self.steps = [0] * self.rows.facts
         self.answers = self.before
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -13,16 +14,17 @@ from ..edits.edit import Edit
 from ..methods import IterativeMethod
 from ..scope.gate import ScopeGate
 from .batch_state import FoundUpdates
+from .budget import Budget, in_passes
 from .context import EditingContext
 from .edit_result import EditResult
 from .proposals import SearchOptions
 from .requests import EditRequest
 from .scoping import own_queries
 from .scoring import Answers, without_following
+from .together import Together
 
 
-# Maximum number of tokens in one pass of edits, padding included: it bounds the memory of long requests.
-_BATCH_TOKENS = 4096
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Call:
         active ([`ActiveEdits`]): The model's edits.
         requests (`list[EditRequest]`): The requests.
         options ([`SearchOptions`]): The options of the search for an update.
-        batch_size (`int`): The maximum number of requests in one pass.
+        budget ([`Budget`]): How much goes into one pass.
         made_by (`str`): The editor's id.
         gate ([`~hf_mend.scope.gate.ScopeGate`], *optional*): Decides where edits act.
         after ([`AfterEdits`]): What is done when the edits are made.
+        together ([`Together`]): This process among those that make the call. Each has the results of its share, and
+            the edits of all.
         now (`dict[int, tuple[Answers, int]]`): A request's number -> the model's answers to it while an earlier edit
             of its prompt acts, and the row of the answers.
         kept (`list[tuple[list[int], FoundUpdates]]`): The numbers of the requests that were found in one batch, with
@@ -67,21 +71,35 @@ class Call:
     active: ActiveEdits
     requests: list[EditRequest]
     options: SearchOptions
-    batch_size: int
+    budget: Budget
     made_by: str
     gate: ScopeGate | None = None
     after: AfterEdits = AfterEdits()
+    together: Together = Together()
     now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
     kept: list[tuple[list[int], FoundUpdates]] = field(default_factory=list)
     said: dict[int, tuple[Answers, int]] = field(default_factory=dict)
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
 
-    def batches(self, numbers: Sequence[int], requests: Sequence[EditRequest] | None = None) -> list[list[int]]:
-        """Return some of the requests, by number, in batches of like lengths."""
-        requests = self.requests if requests is None else requests
-        lengths = [sum(map(len, self.encoder.tokens(requests[i].query))) for i in numbers]
-        return [[numbers[k] for k in chosen] for chosen in length_batches(lengths, self.batch_size, _BATCH_TOKENS)]
+    def passes(self, numbers: Sequence[int], run: Callable[[list[int]], Found]) -> Iterator[tuple[list[int], Found]]:
+        """Run some of the requests, by number, in passes of like lengths, as large as memory allows."""
+        return in_passes(self.budget, numbers, self.lengths(numbers), run)
+
+    def batches(self, requests: Sequence[EditRequest]) -> list[list[int]]:
+        """Return the places of some requests in batches of like lengths, which are all in memory together."""
+        return [*length_batches(self._lengths(requests), self.budget.most_rows, self.budget.tokens)]
+
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Return the number of tokens of some of the requests, by number, in all forms in which edits are made."""
+        return self._lengths([self.requests[i] for i in numbers])
+
+    def _lengths(self, requests: Sequence[EditRequest]) -> list[int]:
+        found = []
+        for one in requests:
+            forms = own_queries(one.query, self.encoder).values() if self.ends else [one.query]
+            found.append(len(forms) * max(sum(map(len, self.encoder.tokens(form))) for form in forms))
+        return found
 
     def rows(self, numbers: Sequence[int]) -> EncodedBatch:
         """Return the texts by which some of the requests' edits are made."""
@@ -116,8 +134,7 @@ class Call:
         left = [i for i in numbers if i not in found]
         if not self.ends:
             return found | self.answers_beyond(left)
-        for batch in self.batches(left):
-            answers = self.answers([self.requests[i].query for i in batch])
+        for batch, answers in self.passes(left, lambda some: self.answers([self.requests[i].query for i in some])):
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
 
@@ -127,11 +144,14 @@ class Call:
         Return the model's answers to some of the requests, by number, as `answers_to` does, with what follows the
         targets, in a pass of their own.
         """
-        found = {}
-        for batch in self.batches(numbers):
+
+        def run(batch: list[int]) -> Answers:
             rows = self.encoder.with_further([self.requests[i].query for i in batch]).further
             assert rows is not None
-            answers = without_following(self.context.answers(rows.to(self.context.split.device)))
+            return without_following(self.context.answers(rows.to(self.context.split.device)))
+
+        found = {}
+        for batch, answers in self.passes(numbers, run):
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -16,9 +17,11 @@ from ..data.estimate import Estimate
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
+from ..methods import EditMethod
 from ..scope.gate import ScopeGate
 from .afterwards import look_again, looks_at_all, lost_edits, take_back, take_back_failed
 from .batch_state import FoundUpdates
+from .budget import Budget, estimated_cost, tried
 from .calibration_text import observe_calibration_text
 from .call import AfterEdits, Call
 from .context import EditingContext
@@ -30,6 +33,7 @@ from .results import absence_edit, as_edit, as_result, base_delta_edit, unchange
 from .scoping import found_keys, own_queries, report, scopes_of
 from .search import find_updates
 from .summary import in_bfloat16
+from .together import processes_of_call
 
 
 def make_edits(
@@ -38,7 +42,7 @@ def make_edits(
     active: ActiveEdits,
     requests: Sequence[EditRequest],
     options: SearchOptions,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     gate: ScopeGate | None = None,
     after: AfterEdits | None = None,
 ) -> list[EditResult]:
@@ -51,13 +55,21 @@ def make_edits(
     that ends it, on the model with the others.
 
     Raises:
-        ValueError: A gradient or an update is not finite, or the model carries edits of another editor that changes
-            the base itself; the edits are as they were.
+        ValueError: A gradient or an update is not finite, the model carries edits of another editor that changes the
+            base itself, or several processes are to share edits out that the method finds together; the edits are as
+            they were.
     """
-    method = context.method
+    method, together = context.method, processes_of_call()
+    if together.count > 1 and (_observes(method) or (method.joins and gate is None)):
+        raise ValueError(
+            f"the method {method.config.method!r} finds the edits of a call for one another, so that {together.count} "
+            "processes cannot share them out; use one process"
+        )
     made_by = editor_id(method, method.config.method)
     started = time.perf_counter()
-    call = Call(context, encoder, active, [*requests], options, batch_size, made_by, gate, after or AfterEdits())
+    after = after or AfterEdits()
+    budget = _budget(context, batch_size)
+    call = Call(context, encoder, active, [*requests], options, budget, made_by, gate, after, together)
     delta = base_delta_edit(method, made_by, active.edits)
     if not method.trains and not method.is_calibrated:
         with active.disabled():
@@ -72,37 +84,54 @@ def make_edits(
     return results
 
 
+def _observes(method: EditMethod) -> bool:
+    """Whether a method keeps statistics of the edits that it makes, by which the next are made."""
+    return type(method).observe_edits is not EditMethod.observe_edits
+
+
+def _budget(context: EditingContext, batch_size: int | None) -> Budget:
+    split = context.split
+    cost = estimated_cost(split.model, len(split.blocks) - split.block)
+    return Budget(split.device, cost, batch_size, fixed=_observes(context.method))
+
+
 def _made(call: Call, delta: Edit | None) -> list[EditResult]:
     """Make the edits of a call in a draft."""
     requests, encoder, before = [*call.requests], call.encoder, call.active.snapshot
-    probed = {i: call.answers(request.probes) for i, request in enumerate(requests) if request.probes}
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request.prompt_key, i)
-    made_once = list(first_of.values())
-    _add_edits(call, made_once, delta)
+    own = call.together.own([*first_of.values()])
+    owned = {*own}
+    asked = [i for i, request in enumerate(requests) if first_of[request.prompt_key] in owned]
+    probed = {i: call.answers(requests[i].probes) for i in asked if requests[i].probes}
+    _add_edits(call, own, delta)
     lost: list[LostEdit] = []
     if call.options.check:
-        look_again(call, made_once)
+        look_again(call, own)
         if not call.after.keep_failed:
-            _end_words(call, made_once, delta)
-            take_back_failed(call, made_once)
+            _end_words(call, own, delta)
+            take_back_failed(call, own)
         lost = lost_edits(call, before)
-    in_order = [replace(call.results[first_of[request.prompt_key]], prompt=request.prompt) for request in requests]
-    for i, result in enumerate(in_order):
-        result.lost = lost
+    made = {i: replace(call.results[first_of[requests[i].prompt_key]], prompt=requests[i].prompt) for i in asked}
+    for i, result in made.items():
         if i in probed:
             result.set_probes(requests[i], probed[i], call.answers(requests[i].probes), encoder)
-    return in_order
+    for part in call.together.every(made):
+        made |= part
+    for result in made.values():
+        result.lost = lost
+    return [made[i] for i in range(len(requests))]
 
 
 def _end_words(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
     """Make edits anew, with the token that ends the target, where the model says the target's last word as longer."""
     again = [i for i in numbers if call.results[i].longer_word is not None and not call.requests[i].ends]
-    if not again:
+    of_all = call.together.joined(again)
+    if not of_all:
         return
     said = {i: call.results.pop(i).before for i in again}
-    take_back(call, again)
+    take_back(call, of_all)
     for i in again:
         call.requests[i] = replace(call.requests[i], ends=True)
     _add_edits(call, again, delta)
@@ -121,14 +150,13 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
             length = call.target_length(i)
             call.results[i] = unchanged_result(requests[i], answers, row, call.encoder, length, call.options.check)
             call.said[i] = answers, row
-    gone = {requests[i].prompt_key for i in call.now if i not in call.results}
+    gone = {*call.together.joined([requests[i].prompt_key for i in call.now if i not in call.results])}
     before = active.snapshot
     if gone:
         active.replace([edit for edit in earlier if edit.prompt_key not in gone])
     if call.context.method.joins and call.gate is None:
         _trace_missing_keys(call, earlier)
-    batches = call.batches([i for i in numbers if i not in call.results])
-    found = _find_in_batches(call, batches, earlier, delta)
+    batches, found = _find_in_batches(call, [i for i in numbers if i not in call.results], earlier, delta)
     scopes = _scopes(call, batches, found)
     for batch, of_rows in zip(batches, found, strict=True):
         coarse = call.context.method.config.factor_dtype != "float32"
@@ -158,11 +186,12 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
                     active.preserved_keys.by_edit[edit.id] = _present(of_rows.inputs, row)
     if gone:
         active.install(before)
+    call.edits = call.together.edits(call.edits)
     deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
     active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
     if call.gate is not None:
         for i, edit in call.edits.items():
-            if edit.scope is not None:
+            if edit.scope is not None and i in call.results:
                 call.results[i].scope = report(edit, active.snapshot.bank, call.gate.strictness)
 
 
@@ -179,10 +208,13 @@ def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundU
 
 
 def _find_in_batches(
-    call: Call, batches: Sequence[Sequence[int]], earlier: Sequence[Edit], delta: Edit | None
-) -> list[FoundUpdates]:
+    call: Call, numbers: Sequence[int], earlier: Sequence[Edit], delta: Edit | None
+) -> tuple[list[list[int]], list[FoundUpdates]]:
     """
-    Find the updates of all batches' requests, each batch by itself, or all of them together where the method joins.
+    Find the updates of some requests, in batches, each by itself, or all of them together where the method joins.
+
+    Returns:
+        `tuple[list[list[int]], list[FoundUpdates]]`: The numbers of each batch's requests, and what was found.
     """
     acting: list[str] = []
     preserved_keys: Mapping[str, torch.Tensor] = {}
@@ -191,28 +223,70 @@ def _find_in_batches(
     if call.context.method.joins and call.gate is None:
         preserved_keys = call.active.preserved_keys.of(acting, waiting=[edit.id for edit in earlier])
     base_delta = {} if delta is None or delta.id in acting else delta.updates
-    options, device = call.options, call.context.split.device
+    options, alone = call.options, call.gate is not None  # with scopes, no token has two edits
     if call.gate is None and not call.context.method.joins and looks_at_all(call) and options.max_steps == 1:
         options = replace(options, check=False)  # what is made of a single step is seen then
-    encoded = [call.rows(batch).to(device) for batch in batches]
-    alone = call.gate is not None  # with scopes, no token has two edits
-    calls = [encoded] if call.context.method.joins and not alone else [[rows] for rows in encoded]
-    found: list[FoundUpdates] = []
+    work = sum(call.lengths(numbers))  # long targets take longer
+    estimate = Estimate("Editing", len(numbers), "edits", work=work)
     off = nullcontext() if call.gate is None else call.gate.suspended()
-    count = sum(map(len, batches))
-    estimate = Estimate("Editing", count, "edits")
-    with off, tqdm(total=count, desc="Editing", disable=len(batches) <= 1) as bar:
+    with off, tqdm(total=len(numbers), desc="Editing", disable=call.budget.holds(call.lengths(numbers))) as bar:
 
-        def progress(rows: int) -> None:
-            bar.update(rows)
-            estimate.done(rows)
+        def search(batches: Sequence[Sequence[int]]) -> list[FoundUpdates]:
+            made, sizes = 0, iter([sum(call.lengths(batch)) for batch in batches])
+            worked = 0
 
-        for rows in calls:
+            def progress(rows: int) -> None:
+                nonlocal made, worked
+                size = next(sizes, 0) if rows > 0 else -worked
+                made, worked = made + rows, worked + size
+                bar.update(rows)
+                estimate.done(rows, size)
+
+            encoded = [call.rows(batch).to(call.context.split.device) for batch in batches]
             size = 1 if alone else None
-            found += find_updates(call.context, rows, options, size, preserved_keys, base_delta, progress)
+            try:
+                with _undone_by_error(call.context.method):
+                    return find_updates(call.context, encoded, options, size, preserved_keys, base_delta, progress)
+            except torch.cuda.OutOfMemoryError:
+                progress(-made)
+                raise
+
+        batches, found = _searched(call, numbers, search)
     if call.gate is None:
-        call.kept = [(list(batch), one) for batch, one in zip(batches, found, strict=True)]
-    return found
+        call.kept = [(batch, one) for batch, one in zip(batches, found, strict=True)]
+    return batches, found
+
+
+def _searched(
+    call: Call, numbers: Sequence[int], search: Callable[[Sequence[Sequence[int]]], list[FoundUpdates]]
+) -> tuple[list[list[int]], list[FoundUpdates]]:
+    """Search for the updates of some requests, with fewer in a pass where memory runs out."""
+    batches: list[list[int]] = []
+    found: list[FoundUpdates] = []
+    if not call.context.method.joins or call.gate is not None:
+        for batch, one in call.passes(numbers, lambda batch: search([batch])):
+            batches.append(batch)
+            found += one
+        return batches, found
+    while numbers and not found:
+        requests = [call.requests[i] for i in numbers]
+        batches = [[numbers[k] for k in places] for places in call.batches(requests)]
+        tokens = max(sum(call.lengths(batch)) for batch in batches)
+        for one in tried(call.budget, tokens, max(map(len, batches)) > 1, partial(search, batches)):
+            found += one
+    return batches, found
+
+
+@contextmanager
+def _undone_by_error(method: EditMethod) -> Iterator[None]:
+    """Let a method that keeps statistics of its edits forget those of a search that ends in an error."""
+    before = {name: value.clone() for name, value in method.state_dict().items()} if _observes(method) else {}
+    try:
+        yield
+    except BaseException:
+        if before:
+            method.load_state_dict(before)
+        raise
 
 
 def _trace_missing_keys(call: Call, earlier: Sequence[Edit]) -> None:
@@ -224,7 +298,7 @@ def _trace_missing_keys(call: Call, earlier: Sequence[Edit]) -> None:
     acting = acting_ids(call.active.edits)
     edits = [edit for edit in earlier if edit.id in acting and edit.prompt and edit.id not in keys]
     requests = [EditRequest.of_edit(edit) for edit in edits]
-    batches = call.batches(range(len(requests)), requests)
+    batches = call.batches(requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
         rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)
         hidden = context.split.run_below(context.split.inputs_of(rows))

@@ -14,7 +14,7 @@ from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
 from ..data.places import on_device
 from ..edits.low_rank import Update
-from ..methods import IterativeMethod
+from ..methods import EditMethod, IterativeMethod
 from .batch_state import BatchState, check_finite, per_row
 from .context import EditingContext
 from .look import BatchLook
@@ -23,6 +23,9 @@ from .scoring import Answers, score_and_fetch
 
 # Rounds of a method that searches and joins; the later ones are for rows that miss their targets beside others.
 _ROUNDS = 3
+
+# Further steps that an edit with a scope may take where its user does not say how many.
+_FURTHER_STEPS = 12
 
 # Layer name -> `(u, v)` for each row, zero in the rows without a proposal; and the number of steps of each row.
 Proposal = tuple[dict[str, Update], list[int]]
@@ -38,11 +41,32 @@ class SearchOptions:
             When missing it is 1, and for an [`~hf_mend.methods.IterativeMethod`] its configuration's `num_steps`.
         force (`bool`, defaults to `True`): Make a step also where the model says the target already.
         check (`bool`, defaults to `True`): Score the edited model; without it there is one step.
+        gradient (`bool`, defaults to `False`): Where a trained method's step leads a row no nearer to its target, go
+            on with steps down the gradient itself. They are no more general than their texts: for edits with a scope.
     """
 
     max_steps: int | None = None
     force: bool = True
     check: bool = True
+    gradient: bool = False
+
+
+def default_options(
+    method: EditMethod, scoped: bool, max_steps: int | None = None, force: bool = True, check: bool = True
+) -> SearchOptions:
+    """
+    Return the options of a search by a method, for edits with a scope or without.
+
+    Args:
+        method ([`~hf_mend.methods.EditMethod`]): The method.
+        scoped (`bool`): Whether the edits act only where they are asked for.
+        max_steps (`int`, *optional*): The maximum number of steps; the method's own, and some more where a row may go
+            on down the gradient, when missing.
+        force, check (`bool`): As for [`SearchOptions`].
+    """
+    gradient = scoped and not method.joins and not isinstance(method, IterativeMethod)
+    steps = method.max_steps + (_FURTHER_STEPS if gradient else 0) if max_steps is None else max_steps
+    return SearchOptions(steps, force, check, gradient)
 
 
 class Proposer(ABC):
@@ -116,6 +140,7 @@ class FromGradient(Proposer):
     """
     Propose the output of the method's `forward` on a gradient's factors. For a method that `sizes_steps`, scale it to
     the step that would bring a row's loss to zero were the loss linear (Polyak 1987, "Introduction to Optimization").
+    So are the steps of rows that go down the gradient itself.
     """
 
     @property
@@ -168,6 +193,8 @@ class FromGradient(Proposer):
             fall = -torch.stack(fetched(falls)).sum(0)
             log_probability = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
             shares = torch.where(batch.wanted & (fall > 0), -log_probability / fall, 0.0)
+        if batch.on_gradient.any():
+            updates = _with_gradient_steps(batch, updates)
         moves = shares > 0
         if not bool((shares == 1).all()):
             updates = {
@@ -214,6 +241,29 @@ class FromSearch(Proposer):
             self.progress(len(batch.rows))
         whole = {name: (_in_place(u, wanted, batch), _in_place(v, wanted, batch)) for name, (u, v) in found.items()}
         return whole, steps
+
+
+def _with_gradient_steps(batch: BatchState, updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Return a method's updates, in the rows that go down the gradient itself replaced by that step."""
+    sizes = []
+    for x, delta in batch.factors.values():  # |sum_t delta_t x_t^T|^2, without forming it
+        sizes.append(((x @ x.mT) * (delta @ delta.mT)).sum((1, 2)))
+    size = torch.stack(fetched(sizes)).sum(0)
+    log_probability = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
+    step = torch.where(size > 0, log_probability / size, 0.0)
+    found = {}
+    for name, (u, v) in updates.items():
+        x, delta = batch.factors[name]
+        pair = (u, x), (v, delta.to(v) * per_row(step.to(v.dtype), v))
+        found[name] = tuple(_instead(batch.on_gradient, own.to(u), other) for other, own in pair)
+    return found
+
+
+def _instead(rows: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return one side of `own` in some rows and of `other` in the rest, the smaller rank filled up with zeros."""
+    rank = max(own.shape[1], other.shape[1])
+    own, other = (torch.nn.functional.pad(side, (0, 0, 0, rank - side.shape[1])) for side in (own, other))
+    return torch.where(per_row(rows, own), own, other)
 
 
 def _at(side: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

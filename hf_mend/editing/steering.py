@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ..bases.limits import longest_input
 from ..bases.split import SplitModel
+from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
 from ..edits.active import ActiveEdits
 from ..edits.collection import check_known
@@ -110,14 +112,17 @@ class ActsWhereAsked:
             chat (`bool`, defaults to `False`): Treat a text as a user's turn in the tokenizer's chat template.
 
         Raises:
-            ValueError: The model's edits act everywhere, or a chat has no user's turn at its end.
+            TypeError: It is neither a text nor a chat.
+            ValueError: The model's edits act everywhere, a chat has no user's turn at its end, or the text is empty or
+                longer than the model takes.
         """
         gate = self._scoped()
+        query = as_query(text, chat)
+        self._check_texts("which_edits", [query])
         now = self._active.snapshot
         edits, bank = [*now.scoped.values()], now.bank
         if not edits:
             return []
-        query = as_query(text, chat)
         rows = self.encoder([query]).to(self.split.device)
         with self._active.cleared_after_error():
             key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
@@ -144,20 +149,24 @@ class ActsWhereAsked:
         with self._scoped().watched(only) as watch:
             yield watch
 
-    def scope_margins(self, keys: torch.Tensor, own: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def scope_margins(
+        self, keys: torch.Tensor, own: Sequence[str], alone: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return how far the texts of some keys are past the thresholds: of their own edits, and of the nearest others.
+        Return how far the texts of some keys are past what they have to reach: for their own edits, and for the
+        nearest others.
 
         Args:
             keys (`torch.Tensor` of shape `(texts, width)`): The keys, as [`watching`] finds them.
             own (`Sequence[str]`): Of each text, the id of its own edit.
+            alone (`bool`, defaults to `False`): For its own edit as if that were the only one.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit.
         """
         gate, bank = self._scoped(), self._active.acting.bank
         bank = gate.bank([]) if bank is None else bank
-        margins: tuple[torch.Tensor, torch.Tensor] = bank.margins(keys, own)
+        margins: tuple[torch.Tensor, torch.Tensor] = bank.margins(keys, own, alone)
         return margins
 
     def include(self, edit_id: str, texts: str | Sequence[str], chat: bool = False) -> Edit:
@@ -174,11 +183,13 @@ class ActsWhereAsked:
 
         Raises:
             KeyError: No edit has that id.
-            ValueError: The edit has no scope, or one of the texts is excluded.
+            TypeError: One is no text.
+            ValueError: The edit has no scope, there is no text, or one is excluded, empty or longer than the model
+                takes.
         """
         self._check_usable()
         with self._active.changing():
-            return self._included(edit_id, _as_texts(texts), chat)
+            return self._included(edit_id, _as_texts("include", texts), chat)
 
     def _included(self, edit_id: str, texts: Sequence[str], chat: bool) -> Edit:
         edit, gate = self._with_scope(edit_id), self._scoped()
@@ -187,6 +198,7 @@ class ActsWhereAsked:
         for name, query in forms.items():
             if query.prompt in edit.scope.excluded_texts:
                 raise ValueError(f"the edit {edit_id!r} excludes the text {name}; it cannot be included too")
+        self._check_texts("include", [*forms.values()])
         more = scopes_of(gate, self.split, self.encoder, [forms])[0]
         scope = replace(
             edit.scope,
@@ -210,13 +222,16 @@ class ActsWhereAsked:
 
         Raises:
             KeyError: No edit has that id.
-            ValueError: The edit has no scope, or one of the texts asks for the same as its own prompt.
+            TypeError: One is no text.
+            ValueError: The edit has no scope, there is no text, or one asks for the same as its own prompt, is empty or
+                longer than the model takes.
         """
         self._check_usable()
         with self._active.changing():
             edit, gate = self._with_scope(edit_id), self._scoped()
             assert edit.scope is not None
-            queries = [Query(text, None, chat) for text in _as_texts(texts)]
+            queries = [Query(text, None, chat) for text in _as_texts("exclude", texts)]
+            self._check_texts("exclude", queries)
             scope = excluding(edit.scope, gate, self.split, self.encoder, queries)
             return self._changed(edit, replace(edit, scope=scope))
 
@@ -230,6 +245,10 @@ class ActsWhereAsked:
         if edit.scope is None:
             raise ValueError(f"the edit {edit_id!r} has no scope, it acts everywhere; make it again in this model")
         return edit
+
+    def _check_texts(self, where: str, queries: Sequence[Query]) -> None:
+        for query in queries:
+            check_query(query, self.encoder, longest_input(self.config), where, "text")
 
     def _scoped(self) -> ScopeGate:
         if self._gate is None:
@@ -245,10 +264,13 @@ def as_query(text: str | Sequence[Mapping[str, str]], chat: bool = False) -> Que
     Return a text, or a chat whose last turn is the user's, as a query without an answer.
 
     Raises:
+        TypeError: It is neither.
         ValueError: A chat has no user's turn at its end.
     """
     if isinstance(text, str):
         return Query(text, None, chat)
+    if not isinstance(text, Sequence) or not all(isinstance(turn, Mapping) for turn in text):
+        raise TypeError(f"text is {text!r}, expected a text, or a chat as a list of turns with role and content")
     turns = [(turn["role"], turn["content"]) for turn in text]
     if not turns or turns[-1][0] != "user":
         raise ValueError(f"a chat ends with a user's turn, got {[role for role, _ in turns]}")
@@ -256,5 +278,10 @@ def as_query(text: str | Sequence[Mapping[str, str]], chat: bool = False) -> Que
     return Query(turns[-1][1], None, True, turns=tuple(turns[system is not None : -1]), system=system)
 
 
-def _as_texts(texts: str | Sequence[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+def _as_texts(where: str, texts: str | Sequence[str]) -> list[str]:
+    found = [texts] if isinstance(texts, str) or not isinstance(texts, Sequence) else list(texts)
+    if wrong := [text for text in found if not isinstance(text, str)]:
+        raise TypeError(f"{where}: {wrong[0]!r} is no text; pass a text or a list of texts")
+    if not found:
+        raise ValueError(f"{where} got no text: the list is empty")
+    return found

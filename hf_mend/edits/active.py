@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
 from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
 from .collection import check_apart, check_known
-from .edit import Edit, check_required, warn_of_no_scope
+from .edit import Edit, check_required, warn_of_no_scope, without_scopes
 from .hook import Gate
 from .passes import ActsInPasses
 from .snapshot import Snapshot
@@ -228,7 +227,7 @@ class ActiveEdits(ActsInPasses):
         """Let the edits that have a scope act everywhere, as a merged weight does."""
         warn_of_no_scope(self.active)
         if any(edit.scope is not None for edit in self.edits):
-            self.replace([edit if edit.scope is None else replace(edit, scope=None) for edit in self.edits])
+            self.replace(without_scopes(self.edits))
 
 
 def _check_keys(edits: Sequence[Edit], source: str | Path) -> None:

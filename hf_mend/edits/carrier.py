@@ -17,7 +17,15 @@ from ..hub.transfer import find_files
 from .active import ActiveEdits
 from .collection import Edits, chosen, with_enabled
 from .compression import Compression, compressed
-from .edit import Edit, active_edits, check_required, each_base_delta_once, stacked, warn_of_no_scope
+from .edit import (
+    Edit,
+    active_edits,
+    check_required,
+    each_base_delta_once,
+    stacked,
+    warn_of_no_scope,
+    without_scopes,
+)
 from .edits_file import read_edits_file, write_edits_file
 from .lora import (
     ADAPTER_CONFIG_NAME,
@@ -218,12 +226,14 @@ class CarriesEdits:
         """
         write_edits_file(save_directory, self._active.edits, fingerprint_of(self.base_model, self._active.targets))
 
-    def load_edits(self, edits_name_or_path: str | Path, **hub_kwargs: Any) -> list[Edit]:
+    def load_edits(self, edits_name_or_path: str | Path, *, scope: bool = True, **hub_kwargs: Any) -> list[Edit]:
         """
         Add saved edits to the model, bit for bit as they were saved.
 
         Args:
             edits_name_or_path (`str` or `Path`): A folder that `save_edits` wrote, or a repository's id on the Hub.
+            scope (`bool`, defaults to `True`): Whether the edits keep their scopes, for which the model must have the
+                editor that made them. Without them they act everywhere, as in merged weights.
             hub_kwargs: As for [`~EditableModel.from_pretrained`].
 
         Raises:
@@ -235,6 +245,9 @@ class CarriesEdits:
         path = find_files(edits_name_or_path, [EDITS_NAME], **hub_kwargs)[EDITS_NAME]
         edits, fingerprint = read_edits_file(path)
         check_edits_base(self.editor_config, self.base_model, fingerprint, str(path))
+        if not scope:
+            warn_of_no_scope(edits)
+            edits = without_scopes(edits)
         return self._add(edits, path)
 
     def save_lora(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..data.display import html_table, shown
 from ..hub.files import shortened
 from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
 from .four_bit import FOUR_BIT_TENSORS, FourBitUpdates, is_four_bit_description
-from .low_rank import Update
+from .low_rank import Update, same_pairs
 
 
 logger = logging.get_logger(__name__)
@@ -56,6 +56,15 @@ class Edit:
     requires: str | None = None
     is_base_delta: bool = False
     scope: EditScope | None = None
+
+    # A dataclass's own would ask tensors for one truth value.
+    def __eq__(self, other: object) -> bool:
+        """Whether another edit is the same in all that a file keeps: text, state, and every tensor to the bit."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        if self is other:
+            return True
+        return self.describe() == other.describe() and same_pairs(self.pairs(), other.pairs())
 
     def __repr__(self) -> str:
         return f"Edit({self.id!r}, {shown(self.prompt)} -> {shown(self.target)}, {self._state})"
@@ -204,6 +213,11 @@ def stacked(edits: Sequence[Edit]) -> dict[str, Update]:
     names = {name: None for edit in edits for name in edit.updates}
     pairs = {name: [edit.updates[name] for edit in edits if name in edit.updates] for name in names}
     return {name: (torch.cat([u for u, _ in pair]), torch.cat([v for _, v in pair])) for name, pair in pairs.items()}
+
+
+def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
+    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
+    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def warn_of_no_scope(edits: Sequence[Edit]) -> None:

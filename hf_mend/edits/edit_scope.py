@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .low_rank import same_pairs
+
 
 # The names of a scope's tensors in files of edits, in place of a layer's name, and their sides.
 SCOPE_TENSORS = "scope.keys"
@@ -36,6 +38,12 @@ class EditScope:
     texts: list[str] = field(default_factory=list)
     excluded: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     excluded_texts: list[str] = field(default_factory=list)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another scope has the same texts, and the same keys and thresholds to the bit."""
+        if not isinstance(other, EditScope):
+            return NotImplemented
+        return self.describe() == other.describe() and same_pairs(self.tensors(), other.tensors())
 
     def describe(self) -> dict[str, Any]:
         """Describe the scope, all but its tensors, in plain JSON values."""

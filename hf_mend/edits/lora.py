@@ -35,7 +35,7 @@ from .edit import Edit, active_edits, is_description
 from .low_rank import Update
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("hf_mend.lora")  # the name that it had in 0.1.0, by which programs may listen to it
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"

@@ -26,6 +26,15 @@ def as_pair(change: torch.Tensor) -> Update:
     return (change, identity) if d_out <= d_in else (identity, change.transpose(-1, -2))
 
 
+def same_pairs(one: Mapping[str, Update], other: Mapping[str, Update]) -> bool:
+    """Whether two mappings hold the same tensors, to the bit, wherever they are kept."""
+    return one.keys() == other.keys() and all(
+        mine.dtype == theirs.dtype and torch.equal(mine, theirs.to(mine.device))
+        for name, pair in one.items()
+        for mine, theirs in zip(pair, other[name], strict=True)
+    )
+
+
 def side_path(x: torch.Tensor, update: Update) -> torch.Tensor:
     """
     Return an edit's addition to a layer's output: `(x u^T) v`.

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bases.compiled import check_uncompiled, uncompiled
 from ..bases.targets import Target
-from ..bases.threads import clear_passes
+from ..bases.threads import clear_passes, is_hooked
 from .edit import Edit
 from .hook import Gate, Hook, added_where_asked, plus
 from .preserved_keys import PreservedKeys
@@ -52,6 +53,7 @@ class ActsOnLayer:
         acting = self.active.acting.active
         return [edit.id for edit in acting if self.name in edit.updates and not edit.is_base_delta]
 
+    @uncompiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         now = self.active.acting
         layer_sum = now.sums.get(self.name)
@@ -237,9 +239,17 @@ class ActsInPasses:
             hooks = [*self.gate.hooks(), *hooks]
         return [*self._pass_hooks, *hooks] if hooks else []
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the model has hooks, by which edits act, or did for what is not over yet."""
+        return any(is_hooked(hook.module, hook.hook) for hook in self._pass_hooks)
+
     def _hook(self, snapshot: Snapshot) -> None:
+        hooks = self._hooks_of(snapshot)
+        if hooks and self._base_model is not None and not self.is_hooked:
+            check_uncompiled(self._base_model)  # it may have been compiled since it was wrapped
         with self._hooking:
-            for hook in self._hooks_of(snapshot):
+            for hook in hooks:
                 hook.add()
 
     def _tidy(self) -> None:
@@ -260,6 +270,7 @@ class ActsInPasses:
 
     # ---- the hooks of a pass of the base model that did not begin as one of this model ----
 
+    @uncompiled
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         own = self._own_pass.view
         if own is not None:  # of a pass that an interrupt ended
@@ -272,6 +283,7 @@ class ActsInPasses:
             view.snapshot = self._installed
             self._own_pass.view = view.__enter__()
 
+    @uncompiled
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         view, self._own_pass.view = self._own_pass.view, None
         if view is not None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..bases.fingerprint import editor_id
+from ..bases.fingerprint import check_same_base, editor_id, fingerprint_of
 from ..data.encoding import batches
 from ..data.records import EditRecord
-from ..edits.edit import Edit, stacked
+from ..edits.edit import Edit, stacked, without_scopes
 from ..edits.hook import applied
 from ..edits.low_rank import Update
+from ..edits.store import EditStore
 from ..model import EditableModel
 
 
@@ -35,7 +37,7 @@ def make_in_calls(
     Make the edits of records by a model with a scope, whose edits do not depend on one another.
 
     Args:
-        model ([`EditableModel`]): The model, which carries no edits before and after.
+        model ([`EditableModel`]): The model, whose own edits are as they were afterwards.
         records (`Sequence[EditRecord]`): The records.
         edits_per_call (`int`): Edits of a call.
         store (`str` or `Path`, *optional*): A store of edits ([`~hf_mend.EditableModel.open_store`]): those that it
@@ -43,17 +45,17 @@ def make_in_calls(
         checked (`int`, *optional*): How many of the records have edits that are checked; all by default.
 
     Raises:
-        ValueError: The store holds edits of another editor.
+        ValueError: The store holds edits of another editor or base model.
     """
-    if store is not None:
-        model.open_store(store)
-    try:
-        made_by = {edit.metadata.get("editor") for edit in model.edits}
-        own = editor_id(model.editor, model.editor_config.method)
-        if made_by - {own}:
-            raise ValueError(f"{store}: it holds edits of another editor than this one, {own}; give another store")
-        known = {_asked(edit) for edit in model.edits}
-        checked = len(records) if checked is None else checked
+    kept = None if store is None else _opened(model, store)
+    before = [] if kept is None else list(kept.edits)
+    own = editor_id(model.editor, model.editor_config.method)
+    if {edit.metadata.get("editor") for edit in before} - {own}:
+        raise ValueError(f"{store}: it holds edits of another editor than this one, {own}; give another store")
+    known = {_asked(edit) for edit in before}
+    checked = len(records) if checked is None else checked
+    # They are nobody's when this ends, however often it is interrupted.
+    with model.carrying(before):
         for part, check in ((records[:checked], True), (records[checked:], False)):
             missing = list({_wanted(record): record for record in part if _wanted(record) not in known}.values())
             for call in tqdm(
@@ -61,11 +63,19 @@ def make_in_calls(
             ):
                 for one in _apart(call):
                     model.edit([bare(record) for record in one], check=check, keep_failed=True, check_earlier=0)
+                    if kept is not None:
+                        kept.follow(before, before := list(model.edits))
         made = {_asked(edit): edit for edit in model.edits}
-        return [[made[_wanted(record)]] if _wanted(record) in made else [] for record in records]
-    finally:
-        model.close_store()
-        model.undo_all()
+    return [[made[_wanted(record)]] if _wanted(record) in made else [] for record in records]
+
+
+def _opened(model: EditableModel, path: str | Path) -> EditStore:
+    def check(fingerprint: Any) -> None:
+        check_same_base(model.base_model, fingerprint, str(path))
+
+    store = EditStore(path, fingerprint_of(model.base_model, model.targets), check)
+    check(store.base_fingerprint)
+    return store
 
 
 def make_alone(model: EditableModel, records: Sequence[EditRecord]) -> list[Made]:
@@ -87,11 +97,6 @@ def joined(made: Sequence[Made], scope: bool = True) -> list[Edit]:
     """
     found = [*{edit.id: edit for edits in made for edit in edits}.values()]
     return found if scope else without_scopes(found)
-
-
-def without_scopes(edits: Iterable[Edit]) -> list[Edit]:
-    """Return edits that act everywhere, as they do in merged weights and LoRA adapters."""
-    return [edit if edit.scope is None else replace(edit, scope=None) for edit in edits]
 
 
 def _apart(records: Sequence[EditRecord]) -> list[list[EditRecord]]:

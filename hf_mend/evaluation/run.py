@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from ..data.encoding import batches
 from ..data.estimate import Estimate
 from ..data.records import EditRecord
+from ..edits.edit import without_scopes
 from ..model import EditableModel
 from .generation import answer
-from .made_edits import without_scopes
 from .metrics import Measured, evaluate_records, measure_records
 from .resume import Progress
 from .scores import counterfact_scores, in_the_wild, n_gram_entropy, perplexity, portability

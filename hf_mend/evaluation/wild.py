@@ -226,13 +226,11 @@ class _Wild:
             with model.carrying(joined([self._made[i] for i in numbers], self.settings.scope)):
                 yield
             return
-        try:
+        with model.carrying([]):
             calls = list(batches([bare(self.records[i]) for i in numbers], self.settings.edits_per_call))
             for call in tqdm(calls, desc="Edits", disable=len(calls) < 2):
                 model.edit(call, keep_failed=True, check_earlier=0)
             yield
-        finally:
-            model.undo_all()
 
     def _alone(self, part: Sequence[int]) -> list[Values]:
         model = self.model
@@ -289,7 +287,9 @@ class _Wild:
                 found[i] |= {kind: float(new[1] == old[1]), f"{kind}: bits": float(new == old)}
         if ids is not None:
             for texts, answers in ((said, answered), (stay, still)):
-                for (i, kind, _), (own, other) in zip(texts, self._margins(texts, answers, ids), strict=True):
+                for (i, kind, _), (own, other) in zip(
+                    texts, self._margins(texts, answers, ids, not every), strict=True
+                ):
                     if kind in found[i]:
                         found[i] |= {f"{kind}: own": own, f"{kind}: other": other if every else None}
         return [found[i] for i in part]
@@ -325,11 +325,11 @@ class _Wild:
         return found
 
     def _margins(
-        self, texts: Sequence[Text], answers: Answers, ids: Mapping[int, str]
+        self, texts: Sequence[Text], answers: Answers, ids: Mapping[int, str], alone: bool
     ) -> list[tuple[float | None, float | None]]:
         if not all(len(key) for key in answers.keys):  # nothing to decide on
             return [(None, None)] * len(texts)
-        own, other = self.model.scope_margins(torch.stack(answers.keys), [ids[i] for i, _, _ in texts])
+        own, other = self.model.scope_margins(torch.stack(answers.keys), [ids[i] for i, _, _ in texts], alone)
         return [*zip(own.tolist(), other.tolist(), strict=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ class KnowledgeEditorConfig(LearnedStepsConfig):
         "'identity': training starts from the gradient's own step; 'xavier': each network's last layer is random.",
         choices=("identity", "xavier"),
     )
+
+    trained_with_scope: ClassVar[bool] = True
 
 
 @register_method("ke", KnowledgeEditorConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class MendConfig(EditorConfig):
         True, "One network for all layers of one shape, with a scale and shift a layer (paper), or one each."
     )
     edit_lr: float = option(1e-3, "Initial step of an edit, of which each layer learns its own.")
+
+    trained_with_scope: ClassVar[bool] = True
 
 
 class FactorStatistics(nn.Module):

@@ -19,6 +19,36 @@ from .network import key_parts, key_scores, may_pass, part_scores
 _SCORES_AT_ONCE = 1 << 24
 # Less than any score is past any threshold.
 _OUT = -2.0
+# An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
+# edited, a neighbour that none is about is about as near to several of them. A rival counts from as far below its
+# threshold on as a perfect score is above it, and that share of what it has above that is added to what the best has
+# to reach, but no more than that share of what a perfect score has left.
+RIVAL_SHARE, RIVAL_MOST = 0.3, 0.5
+
+
+def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """
+    Return what is added to an edit's threshold because of its nearest rival.
+
+    Args:
+        rival (`torch.Tensor`): How far the text is past the rival's threshold, or short of it.
+        threshold (`torch.Tensor` of the same shape): The edit's.
+    """
+    room = (1.0 - threshold).clamp(min=0.0)
+    return torch.minimum(RIVAL_SHARE * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
+
+
+def threshold_reached(score: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
+    """
+    Return the highest threshold of an edit and its rival at which a text still finds the edit.
+
+    Args:
+        score (`torch.Tensor`): The text's score with the edit.
+        rival (`torch.Tensor` of the same shape): Its score with the nearest rival.
+    """
+    beside = (score - RIVAL_SHARE * (1.0 + rival)) / (1.0 - 2.0 * RIVAL_SHARE)
+    at_most = (score - RIVAL_MOST) / (1.0 - RIVAL_MOST)  # where a perfect score's share limits the penalty
+    return torch.maximum(torch.minimum(score, beside), at_most)
 
 
 class KeyBank:
@@ -33,6 +63,8 @@ class KeyBank:
         self.ids: list[str] = []  # by number; those that are gone keep theirs
         self.numbers: dict[str, int] = {}  # of the edits that are there
         self._owner = GrowingRows(torch.zeros(0, dtype=torch.long))
+        self._target = GrowingRows(torch.zeros(0, dtype=torch.long))  # number of what the edit says
+        self._targets: dict[str, int] = {}
         self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
         self._parts: list[GrowingRows] = []  # of the keys: the first is read at each token, whole
         self._excluded: dict[int, torch.Tensor] = {}
@@ -55,6 +87,10 @@ class KeyBank:
         counts = torch.tensor([len(one.keys) for one in scopes])
         owner = torch.arange(first, first + len(scopes)).repeat_interleave(counts)
         self._owner = self._owner.extended([_on(owner, self._owner)])
+        new = dict.fromkeys(edit.target for edit in edits if edit.target not in self._targets)
+        self._targets = self._targets | {target: len(self._targets) + i for i, target in enumerate(new)}
+        target = torch.tensor([self._targets[edit.target] for edit in edits]).repeat_interleave(counts)
+        self._target = self._target.extended([_on(target, self._target)])
         excluded = {first + i: one.excluded.float() for i, one in enumerate(scopes) if len(one.excluded)}
         if excluded:
             self._excluded = self._excluded | excluded
@@ -90,6 +126,7 @@ class KeyBank:
             len(new.ids), device=there.device
         )
         new._owner = GrowingRows(renumbered[self._owner.rows[there]])
+        new._target, new._targets = GrowingRows(self._target.rows[there]), self._targets
         new._thresholds = GrowingRows(self._thresholds.rows[there])
         new._parts = [GrowingRows(part.rows[there]) for part in self._parts]
         new._excluded = {int(renumbered[number]): keys for number, keys in self._excluded.items()}
@@ -100,7 +137,7 @@ class KeyBank:
 
     def _on(self, device: torch.device) -> _Keys:
         """Return the keys on a device, where they stay: those of further edits come behind them."""
-        own = [self._owner, self._thresholds, *self._parts]
+        own = [self._owner, self._target, self._thresholds, *self._parts]
         held = own
         if self._owner.rows.device != device:
             held = self._elsewhere.get(device) or [GrowingRows(one.rows[:0].to(device)) for one in own]
@@ -109,8 +146,8 @@ class KeyBank:
                 more = [on_device(one.rows[count:], device) for one in own]
                 held = [one.extended([rows]) for one, rows in zip(held, more, strict=True)]
                 self._elsewhere = {**self._elsewhere, device: held}
-        owner, thresholds, *parts = (one.rows for one in held)
-        return _Keys(parts, owner, thresholds, self._excluded)
+        owner, target, thresholds, *parts = (one.rows for one in held)
+        return _Keys(parts, owner, target, thresholds, self._excluded)
 
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -131,13 +168,16 @@ class KeyBank:
         allowed = [None] * len(parts) if only is None else only.to(queries.device).split(size)
         return torch.cat([held.choose(*pair, strictness) for pair in zip(parts, allowed, strict=True)])
 
-    def margins(self, queries: torch.Tensor, own: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def margins(
+        self, queries: torch.Tensor, own: Sequence[str], alone: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return how far texts are past the thresholds: of their own edits, and of the nearest others.
+        Return how far texts are past what they have to reach: for their own edits, and for the nearest others.
 
         Args:
             queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
             own (`Sequence[str]`): Of each text, the id of its own edit.
+            alone (`bool`, defaults to `False`): For its own edit as if the text's edit were the only one.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit, or a text is
@@ -151,16 +191,25 @@ class KeyBank:
         size = max(1, _SCORES_AT_ONCE // len(held.owner))
         found = []
         for part, numbered in zip(queries.split(size), mine.split(size), strict=True):
-            over, owner = held.over(part, slice(None))
-            is_own = owner == numbered[:, None]
-            found.append(
-                (over.masked_fill(~is_own, _OUT).max(-1).values, over.masked_fill(is_own, _OUT).max(-1).values)
-            )
-        return torch.cat([one for one, _ in found]), torch.cat([one for _, one in found])
+            over = held.over(part, slice(None))
+            is_own = held.owner == numbered[:, None]
+            pair = []
+            for group, penalised in (
+                (over.masked_fill(~is_own, _OUT), not alone),
+                (over.masked_fill(is_own, _OUT), True),
+            ):
+                best = group.max(-1)
+                rivals = held.rivals(over, best.indices, held.target)
+                penalty = rival_penalty(rivals, held.thresholds[best.indices])
+                pair.append(best.values - penalty if penalised else best.values)
+            found.append(pair)
+        own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
+        return own_margins, others
 
     def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return each edit's score with a text, and the threshold of the key that it is nearest to passing, by number.
+        Return each edit's score with a text, and what it has to reach, by number: the threshold of the key that it is
+        nearest to passing, and what its nearest rival adds.
 
         Args:
             query (`torch.Tensor` of shape `(width,)`): The text's key.
@@ -175,7 +224,12 @@ class KeyBank:
         most = over.new_full((len(self.ids),), -math.inf).scatter_reduce(0, held.owner, over, "amax")
         first = torch.where(over == most[held.owner], places, len(over))
         best = first.new_full((len(self.ids),), len(over)).scatter_reduce(0, held.owner, first, "amin")
-        return scores[best], held.thresholds[best]
+        acting = held.over(query[None], slice(None))[0]  # as `over`, but for excluded texts
+        by_target = over.new_full((len(self._targets),), _OUT).scatter_reduce(0, held.target, acting, "amax")
+        by_target = torch.cat([by_target, over.new_full((1,), _OUT)])  # no rival, where all say the same
+        (first_over, second_over), (first_target, _) = by_target.topk(2)
+        rivals = torch.where(held.target[best] == first_target, second_over, first_over)
+        return scores[best], held.thresholds[best] + rival_penalty(rivals, held.thresholds[best])
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
@@ -198,26 +252,46 @@ class KeyBank:
 
 @dataclass(frozen=True, eq=False)
 class _Keys:
-    """All keys on one device: parts `(keys, width)`, owner and threshold, `(keys,)`, and number -> excluded keys."""
+    """
+    All keys on one device: parts `(keys, width)`, owner, number of its target and threshold, `(keys,)`, and number ->
+    excluded keys.
+    """
 
     parts: Sequence[torch.Tensor]
     owner: torch.Tensor
+    target: torch.Tensor
     thresholds: torch.Tensor
     excluded: Mapping[int, torch.Tensor]
 
     def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
-        # Of tens of thousands of keys a few are worth a whole look.
-        near = may_pass(queries, self.parts[0], self.thresholds + strictness).nonzero()[:, 0]
-        if not len(near):
+        # Of tens of thousands of keys a few are worth a whole look; outside every scope none is.
+        if not may_pass(queries, self.parts[0], self.thresholds + strictness).any():
             return queries.new_full((len(queries),), -1, dtype=torch.long)
-        over, owner = self.over(queries, near)
+        # Rivals count, too, from as far below their thresholds on as a perfect score is above.
+        least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
+        near = may_pass(queries, self.parts[0], least).nonzero()[:, 0]
+        over, owner = self.over(queries, near), self.owner[near]
         if only is not None:
             over = over.masked_fill(owner != only[:, None], _OUT)
         best = over.max(-1)
-        return torch.where(best.values >= strictness, owner[best.indices], -1)
+        rivals = self.rivals(over, best.indices, self.target[near])
+        past = best.values - rival_penalty(rivals, self.thresholds[near][best.indices])
+        return torch.where(past >= strictness, owner[best.indices], -1)
 
-    def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how far texts are past the thresholds of some keys, `(texts, keys)`, and the keys' edits."""
+    @staticmethod
+    def rivals(over: torch.Tensor, best: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """
+        Return how far texts are past the threshold of the best key's nearest rival, an edit that says something else.
+
+        Args:
+            over (`torch.Tensor` of shape `(texts, keys)`): As [`over`] returns them.
+            best (`torch.Tensor` of shape `(texts,)`): The number of the best key.
+            target (`torch.Tensor` of shape `(keys,)`): The keys' targets.
+        """
+        return over.masked_fill(target == target[best][:, None], _OUT).amax(-1)
+
+    def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
+        """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""
         owner, scores = self.owner[keys], part_scores(queries, [part[keys] for part in self.parts])
         over = scores - self.thresholds[keys]
         for number in self.excluded.keys() & owner.tolist() if self.excluded else ():
@@ -225,7 +299,7 @@ class _Keys:
             own = owner == number
             nearest = key_scores(queries, self.excluded[number].to(queries.device)).max(-1).values
             over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], _OUT)
-        return over.clamp(min=_OUT), owner
+        return over.clamp(min=_OUT)
 
 
 def _on(tensor: torch.Tensor, rows: GrowingRows) -> torch.Tensor:

@@ -23,6 +23,8 @@ _LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of t
 _PADDING = -1e9  # log weight of a token that is not there
 _ROUNDED_MINIMUM = 12.0  # sharpness of the minimum over the parts of a key
 _QUERIES_AT_ONCE = 512
+# The share of a hidden state's components that a training step leaves out.
+_DROPOUT = 0.1
 
 
 @dataclass
@@ -82,6 +84,11 @@ class ScopeNetwork(nn.Module):
     def width(self) -> int:
         """Width of the hidden states."""
         return self.centre.shape[0]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it knows what hidden states are ordinary, which training learns first."""
+        return bool((self.spread != 1.0).any())
 
     @torch.no_grad()
     def standardise(self, hidden: torch.Tensor) -> None:
@@ -153,7 +160,8 @@ class ScopeNetwork(nn.Module):
             rows (`torch.Tensor` of shape `(places,)`), places (`torch.Tensor` of shape `(places,)`): Row and token of
                 each.
         """
-        x = self._standardised(hidden)
+        learns = self.training and torch.is_grad_enabled()
+        x = nn.functional.dropout(self._standardised(hidden), _DROPOUT, learns)
         weight, forgotten = self.gates(x).split(HEADS, -1)  # (rows, seq, heads) each
         scores = (weight + nn.functional.softplus(forgotten).cumsum(1))[rows]  # (places, seq, heads)
         later = torch.arange(hidden.shape[1], device=hidden.device) > places[:, None]

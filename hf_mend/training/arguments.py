@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..data.deprecation import renamed_arguments
-from ..data.forms import check_forms
+from ..data.forms import DEFAULT_FORMS, available_forms, check_forms
 from ..hub.cards import machine
-from .examples import TrainingExamples
+from .examples import Asking, TrainingExamples
 
 
 # The smallest values of the arguments that are counts.
@@ -25,6 +25,8 @@ _LEAST = {
     "micro_batch_size": 1,
     "calls_per_batch": 1,
     "statistics_edits": 1,
+    "scope_steps": 0,
+    "scope_further_facts": 0,
 }
 
 # Schedulers that wait for the metric of the best model to get better, and take it for a loss.
@@ -119,6 +121,16 @@ class EditorTrainingArguments(TrainingArguments):
         default=128,
         metadata={"help": "Facts whose factors and inputs set the editor's statistics before the first step."},
     )
+    scope_steps: int = field(
+        default=800,
+        metadata={
+            "help": "Steps of the scope's training, which follows the editor's where the model has a scope. With 0 "
+            "the scope stays as it is. Evaluations before that measure with the scope as it is then."
+        },
+    )
+    scope_further_facts: int = field(
+        default=2000, metadata={"help": "Facts of further kinds, made by rule, on which the scope is trained too."}
+    )
     hidden_states_dir: str | None = field(
         default=None,
         metadata={
@@ -159,8 +171,26 @@ class EditorTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
 
 
+def asking_of(args: EditorTrainingArguments, tokenizer: Any) -> Asking:
+    """
+    Return the forms of asking that the arguments choose, as far as a tokenizer can write them.
+
+    Args:
+        args ([`EditorTrainingArguments`]): The training arguments.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+    """
+    forms = available_forms(DEFAULT_FORMS if args.forms is None else args.forms, tokenizer)
+    edit_forms = None if args.edit_forms is None else available_forms(args.edit_forms, tokenizer)
+    return Asking(forms, args.context_rate, edit_forms)
+
+
 def training_facts(
-    args: EditorTrainingArguments, step: int, first_step: int, seconds: float, examples: TrainingExamples | None
+    args: EditorTrainingArguments,
+    step: int,
+    first_step: int,
+    seconds: float,
+    examples: TrainingExamples | None,
+    scoped: bool = False,
 ) -> dict[str, str]:
     """
     Return the facts about a training for the model card.
@@ -171,8 +201,12 @@ def training_facts(
         first_step (`int`): The step at which this process began.
         seconds (`float`): The duration of the training.
         examples ([`TrainingExamples`], *optional*): The training examples.
+        scoped (`bool`, defaults to `False`): Whether the model has a scope.
     """
     began = f", from step {first_step} on" if first_step else ""
+    weights = f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}"
+    # With a scope no text that must stay is drawn for the editor.
+    own = {"steps of the scope": str(args.scope_steps)} if scoped else {"neighbourhood and unrelated weight": weights}
     return {
         "facts": f"{len(examples):,}" if examples is not None else "unknown",
         "unrelated questions": f"{len(examples.questions):,}" if examples is not None else "unknown",
@@ -180,7 +214,7 @@ def training_facts(
         "facts a step": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
         "learning rate": f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
         "optimizer": _plain(args.optim),
-        "neighborhood and unrelated weight": f"{args.neighborhood_weight:g}, {args.unrelated_weight:g}",
+        **own,
         "edits applied at once": f"up to {args.group_size}",
         "seed": str(args.seed),
         "time": f"{seconds / 60:.1f} minutes{began}",

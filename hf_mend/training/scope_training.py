@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
+from ..scope.bank import threshold_reached
 from ..scope.network import ScopeNetwork, key_scores
 from .examples import TrainingExamples
 from .scope_examples import (
@@ -89,6 +90,9 @@ class ScopeTexts:
     Args:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
         relations (`Sequence[str | None]`): Of each fact, its relation.
+
+    Attributes:
+        weights (`list[float]`): Of each fact, how often it is drawn: the root of how many there are of its relation.
     """
 
     def __init__(self, texts: Sequence[Sequence[MarkedText]], relations: Sequence[str | None]):
@@ -96,6 +100,8 @@ class ScopeTexts:
         self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
         for fact, relation in enumerate(relations):
             self.alike.setdefault(relation, []).append(fact)
+        # Of how many kinds the facts are matters more than how many there are of each.
+        self.weights = [len(self.alike[relation]) ** -0.5 for relation in relations]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -261,8 +267,8 @@ def train_scope(
         if step % _FRESH_KEYS == 0:
             bank = data.bank(scope, every)
         if len(order) < args.facts_per_step:
-            order = draw.sample(every, len(data))
-        facts, order = order[: args.facts_per_step], order[args.facts_per_step :]
+            order = draw.choices(every, data.weights, k=len(data))
+        facts, order = [*dict.fromkeys(order[: args.facts_per_step])], order[args.facts_per_step :]
         others = _others(data, facts, draw)
         loss = scope_loss(scope, data, facts, bank, others)
         optimizer.zero_grad()
@@ -313,6 +319,8 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
             scores = key_scores(queries[numbers], keys)
             for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
                 scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
-            least.append(scores.max(-1).values.quantile(1 - share))
+            of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
+            best, rival = of_facts.topk(min(2, len(some)), -1).values.T[[0, -1]]
+            least.append(threshold_reached(best, rival).quantile(1 - share))
     if least:
         scope.threshold.copy_(torch.stack(least).max())

@@ -22,7 +22,6 @@ from ..bases.limits import longest_input
 from ..bases.sharded import whole_state
 from ..data.checks import check_query
 from ..data.encoding import Query
-from ..data.forms import DEFAULT_FORMS, available_forms
 from ..data.readers.reading import check_targets
 from ..data.records import EditDataset, EditRecord
 from ..evaluation.checks import check_asked
@@ -31,13 +30,15 @@ from ..hub.cards import CardNotes
 from ..hub.files import WEIGHTS_NAME
 from ..hub.transfer import find_files
 from ..model import EditableModel
-from .arguments import EditorTrainingArguments, training_facts
+from .arguments import EditorTrainingArguments, asking_of, training_facts
 from .cache import HiddenStateCache
 from .calibration import calibrate
 from .continuations import with_continuations
-from .examples import LOCAL_KINDS, Asking, EditBatch, EditCollator, TrainingExamples
+from .examples import LOCAL_KINDS, EditBatch, EditCollator, TrainingExamples
 from .hub_checkpoints import PushesCheckpoints
 from .objective import EditingObjective
+from .scope_processes import train_scope_once
+from .scope_training import ScopeTrainingArguments
 from .soundness import FiniteGradients, check_loss, checkpoint_to_resume
 
 
@@ -48,8 +49,10 @@ _LOGARITHMS = ("log_step", "log_ridge")
 
 class EditorTrainer(PushesCheckpoints, Trainer):
     """
-    Train the editor of an [`EditableModel`]; the base model stays unchanged. Logging, callbacks, mixed precision,
-    gradient accumulation, checkpoints, best-model selection and early stopping are those of `transformers.Trainer`.
+    Train the editor of an [`EditableModel`], and its scope where it has one; the base model stays unchanged.
+
+    Logging, callbacks, mixed precision, gradient accumulation, checkpoints, best-model selection and early stopping
+    are those of `transformers.Trainer`.
 
     `evaluate` reports `eval_edit_success`, `eval_generality`, `eval_neighborhood`, `eval_unrelated` and their mean
     `eval_score` over single edits of the evaluation data.
@@ -98,7 +101,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 args.neighborhood_rows,
                 args.unrelated_rows,
                 args.data_seed if args.data_seed is not None else args.seed,
-                _asking(args, model),
+                asking_of(args, model.encoder.tokenizer),
                 args.same_subject_rows,
                 args.continuation_rows,
             )
@@ -134,7 +137,8 @@ class EditorTrainer(PushesCheckpoints, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train the editor, after setting its statistics if it has none yet. Arguments are those of `Trainer.train`.
+        Train the editor, after setting its statistics if it has none yet, and then the scope of a model that has one.
+        Arguments are those of `Trainer.train`.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): The folder of a checkpoint, or `True` for the newest
@@ -176,6 +180,9 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         with self._on_objective():
             output = super().train(checkpoint, *args, **kwargs)
         forget_editor_id(model.editor)  # a sharded run may write to weights where torch counts no change
+        if self.examples is not None and model.scope is not None and self.args.scope_steps:
+            steps, further, seed = self.args.scope_steps, self.args.scope_further_facts, self.args.seed
+            train_scope_once(model, self.examples, ScopeTrainingArguments(steps, further_facts=further, seed=seed))
         self._note_for_card()
         return output
 
@@ -343,7 +350,10 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         notes.measured = self._measured.get(self._card_step, {})
         if self.state.global_step:
             seconds = time.perf_counter() - self._started
-            notes.training = training_facts(self.args, self._card_step, self._first_step, seconds, self.examples)
+            scoped = self.editable_model.scope is not None
+            notes.training = training_facts(
+                self.args, self._card_step, self._first_step, seconds, self.examples, scoped
+            )
             notes.history = self.state.log_history
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -381,14 +391,6 @@ class _EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.examples.set_epoch(int(state.epoch or 0))
-
-
-def _asking(args: EditorTrainingArguments, model: EditableModel) -> Asking:
-    """The forms of asking that the arguments choose, as far as the model's tokenizer can write them."""
-    tokenizer = model.encoder.tokenizer
-    forms = available_forms(DEFAULT_FORMS if args.forms is None else args.forms, tokenizer)
-    edit_forms = None if args.edit_forms is None else available_forms(args.edit_forms, tokenizer)
-    return Asking(forms, args.context_rate, edit_forms)
 
 
 def _as_records(data: Any) -> list[EditRecord]:

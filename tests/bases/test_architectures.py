@@ -130,8 +130,9 @@ def test_the_page_lists_what_is_tested():
 
 
 def test_the_sweep_tells_what_is_exact_from_what_fails(monkeypatch):
-    from sweep_model_types import check
+    from sweep_model_types import NO_TEXT, SETTINGS, all_types, check
 
+    assert {*NO_TEXT, *SETTINGS} <= {*all_types()} and not {*NO_TEXT} & {*SETTINGS}
     assert check("llama") == {"result": "exact", "why": "", "layers": ["mlp.down_proj"]}
     assert check("blip")["result"] == "refused"
     monkeypatch.setattr(hf_mend.EditableModel, "undo", lambda model: None)

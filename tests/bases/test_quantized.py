@@ -132,7 +132,14 @@ class WithoutWidths(PackedLinear):
     names = ("columns", "rows")
 
 
-def packed(kind: type[PackedLinear]):
+def hqq(layer: nn.Linear) -> nn.Module:
+    """A layer of the package hqq itself, which runs on a CPU."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    return HQQLinear(layer, BaseQuantizeConfig(nbits=4, group_size=16), compute_dtype=torch.float32, device="cpu")
+
+
+def packed(kind):
     """A model whose blocks hold a quantiser's layers, and the plain model of the same values."""
     base, plain = build_model("llama"), build_model("llama")
     for name, layer in list(base.model.layers.named_modules()):
@@ -140,12 +147,15 @@ def packed(kind: type[PackedLinear]):
             parent, _, own = name.rpartition(".")
             replaced = kind(layer)
             setattr(base.model.layers.get_submodule(parent), own, replaced)
-            plain.model.layers.get_submodule(name).weight.data = replaced.dequantized()
+            values = replaced.dequantize() if kind is hqq else replaced.dequantized()
+            plain.model.layers.get_submodule(name).weight.data = values.float()
     return base, plain
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, OldPackedLinear])
+@pytest.mark.parametrize("kind", [PackedLinear, OldPackedLinear, hqq])
 def test_a_quantisers_own_layers_are_edited_as_plain_ones_of_the_same_values(tokenizer, tmp_path, kind):
+    if kind is hqq:
+        pytest.importorskip("hqq", reason="hqq is not installed: pip install hqq")
     base, plain = packed(kind)
     ours, theirs = editable(base, tokenizer), editable(plain, tokenizer)
     before = all_logits(ours, tokenizer)
@@ -157,7 +167,7 @@ def test_a_quantisers_own_layers_are_edited_as_plain_ones_of_the_same_values(tok
     torch.testing.assert_close(edited, all_logits(theirs, tokenizer), rtol=1e-4, atol=1e-5)
     ours.save_edits(tmp_path / "edits")
     ours.save_lora(tmp_path / "lora")
-    with pytest.raises(TypeError, match=rf"a {kind.__name__} has no plain weight.*save_lora.*unquantised"):
+    with pytest.raises(TypeError, match=rf"a {'HQQLinear' if kind is hqq else kind.__name__} has no plain weight.*save_lora.*unquantised"):
         ours.merge_and_unload()
     assert torch.equal(all_logits(ours, tokenizer), edited)
     ours.undo()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.facts import write_facts
-from support.models import build_model, make_tokenizer
+from support.models import build_model, editable, make_tokenizer
 from support.paths import ROOT
 from support.scope import scoped
 from support.training import QUESTIONS
@@ -17,6 +20,7 @@ from hf_mend.edits.store import EditStore
 
 
 BENCHMARKS = ROOT / "benchmarks"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 LAYERS = ["--option", 'target_modules="paper"', "--option", "layers_to_transform=[1, 2]"]
 
 
@@ -29,9 +33,10 @@ def script(monkeypatch, tmp_path):
         (tmp_path / f"nq_open_{name}.jsonl").write_text(asked)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
-    def run(name: str, *options: str) -> None:
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "load_base", lambda: (build_model("llama"), make_tokenizer()))
+    def run(name: str, *options: str, chat_template: str | None = None) -> None:
+        module, tokenizer = importlib.import_module(name), make_tokenizer()
+        tokenizer.chat_template = chat_template
+        monkeypatch.setattr(module, "load_base", lambda: (build_model("llama"), tokenizer))
         monkeypatch.setattr(sys, "argv", [name, "--data", str(tmp_path), *options])
         module.main()
 
@@ -49,15 +54,57 @@ def test_the_ablations_begin_in_an_empty_folder_and_go_on(script, tmp_path):
         )  # fmt: skip
         found = json.loads(results.with_suffix(".json").read_text())
         assert list(found["variants"]) == variants.split(",")
-        assert results.with_suffix(".md").read_text().count("million") == len(found["variants"])
+        head, rule, *rows = results.with_suffix(".md").read_text().splitlines()
+        assert head.startswith("| variant | edit success | generality | neighbourhood | unrelated | mean of these |")
+        assert sum("million" in row for row in rows) == len(found["variants"])
+        assert {line.count("|") for line in (head, rule, *rows[: len(found["variants"])])} == {head.count("|")}
         assert "torch" in found["machine"]
+
+
+def test_the_scoped_editor_s_training_goes_on_where_it_was_interrupted(script, tmp_path, monkeypatch):
+    """The weights are those of a run without a break: steps, draws, optimizer and rate went on."""
+    editable(build_model("llama"), make_tokenizer()).save_pretrained(tmp_path / "start")
+    (tmp_path / "questions.jsonl").write_text((tmp_path / "nq_open_train.jsonl").read_text())
+    options = ("--examples", str(tmp_path), "--start", str(tmp_path / "start"), "--minutes", "0.8")
+    options = (*options, "--further-facts", "0", "--scope-steps", "1", "--scope-facts", "8", "--hold-out", "")
+    module = importlib.import_module("train_scoped_editor")
+    monkeypatch.setattr(module, "FACTS", 4)
+    monkeypatch.setattr(module, "SAVE_MINUTES", 0.2)
+    ticks = itertools.count()
+    monkeypatch.setattr(module.time, "process_time", lambda: 6.0 * next(ticks))  # a step, a tenth of a minute
+    real, calls, lost = module.step_loss, [], 5
+
+    def step_loss(*given):
+        calls.append(given)
+        if len(calls) == lost:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(module, "step_loss", step_loss)
+
+    def train(name: str, *more: str) -> None:
+        folders = ("--checkpoints", str(tmp_path / name), "--output", str(tmp_path / name))
+        script("train_scoped_editor", *options, *folders, *more, chat_template=CHAT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train("kept")
+    for name in ("kept", "unbroken"):
+        train(name)
+    assert len(calls) == lost + 4 + 8, "the four steps that were kept were not made again"
+    whole, again = (load_file(tmp_path / name / "editor.safetensors") for name in ("unbroken", "kept"))
+    start = load_file(tmp_path / "start" / "editor.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert any(not torch.equal(value.float(), start[name].float()) for name, value in whole.items())
+    assert (tmp_path / "kept" / "scope.safetensors").is_file()
+    with pytest.raises(SystemExit, match="remove the file to begin anew"):
+        train("kept", "--seed", "9")
 
 
 def test_quality_trains_and_measures(script, tmp_path):
     script(
         "quality", "--output", str(tmp_path / "editor"), "--results", str(tmp_path / "quality"), "--steps", "1",
         "--batch-size", "4", "--limit", "4", "--together", "2", "--target-modules", "down_proj", "--layers", "1,2",
-        "--option", "rank=8",
+        "--option", "rank=8", "--checkpoints", str(tmp_path / "checkpoints"), "--resume",
     )  # fmt: skip
     found = json.loads((tmp_path / "quality.json").read_text())["metrics"]
     assert {name: values["edits"] for name, values in found.items()} == {"all": 4, "all, 2 edits applied together": 4}

@@ -16,7 +16,9 @@ import torch
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
+from support.scope import scoped
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import hf_mend
@@ -28,6 +30,8 @@ from hf_mend.cli.train import EditorOptions
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+# A scope's training that takes no time: neither steps nor further facts to speak of.
+SHORT_SCOPE = ("--scope-steps", "2", "--training", "scope_further_facts=0")
 
 
 @pytest.fixture(scope="module")
@@ -212,22 +216,68 @@ def test_training_gives_an_editor_that_the_other_commands_take(world, tmp_path):
     done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 2,
                   "--batch-size", 4, "--rank", 4, "--eval-facts", world / "facts.json", "--eval-limit", 3,
                   "--questions", world / "questions.jsonl", "--layers", "1,2", "--target-modules", "paper",
-                  "--save-steps", 1, "--json")  # fmt: skip
+                  "--save-steps", 1, "--json", *SHORT_SCOPE)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["steps"] == 2 and document["metrics"]["eval_edits"] == 3
     assert json.loads(invoke("info", tmp_path / "mine", "--json").stdout)["config"]["layers_to_transform"] == [1, 2]
     more = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 3,
                   "--batch-size", 4, "--rank", 4, "--layers", "1,2", "--target-modules", "paper",
-                  "--resume")  # fmt: skip
+                  "--resume", *SHORT_SCOPE)  # fmt: skip
     assert more.exit_code == 0, more.stderr
     assert "after 3 steps" in more.stdout
+
+
+def train_command(world, *options):
+    return ("train", world / "facts.json", "-m", world / "base", "--steps", 1, "--batch-size", 4, "--rank", 4,
+            *SHORT_SCOPE, *options)  # fmt: skip
+
+
+def test_editor_and_scope_are_trained_by_one_command(world, tmp_path):
+    done = invoke(*train_command(world, "-o", tmp_path / "mine"))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((tmp_path / "mine" / "editor_config.json").read_text())["scope"] is True
+    assert "| steps of the scope | 2 |" in (tmp_path / "mine" / "README.md").read_text()
+    model = EditableModel.from_pretrained(build_model("llama"), tmp_path / "mine", make_tokenizer())
+    assert model.scope.centre.abs().sum() > 0, "zero before training"
+    # Gone on from, it keeps its scope, and no option can take that away.
+    more = invoke(*train_command(world, "-o", tmp_path / "more", "--start-from", tmp_path / "mine"))
+    assert more.exit_code == 0, more.stderr
+    assert (tmp_path / "more" / "scope.safetensors").is_file()
+    wrong = invoke(*train_command(world, "-o", tmp_path / "x", "--start-from", tmp_path / "mine", "--no-scope"))
+    assert wrong.exit_code == 2 and "--start-from takes one as it was saved" in wrong.stderr
+
+
+def test_an_editor_whose_edits_act_everywhere_is_trained_when_asked_for(world, tmp_path):
+    done = invoke(*train_command(world, "-o", tmp_path / "plain", "--no-scope"))
+    assert done.exit_code == 0, done.stderr
+    assert not (tmp_path / "plain" / "scope.safetensors").exists()
+    path = tmp_path / "plain" / "editor_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("scope") is False
+    # As editors were saved that knew of no scope.
+    path.write_text(json.dumps(config))
+    assert EditableModel.from_pretrained(build_model("llama"), tmp_path / "plain", make_tokenizer()).scope is None
+    more = invoke(*train_command(world, "-o", tmp_path / "more", "--start-from", tmp_path / "plain"))
+    assert more.exit_code == 0, more.stderr
+    assert not (tmp_path / "more" / "scope.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "scope"),
+    [({}, True), ({"method": "malmen"}, True), ({"method": "ke"}, True), ({"method": "enn"}, False),
+     ({"method": "enn", "config": ["method=mend"]}, True), ({"config": ["scope=false"]}, False),
+     ({"scope": False}, False), ({"method": "enn", "scope": True}, True)],
+)  # fmt: skip
+def test_trained_editors_have_a_scope_by_default(options, scope):
+    """Of ENN, the change of the weights acts wherever there is an edit, so that it is none."""
+    assert EditorOptions(**options).as_config().scope is scope
 
 
 @pytest.mark.parametrize("method", ["ke", "enn"])
 def test_training_a_baseline(world, tmp_path, method):
     done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--method", method,
-                  "--steps", 1, "--batch-size", 2, "--layers", "1,2", "--json",
+                  "--steps", 1, "--batch-size", 2, "--layers", "1,2", "--json", *SHORT_SCOPE,
                   *(["--rank", 4] if method == "ke" else []))  # fmt: skip
     assert done.exit_code == 0, done.stderr
     edit = invoke("edit", RECORDS[0].prompt, RECORDS[0].target, "-m", world / "base", "-e", tmp_path / "mine",
@@ -252,7 +302,8 @@ def test_a_file_of_edits_in_one_call(world, tmp_path):
 def test_any_option_of_the_library_can_be_given(world, tmp_path):
     done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1,
                   "--rank", 4, "--config", "whiten=false", "--config", "init=xavier", "--training",
-                  "per_device_train_batch_size=3", "--training", "lr_scheduler_type=constant")  # fmt: skip
+                  "per_device_train_batch_size=3", "--training", "lr_scheduler_type=constant",
+                  "--no-scope")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     config = json.loads((tmp_path / "mine" / "editor_config.json").read_text())
     assert (config["whiten"], config["init"]) == (False, "xavier")
@@ -261,7 +312,7 @@ def test_any_option_of_the_library_can_be_given(world, tmp_path):
     # Also what has an option of its own.
     done = invoke("train", world / "facts.json", "-m", world / "base", "-o", tmp_path / "other", "--steps", 1,
                   "--config", "rank=3", "--config", "method=malmen", "--config", "layers_to_transform=[2]", "--config",
-                  "target_modules=paper")  # fmt: skip
+                  "target_modules=paper", "--config", "scope=false")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     config = json.loads((tmp_path / "other" / "editor_config.json").read_text())
     found = [config[name] for name in ("rank", "method", "layers_to_transform", "target_modules")]
@@ -559,6 +610,28 @@ def test_edits_are_exported_as_an_adapter_without_the_editor(world, kept, tmp_pa
     plain = PeftModel.from_pretrained(build_model("llama"), tmp_path / "adapter")
     torch.testing.assert_close(all_logits(plain, model.tokenizer), expected, rtol=1e-4, atol=1e-4)
     assert "rank" in invoke("info", tmp_path / "adapter").stdout
+
+
+def test_edits_with_a_scope_are_exported_without_it_and_without_the_editor(tmp_path, caplog):
+    """Their scope needs the editor; an adapter has none, and says so."""
+    from peft import PeftModel
+
+    model = scoped(build_model("llama"), make_tokenizer())
+    model.edit(PROMPT, TARGET, keep_failed=True)
+    model.save_edits(tmp_path / "edits")
+    model.save_lora(tmp_path / "expected")
+    model.unload().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    logging.warning_once.cache_clear()
+    done = invoke("export", tmp_path / "edits", tmp_path / "adapter", "-m", tmp_path / "base", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "in merged weights and LoRA adapters they act everywhere" in caplog.text
+    logging.warning_once.cache_clear()  # other tests expect to be the first
+    found, expected = (
+        all_logits(PeftModel.from_pretrained(build_model("llama"), tmp_path / name), make_tokenizer())
+        for name in ("adapter", "expected")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_of_a_highest_rank(world, kept, tmp_path):

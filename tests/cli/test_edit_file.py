@@ -88,7 +88,13 @@ def test_the_table_has_four_states_and_says_why(rows_of_all_states):
     assert lines[2].startswith("line 14  DID NOT TAKE  'the seat of egypt is' -> 'madrid lima oslo rome ma...")
     assert "tokens right after 1 step)" in lines[2]
     assert lines[3] == "line 15  REFUSED       'the river' -> 'x'  (is too long)"
-    assert lines[4:] == ["a note", "1 of 4 edits took, 1 already said, 1 did not take, 1 refused"]
+    assert lines[4:] == [
+        "a note",
+        "What did not take may with more steps (--max-steps 40) or with answers in other words.",
+        "1 of 4 edits took, 1 already said, 1 did not take, 1 refused",
+    ]
+    rows_of_all_states[1][2].result.token_success = [False] * 300
+    assert "in other words, and those of more than a hundred tokens in short." in report_of_file(rows_of_all_states[1], []).text
     assert not report.ok and report.document["took"] == report.document["did_not_take"] == 1
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
+import hf_mend
 from hf_mend.data.deprecation import renamed_arguments, renamed_in, renamed_method
 
 
@@ -65,3 +69,39 @@ def test_a_method():
 @pytest.mark.filterwarnings("error")
 def test_the_new_names_warn_of_nothing():
     assert (Settings(new=1).new, Model().new(1), function(1)) == (1, 1, (1, 0))
+
+
+def test_modules_of_before_are_found_under_their_old_names():
+    command = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import hf_mend, hf_mend.data\n"
+        "warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    import hf_mend.generation\n"
+        "    from hf_mend.targets import Target\n"
+        "    from hf_mend.data import Query\n"
+        "import hf_mend.evaluation.generation, hf_mend.data.encoding, hf_mend.bases.targets\n"
+        "assert hf_mend.generation.answer is hf_mend.evaluation.generation.answer\n"
+        "assert Target is hf_mend.bases.targets.Target and Query is hf_mend.data.encoding.Query\n"
+        "assert hf_mend.evaluation.generation.__spec__.name == 'hf_mend.evaluation.generation'\n"
+        "print(*{str(one.message): one for one in said if one.category is FutureWarning}, sep='\\n')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        f"{old} is now called {new}; the old name goes with the next release"
+        for old, new in (
+            ("the module hf_mend.generation", "hf_mend.evaluation.generation"),
+            ("the module hf_mend.targets", "hf_mend.bases.targets"),
+            ("hf_mend.data.Query", "hf_mend.data.encoding.Query"),
+        )
+    ]
+
+
+def test_no_other_name_is_found():
+    with pytest.raises(ModuleNotFoundError, match="hf_mend.nothing"):
+        importlib.import_module("hf_mend.nothing")
+    with pytest.raises(AttributeError, match="module 'hf_mend.data' has no attribute 'Quary'"):
+        hf_mend.data.Quary  # noqa: B018
+    for new in hf_mend._MOVED.values():
+        assert importlib.util.find_spec(f"hf_mend.{new}") is not None

@@ -39,6 +39,14 @@ def test_of_what_is_short_or_done_nothing_is_said(total, steps):
     assert estimate(total, *steps) == []
 
 
+def test_items_that_take_longer_count_for_more():
+    now, said = [0.0], []
+    one = Estimate("Editing", 10, "edits", said.append, lambda: now[0], work=1000)
+    now[0] += 20
+    one.done(9, work=100)
+    assert said == ["Editing: 10 edits will take about 3 minutes (the first 9 took 20 s)"]
+
+
 def test_a_duration_is_in_the_unit_that_suits_it():
     assert [duration(s) for s in (59.6, 100, 5999, 6000)] == ["60 s", "2 minutes", "100 minutes", "1.7 hours"]
 

@@ -34,8 +34,9 @@ DOCUMENTS = [
 ]
 # What takes hours is run with other numbers.
 SMALLER = {
-    r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[]",
-    r"\(steps=\d+": "(steps=2",
+    r"max_steps=\d+": "max_steps=2, per_device_train_batch_size=4, report_to=[], scope_further_facts=0",
+    r"([( ](?:scope_)?steps)=\d+": r"\1=2",
+    r"further_facts=2000": "further_facts=0",
     r"rank=1920": "rank=8",
 }
 
@@ -140,7 +141,8 @@ def run_shell(code: str) -> None:
 
 def run_command(words: list[str], said: str | None) -> None:
     if words[0] == "train":
-        words = [*words, "--steps", "2", "--batch-size", "2", "--rank", "4"]
+        words = [*words, "--steps", "2", "--batch-size", "2", "--rank", "4", "--scope-steps", "2"]
+        words += ["--training", "scope_further_facts=0"]
     if words[0] in ("eval", "compare"):
         words = [*words, "--edits", "1,2", "--limit", "3", "--max-steps", "1"]
     done = CliRunner().invoke(app, words, input=said)

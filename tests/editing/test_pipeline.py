@@ -148,7 +148,7 @@ def test_a_pass_has_no_more_tokens_than_its_bound_and_edits_are_the_same(llama, 
     expected = {edit.prompt: edit for edit in model.undo_all()}
     seen = []
     handle = llama.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    monkeypatch.setattr("hf_mend.editing.call._BATCH_TOKENS", 40)
+    monkeypatch.setattr("hf_mend.editing.budget._MOST_ON_CPU", 40)
     model.edit([replace(record, paraphrases=[], neighborhood=[]) for record in RECORDS], max_steps=1)
     handle.remove()
     assert max(rows for rows, _ in seen) > 1 and all(rows == 1 or rows * length <= 40 for rows, length in seen)

@@ -167,6 +167,41 @@ def test_locality_and_paraphrases_shape_the_scope(model):
     assert model.which_edits(said)[0].acts and result.scope.holds
 
 
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("", ValueError, "has an empty text"),
+        ([PROMPT, "  "], ValueError, "has an empty text"),
+        ("river " * 400, ValueError, "tokens.*, the model takes .*; shorten the text"),
+        ([], ValueError, "got no text: the list is empty"),
+        ([7], TypeError, "7 is no text; pass a text or a list of texts"),
+        (None, TypeError, "None is no text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_texts_that_no_scope_can_hold_are_refused_and_change_nothing(model, name, texts, error, message):
+    model.edit(PROMPT, TARGET)
+    before = list(model.edits)
+    with pytest.raises(error, match=f"{name}.* {message}" if error is ValueError else f"{name}: {message}"):
+        getattr(model, name)(before[0].id, texts)
+    assert model.edits == before and model.edits[0] is before[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, "which_edits has an empty text"),
+        ("river " * 400, ValueError, "which_edits has .* tokens, the model takes"),
+        (None, TypeError, "text is None, expected a text, or a chat as a list of turns"),
+        (["a text"], TypeError, "expected a text, or a chat as a list of turns"),
+        ([], ValueError, "a chat ends with a user's turn"),
+    ],
+)
+def test_a_text_that_no_edit_can_be_asked_with_is_refused(model, text, error, message):
+    with pytest.raises(error, match=message):
+        model.which_edits(text)
+
+
 def test_two_edits_whose_keys_are_one_are_told_of(model):
     first = model.edit(PROMPT, TARGET, max_steps=1, check=False)
     edit = model.edits[0]
@@ -193,14 +228,17 @@ def test_files_and_stores_keep_scopes(model, llama, tokenizer, tmp_path):
     assert torch.equal(all_logits(again, tokenizer, PROMPT), expected)
 
 
-def test_a_store_gives_back_a_changed_scope(model, llama, tokenizer, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bart"])
+def test_a_store_gives_back_a_changed_scope(_built_models, tokenizer, tmp_path, architecture):
+    base = copy.deepcopy(_built_models[architecture])
+    model = scoped(base, tokenizer)
     model.save_pretrained(tmp_path / "editor")
     model.open_store(tmp_path / "store")
     result = model.edit(PROMPT, TARGET, max_steps=1, check=False)
     model.include(result.id, OTHER)
     model.close_store()
     model.undo_all()
-    again = EditableModel.from_pretrained(llama, tmp_path / "editor", tokenizer=tokenizer).eval()
+    again = EditableModel.from_pretrained(base, tmp_path / "editor", tokenizer=tokenizer).eval()
     again.open_store(tmp_path / "store")
     assert again.which_edits(OTHER)[0].acts and len(again.edits) == 1
 

@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import RECORDS, build_model, editable
+from support.injection import interrupted, lines_of, some_of
+from support.models import RECORDS, all_logits, build_model, editable
 from support.scope import scoped
 
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import Surroundings
 from hf_mend.edits.edit import stacked
 from hf_mend.edits.low_rank import dense
-from hf_mend.evaluation import many_texts, wild
+from hf_mend.evaluation import made_edits, many_texts, wild
 from hf_mend.evaluation.asking import Asked, all_asked, ask_in_the_wild, is_repeat, is_right
 from hf_mend.evaluation.generation import answer
 from hf_mend.evaluation.made_edits import make_in_calls
@@ -245,6 +246,24 @@ def test_facts_with_one_prompt_are_made_in_calls_of_their_own(model, tmp_path):
     with pytest.raises(ValueError, match="it holds edits of another editor than this one"):
         make_in_calls(model, twice, 10, tmp_path / "store")
     assert len(model.edits) == 0
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_edits_that_are_measured_are_gone_even_if_a_second_interrupt_comes_while_they_are_taken_back(
+    model, tmp_path, stored
+):
+    model.edit(RECORDS[6].prompt, RECORDS[6].target, max_steps=1)
+    own, plain = list(model.edits), all_logits(model, model.tokenizer)
+
+    def made(number=0):
+        return make_in_calls(model, FACTS[:2], 1, tmp_path / str(number) if stored else None)
+
+    lines = lines_of(made)
+    ours = [number for number, line in enumerate(lines, start=1) if line[0] == made_edits.__file__]
+    for number in [*ours[:: len(ours) // 6], *some_of(lines, 5)]:
+        where = interrupted(lambda number=number: made(number), number, times=2)
+        assert model.edits == own and torch.equal(all_logits(model, model.tokenizer), plain), where
+    assert model._active.store is None and len(made()) == 2
 
 
 def test_what_all_texts_begin_with_is_read_once_and_changes_nothing(model):

@@ -38,7 +38,7 @@ def all_records(facts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def all_prompts(record: dict[str, Any]) -> list[str]:
-    """The filled-in prompt, the paraphrases and the neighborhood prompts."""
+    """The filled-in prompt, the paraphrases and the neighbourhood prompts."""
     edit = record["requested_rewrite"]
     prompt = edit["prompt"].format(edit["subject"])
     return [prompt, *record["paraphrase_prompts"], *record["neighborhood_prompts"]]

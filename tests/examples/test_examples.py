@@ -31,7 +31,8 @@ def test_the_demo(tmp_path):
 @pytest.mark.slow
 def test_training_an_editor(tmp_path):
     script = str(ROOT / "examples" / "train_editor.py")
-    out = run(script, "--steps", "3", "--eval-facts", "10", "--output", str(tmp_path / "mine"), folder=tmp_path)
+    options = ("--steps", "3", "--scope-steps", "0", "--eval-facts", "10", "--output", str(tmp_path / "mine"))
+    out = run(script, *options, folder=tmp_path)
     assert "eval_score" in out
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert names - {"metrics.png", "training.png"} == {"editor_config.json", "editor.safetensors", "README.md"}
@@ -55,7 +56,7 @@ def test_a_chat_turn_on_the_shipped_editor():
     from hf_mend.demo.smollm2 import load_smollm2
 
     base, tokenizer = load_smollm2()
-    model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct-mend", tokenizer)
+    model = EditableModel.from_pretrained(base, ROOT / "model_cards" / "smollm2-135m-instruct", tokenizer)
     result = model.edit("What is the capital of France?", "Lyon", chat=True)
     assert result.success
     long = (

@@ -7,7 +7,7 @@ import torch
 
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank
+from hf_mend.scope.bank import KeyBank, rival_penalty, threshold_reached
 from hf_mend.scope.network import key_scores, may_pass
 
 
@@ -15,11 +15,34 @@ def unit(count: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(count, 2, 64), dim=-1).flatten(1)
 
 
-def scoped_edit(number: int, keys: torch.Tensor, threshold: float, excluded: torch.Tensor | None = None) -> Edit:
+def scoped_edit(
+    number: int, keys: torch.Tensor, threshold: float, excluded: torch.Tensor | None = None, target: str | None = None
+) -> Edit:
     scope = EditScope("scope-x", keys, torch.full((len(keys),), threshold), ["prompt"] * len(keys))
     if excluded is not None:
         scope.excluded, scope.excluded_texts = excluded, ["other"] * len(excluded)
-    return Edit(f"e{number}", f"p{number}", "t", {}, scope=scope)
+    return Edit(f"e{number}", f"p{number}", target or f"t{number}", {}, scope=scope)
+
+
+def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[float, float]]:
+    """Number of edit -> how far the text is past its threshold, and what its nearest rival adds to it."""
+    over, thresholds = {}, {}
+    for i, edit in enumerate(edits):
+        kept_out = edit.scope.excluded if len(edit.scope.excluded) else torch.zeros(0, 128)
+        nearest = max([float(key_scores(query[None], one[None])) for one in kept_out], default=-1.0)
+        scores = [float(key_scores(query[None], key[None])) for key in edit.scope.keys]
+        margins = [
+            score - float(threshold) if score > nearest else -2.0
+            for score, threshold in zip(scores, edit.scope.thresholds, strict=True)
+        ]
+        over[i] = max(margins)
+        thresholds[i] = float(edit.scope.thresholds[margins.index(over[i])])
+    found = {}
+    for i in over:
+        rival = max((over[j] for j in over if edits[j].target != edits[i].target), default=-2.0)
+        room = 1 - thresholds[i]
+        found[i] = over[i], min(0.3 * max(rival + room, 0.0), 0.5 * room)
+    return found
 
 
 @pytest.mark.parametrize("strictness", [-0.6, 0.0, 0.2])
@@ -30,19 +53,51 @@ def test_the_chosen_edit_is_the_one_furthest_past_its_threshold(strictness):
     edits[3] = scoped_edit(3, edits[3].scope.keys, 0.43, excluded)
     near = torch.cat([edit.scope.keys[:1] + 0.12 * torch.randn(1, 128) for edit in edits])
     queries = torch.nn.functional.normalize(torch.cat([near, unit(30)]).unflatten(1, (2, 64)), dim=-1).flatten(1)
-    found = KeyBank(edits).choose(queries, strictness).tolist()
-    for query, number in zip(queries, found, strict=True):
-        best, expected = strictness, -1
-        for i, edit in enumerate(edits):
-            kept_out = edit.scope.excluded if len(edit.scope.excluded) else torch.zeros(0, 128)
-            nearest = max([float(key_scores(query[None], one[None])) for one in kept_out], default=-1.0)
-            for key, threshold in zip(edit.scope.keys, edit.scope.thresholds, strict=True):
-                score = float(key_scores(query[None], key[None]))
-                if score > nearest and score - float(threshold) >= best:
-                    best, expected = score - float(threshold), i
-        assert number == expected
+    bank = KeyBank(edits)
+    found = bank.choose(queries, strictness).tolist()
+    own, others = bank.margins(queries, ["e7"] * len(queries))
+    alone, _ = bank.margins(queries, ["e7"] * len(queries), alone=True)
+    for n, (query, number) in enumerate(zip(queries, found, strict=True)):
+        margins = margins_by_hand(query, edits)
+        reached = {i: over - penalty for i, (over, penalty) in margins.items()}
+        best = max(margins, key=lambda i: margins[i][0])
+        assert number == (best if reached[best] >= strictness else -1)
+        assert float(own[n]) == pytest.approx(max(reached[7], -2.0), abs=1e-5)
+        assert float(alone[n]) == pytest.approx(max(margins[7][0], -2.0), abs=1e-5)
+        other = max((i for i in margins if i != 7), key=lambda i: margins[i][0])
+        assert float(others[n]) == pytest.approx(max(reached[other], -2.0), abs=1e-5)
+        if margins[best][0] > -1:
+            scores, needed = bank.scores(query)
+            assert float(scores[best] - needed[best]) == pytest.approx(reached[best], abs=1e-5)
     if strictness == 0.0:
         assert {3} & {*found} == set() and len({*found}) > 15
+
+
+def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
+    torch.manual_seed(3)
+    key = unit(1)
+    near = torch.nn.functional.normalize((key + 0.15 * torch.randn(1, 128)).unflatten(1, (2, 64)), dim=-1).flatten(1)
+    between = torch.nn.functional.normalize((key + near).unflatten(1, (2, 64)), dim=-1).flatten(1)
+    score = float(key_scores(between, key))
+    best = scoped_edit(0, key, score - 0.01)  # a little less than the text's score
+
+    def chosen(*rivals: Edit) -> int:
+        return int(KeyBank([best, *rivals]).choose(between)[0])
+
+    assert chosen() == 0
+    assert chosen(scoped_edit(1, near, score + 0.01)) == -1  # nearly as near, and nearly past its threshold
+    assert chosen(scoped_edit(1, near, score + 0.01, target="t0")) == 0
+    assert chosen(scoped_edit(1, unit(1), score)) == 0  # too far from acting to matter
+    own = KeyBank([best, scoped_edit(1, near, score + 0.01)]).choose(key)
+    assert own.tolist() == [0]  # the edit's own text, whatever rivals there are
+
+
+def test_the_threshold_reached_is_where_a_text_begins_to_miss_the_edit():
+    torch.manual_seed(4)
+    for score, rival in torch.rand(200, 2).mul(1.2).sub(0.2).sort(descending=True).values.unbind(0):
+        reached = threshold_reached(score, rival)
+        for threshold, found in ((reached - 1e-4, True), (reached + 1e-4, False)):
+            assert bool(score - threshold >= rival_penalty(rival - threshold, threshold)) == found
 
 
 def test_no_key_that_passes_is_left_out_of_the_whole_look():
@@ -101,10 +156,9 @@ def test_each_edit_is_scored_by_the_key_that_is_nearest_to_passing():
     (query,) = unit(1)
     scores, thresholds = bank.scores(query)
     assert bank.numbers.keys() == {"e0", "e2", "e3", "e4", "e5"}
-    for one, number in bank.numbers.items():
-        scope = edits[int(one[1:])].scope
-        own = key_scores(query[None], scope.keys)[0]
-        best = int((own - scope.thresholds).argmax())
-        assert (
-            float(scores[number]) == pytest.approx(float(own[best])) and thresholds[number] == scope.thresholds[best]
-        )
+    by_hand = margins_by_hand(query, edits[:1] + edits[2:])
+    for number, (one, place) in zip(by_hand, bank.numbers.items(), strict=True):
+        scope, (over, penalty) = edits[int(one[1:])].scope, by_hand[number]
+        best = int((key_scores(query[None], scope.keys)[0] - scope.thresholds).argmax())
+        assert float(thresholds[place]) == pytest.approx(float(scope.thresholds[best]) + penalty)
+        assert float(scores[place]) == pytest.approx(over + float(scope.thresholds[best]), abs=1e-5)

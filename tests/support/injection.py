@@ -54,15 +54,20 @@ def lines_of(call: Callable[[], object]) -> list[tuple[str, int]]:
     return lines
 
 
-def interrupted(call: Callable[[], object], number: int, error: type[BaseException] = InjectedError) -> str | None:
-    """Run a call until its line of a number, where an exception is raised, and return that line, if there is one."""
+def interrupted(
+    call: Callable[[], object], number: int, error: type[BaseException] = InjectedError, times: int = 1
+) -> str | None:
+    """
+    Run a call until its line of a number, where an exception is raised, and return that line, if there is one. With
+    `times`, further exceptions are raised at the next lines that run, those that handle the one before.
+    """
     count, where = 0, None
 
     def at_line(frame: FrameType) -> None:
         nonlocal count, where
         count += 1
-        if count == number:
-            where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        if number <= count < number + times:
+            where = where or f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
             raise error
 
     with contextlib.suppress(error):

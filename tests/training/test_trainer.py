@@ -30,6 +30,7 @@ from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
 from hf_mend.training.objective import EditingObjective
+from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
@@ -597,3 +598,18 @@ def test_saving_beside_large_files_copies_none_of_them(tokenizer, tmp_path):
     handle.write(b", and growing")
     handle.close()
     assert below.read_bytes() == b"large, and growing" and below.stat().st_ino == number
+
+
+def test_a_scope_is_trained_behind_the_editor(tokenizer, tmp_path):
+    """As `train_scope` would by itself, on the trainer's own facts; with 0 steps it stays as it was."""
+    args = {"max_steps": 2, "scope_steps": 3, "scope_further_facts": 4}
+    model = fresh(tokenizer, scope=True)
+    trainer = EditorTrainer(model, arguments(tmp_path, **args), RECORDS, questions=QUESTIONS)
+    trainer.train()
+    found = {name: value.clone() for name, value in model.scope.state_dict().items()}
+    assert model.card_notes.training["steps of the scope"] == "3"
+    train_scope(model, trainer.examples, ScopeTrainingArguments(3, further_facts=4, seed=3))
+    assert all(torch.equal(value, found[name]) for name, value in model.scope.state_dict().items())
+    again = EditorTrainer(model, arguments(tmp_path, **args | {"scope_steps": 0}), RECORDS, questions=QUESTIONS)
+    again.train()
+    assert all(torch.equal(value, found[name]) for name, value in model.scope.state_dict().items())
