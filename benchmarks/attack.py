@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--add", action="store_true", help="add to the counts that are kept; give another seed")
+    parser.add_argument("--mended", action="store_true", help="what was found wrong is mended: begin to count anew")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of what is tried; others stay")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "attack"))
     return parser.parse_args()
@@ -223,36 +225,51 @@ def _in_a_worker(material: Any, numbers: range, clock: Clock) -> Any:
 
 
 def many(count: int, clock: Clock, rng: random.Random) -> Figures:
-    """A store of so many edits: to open it, and to add to it."""
-    model = editable(build_model("llama"), make_tokenizer())
-    updates = [random_edit(model, "", 1, seed).updates for seed in range(50)]
-    edits = [Edit(f"e{i}", f"the prompt of {i}", "rome", updates[i % 50], {}) for i in range(count)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "store"
-        EditStore(path).append(edits)
-        start = time.perf_counter()
-        loaded = model.open_store(path)
-        opened = time.perf_counter() - start
-        assert len(loaded) == count
-        start = time.perf_counter()
-        all_logits(model, model.tokenizer)
-        passed = time.perf_counter() - start
-        store, times = EditStore(path), []
-        for seed in range(20):
-            one = random_edit(model, f"new{seed}", 1, seed)
-            start = time.perf_counter()
-            store.append([one])
-            times.append(time.perf_counter() - start)
-        added = []
-        for seed in range(3):
-            start = time.perf_counter()
-            model.edit(f"{RECORDS[0].prompt} {'is ' * seed}", "rome", max_steps=1, force=True)
-            added.append(time.perf_counter() - start)
-        size = path.stat().st_size
-    return {
-        "edits": count, "MB": size / 1e6, "to open it in a model, s": opened, "the first pass, s": passed,
-        "to append one, s": sorted(times)[10], "an edit of the model, s": sorted(added)[1],
-    }  # fmt: skip
+    """Stores of so many edits, which act everywhere or have a scope: to open them, and to add to them."""
+    tokenizer = make_tokenizer()
+    found: Figures = {"edits": count}
+    for name, make in (("act everywhere", editable), ("have a scope", scoped)):
+        model = make(build_model("llama"), tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = _large_store(model, Path(folder) / "store", count)
+        model.close_store()
+    return found
+
+
+def _large_store(model: Any, path: Path, count: int) -> Figures:
+    model.edit(RECORDS[0].prompt, "rome", max_steps=1, force=True)
+    pattern = model.edits[0]
+    model.undo_all()
+    if pattern.scope is None:
+        pool = [(random_edit(model, "", 1, seed).updates, None) for seed in range(50)]
+    else:
+        keys = torch.nn.functional.normalize(torch.randn(50, *pattern.scope.keys.shape), dim=-1)
+        pool = [(pattern.updates, replace(pattern.scope, keys=one)) for one in keys]
+    every = [(f"e{i}", f"the prompt of {i}", *pool[i % 50]) for i in range(count)]
+    EditStore(path).append(
+        [Edit(one, prompt, "rome", updates, {}, scope=scope) for one, prompt, updates, scope in every]
+    )
+    del every
+    figures: Figures = {"MB": path.stat().st_size / 1e6}
+
+    def measured(what: str, *calls: Callable[[], object]) -> None:
+        times = []
+        for call in calls:
+            start, began = time.process_time(), time.perf_counter()
+            call()
+            times.append((time.process_time() - start, time.perf_counter() - began))
+        figures[what] = sorted(times)[len(times) // 2]
+
+    measured("to open it in a model", lambda: model.open_store(path))
+    assert len(model.edits) == count
+    measured("the first pass", lambda: all_logits(model, model.tokenizer))
+    measured("a later pass", *[lambda: all_logits(model, model.tokenizer)] * 5)
+    store, new = EditStore(path), [random_edit(model, f"new{seed}", 1, seed) for seed in range(20)]
+    measured("to append one", *[lambda one=one: store.append([one]) for one in new])
+    prompts = [f"{RECORDS[0].prompt} {'is ' * seed}" for seed in range(3)]
+    measured("an edit of the model", *[lambda p=p: model.edit(p, "rome", max_steps=1, force=True) for p in prompts])
+    measured("an undo of the last", model.undo)
+    return figures
 
 
 def _name(kind: tuple[str, bool, bool]) -> str:
@@ -263,6 +280,8 @@ def added(before: Figures, now: Figures) -> Figures:
     """What two runs of a part count together."""
     whole = dict(now)
     for name, value in before.items():
+        if name == "mended before":
+            continue
         if name == "of":
             whole["of"] = dict(Counter(value) + Counter(now["of"]))
         elif name == "what":
@@ -270,6 +289,19 @@ def added(before: Figures, now: Figures) -> Figures:
         else:
             whole[name] = max(value, now[name]) if name.startswith("slowest") else value + now[name]
     return whole
+
+
+def mended_before(before: Figures, mended: bool) -> Figures:
+    """Keep what was found wrong before it was mended."""
+    earlier = before.get("mended before", {"tried": 0, "wrong": 0, "what": []})
+    if mended and before.get("wrong"):
+        what = [*earlier["what"], *(one[:200] for one in before["what"])]
+        earlier = {
+            "tried": earlier["tried"] + before["tried"],
+            "wrong": earlier["wrong"] + before["wrong"],
+            "what": what,
+        }
+    return {"mended before": earlier} if earlier["wrong"] else {}
 
 
 def as_markdown(results: dict[str, Figures]) -> str:
@@ -287,7 +319,7 @@ def as_markdown(results: dict[str, Figures]) -> str:
             out.append(f"| {what} | {results[part]['tried']:,} | {results[part]['wrong']:,} | {means} |")
     for part, (what, _) in titles.items():
         found = results.get(part, {})
-        more = {k: v for k, v in found.items() if k not in ("tried", "wrong", "what", "of")}
+        more = {k: v for k, v in found.items() if k not in ("tried", "wrong", "what", "of", "mended before")}
         if more:
             values = ", ".join(f"{k} {v:,.2f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in more.items())
             out += ["", f"{what[0].upper()}{what[1:]}: {values}."]
@@ -295,11 +327,19 @@ def as_markdown(results: dict[str, Figures]) -> str:
             out += ["", f"| {what} of | tried |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in found["of"].items())]
         if found.get("what"):
             out += ["", "What was wrong:", "", *(f"- `{one}`" for one in found["what"])]
-    if "many" in results:
-        out += ["", "| a store of many edits, seconds that passed beside other work on the machine | |", "|---|---|"]
-        out += [
-            f"| {k} | {v:,.3f} |" if isinstance(v, float) else f"| {k} | {v:,} |" for k, v in results["many"].items()
-        ]
+    for part, (what, _) in titles.items():
+        if before := results.get(part, {}).get("mended before"):
+            out += ["", f"Before what was found was mended, {before['tried']:,} {what} had these wrong:", ""]
+            out += [f"- `{one}`" for one in before["what"]]
+    for name, found in results.get("many", {}).items():
+        if isinstance(found, dict):
+            edits = f"a store of {results['many']['edits']:,} edits that {name}, {found['MB']:.0f} MB"
+            out += [
+                "",
+                f"| {edits} | CPU seconds | seconds that passed, beside other work on the machine |",
+                "|---|---|---|",
+            ]
+            out += [f"| {k} | {v[0]:.3f} | {v[1]:.3f} |" for k, v in found.items() if k != "MB"]
     return "\n".join(out) + "\n"
 
 
@@ -320,7 +360,9 @@ def main() -> None:
     for part, (attack, count) in work.items():
         if part in arguments.parts and count:
             found = attack(count, Clock(arguments.minutes), random.Random(arguments.seed))
-            kept[part] = added(kept[part], found) if arguments.add and part in kept and part != "many" else found
+            before = kept.get(part, {})
+            kept[part] = added(before, found) if arguments.add and before and part != "many" else found
+            kept[part] |= mended_before(before, arguments.mended)
             print(part, {name: value for name, value in kept[part].items() if name != "of"}, flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")

@@ -21,6 +21,9 @@ from .snapshot import Snapshot
 from .store import EditStore
 
 
+_LARGEST_IN_KEY = 1.01  # of a unit vector's numbers, with rounding
+
+
 class ActiveEdits(ActsInPasses):
     """
     The edits that a model carries, applied through forward hooks; the weights are never written to.
@@ -131,6 +134,7 @@ class ActiveEdits(ActsInPasses):
                         f"{source}: edit {edit.id!r} changes {name!r} with factors {u} and {v}, the "
                         f"model's edited layers are {shapes}; these edits belong to another model or editor"
                     )
+        _check_keys(edits, source)
 
     def _check_scope(self, edit: Edit, source: str | Path) -> None:
         if edit.scope is None:
@@ -151,7 +155,7 @@ class ActiveEdits(ActsInPasses):
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""
-        names = {name for edit in edits for name in edit.updates} - {target.name for target in self.targets}
+        names = set().union(*(edit.updates for edit in edits)) - {target.name for target in self.targets}
         return [] if self._base_model is None else named_layers(self._base_model, names)
 
     def remove(self, ids: Sequence[str]) -> list[Edit]:
@@ -224,6 +228,24 @@ class ActiveEdits(ActsInPasses):
         warn_of_no_scope(self.active)
         if any(edit.scope is not None for edit in self.edits):
             self.replace(without_scopes(self.edits))
+
+
+def _check_keys(edits: Sequence[Edit], source: str | Path) -> None:
+    """Refuse keys that are no unit vectors, of all edits at once: an overflow in a score would stop every text."""
+    scopes = [edit.scope for edit in edits if edit.scope is not None]
+    tensors = [*(one.keys for one in scopes), *(one.excluded for one in scopes if one.excluded.numel())]
+    if tensors and float(torch.cat(tensors).abs().max()) > _LARGEST_IN_KEY:
+        first = next(
+            edit.id
+            for edit in edits
+            if edit.scope is not None
+            and max(float(one.abs().max()) for one in (edit.scope.keys, edit.scope.excluded) if one.numel())
+            > _LARGEST_IN_KEY
+        )
+        raise ValueError(
+            f"{source}: a key of the edit {first!r} has numbers beyond 1, and keys are unit vectors; the file was "
+            "altered, restore it from a copy"
+        )
 
 
 def _has_followed(store: EditStore, before: Sequence[Edit], after: Sequence[Edit]) -> bool:

@@ -66,13 +66,16 @@ class EditScope:
             ValueError: The tensors do not fit the description.
         """
         keys, thresholds = pairs.get(SCOPE_TENSORS) or (torch.zeros(0, 0), torch.zeros(0, 1))
-        excluded, beside = pairs.get(EXCLUDED_TENSORS) or (keys[:0], thresholds[:0])
         texts, excluded_texts = list(described.get("texts", [])), list(described.get("excluded_texts", []))
-        good = keys.dim() == excluded.dim() == 2 and keys.shape[1] == excluded.shape[1]
-        good = good and thresholds.shape == (keys.shape[0], 1) and beside.shape == (excluded.shape[0], 1)
-        good = good and all(side.is_floating_point() for side in (keys, thresholds, excluded, beside))
-        good = good and keys.shape[0] == len(texts) > 0 and excluded.shape[0] == len(excluded_texts)
-        if not good or (excluded_texts and bool(beside.any())):
+        excluded = keys[:0]
+        good = keys.dim() == 2 and keys.shape[0] == len(texts) > 0 and thresholds.shape == (len(texts), 1)
+        good = good and keys.is_floating_point() and thresholds.is_floating_point()
+        if excluded_texts or EXCLUDED_TENSORS in pairs:
+            excluded, beside = pairs.get(EXCLUDED_TENSORS) or (excluded, thresholds[:0])
+            good = good and excluded.shape == (len(excluded_texts), keys.shape[1])
+            good = good and beside.shape == (len(excluded_texts), 1) and not bool(beside.any())
+            good = good and excluded.is_floating_point() and beside.is_floating_point()
+        if not good:
             raise ValueError(
                 f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} in {keys.dtype} for {len(texts)} "
                 f"texts and {tuple(excluded.shape)} excluded ones for {len(excluded_texts)}, with thresholds of shape "

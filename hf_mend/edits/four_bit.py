@@ -57,6 +57,8 @@ class FourBitUpdates(Mapping[str, Update]):
 
     def __init__(self, parts: Sequence[FourBitPart]):
         self.parts = tuple(parts)
+        # At hand: opening a store asks the edits for their layers, thousands of them.
+        self._ranks = {n: r for part in parts for n, r in part.ranks.items()}
 
     def __getitem__(self, name: str) -> Update:
         for part in self.parts:
@@ -66,20 +68,21 @@ class FourBitUpdates(Mapping[str, Update]):
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for part in self.parts for name in part.ranks)
+        return iter(self._ranks)
 
     def __len__(self) -> int:
-        return sum(len(part.ranks) for part in self.parts)
+        return len(self._ranks)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would decode it
-        return any(name in part.ranks for part in self.parts)
+        return name in self._ranks
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return the shapes of each layer's `u` and `v`, without decoding them."""
         found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for part in self.parts:
             d_in, d_out = _width(part.u.shape[1]), _width(part.v.shape[1])
-            found.update({name: ((rank, d_in), (rank, d_out)) for name, rank in part.ranks.items()})
+            for name, rank in part.ranks.items():
+                found[name] = (rank, d_in), (rank, d_out)
         return found
 
     @property
@@ -125,7 +128,7 @@ def is_four_bit_description(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(ranks, dict) for ranks in value):
         return False
     every = [rank for ranks in value for rank in ranks.values()]
-    return {*map(type, every)} <= {int} and all(0 <= rank < 2**31 for rank in every)
+    return {*map(type, every)} <= {int} and 0 <= min(every, default=0) <= max(every, default=0) < 2**31
 
 
 def bears_four_bits(updates: Mapping[str, Update]) -> bool:
@@ -236,18 +239,17 @@ def _of_byte(scale: torch.Tensor) -> torch.Tensor:
 
 def _are_codes(side: torch.Tensor, rows: int) -> bool:
     """Whether a tensor may be so many rows of codes and scales."""
-    return side.dtype == torch.uint8 and side.dim() == 2 and side.shape[0] == rows and _is_whole(side.shape[1])
-
-
-@lru_cache(maxsize=1024)
-def _is_whole(bytes_a_row: int) -> bool:
-    return _bytes(_width(bytes_a_row)) == bytes_a_row
+    if side.dtype != torch.uint8 or side.dim() != 2:
+        return False
+    count, width = side.shape
+    return count == rows and _bytes(_width(width)) == width
 
 
 def _bytes(width: int) -> int:
     return width // 2 + -(-width // _GROUP)
 
 
+@lru_cache(maxsize=1024)
 def _width(bytes_a_row: int) -> int:
     """Return the width of a row that takes so many bytes."""
     groups = -(-bytes_a_row // (_GROUP // 2 + 1))

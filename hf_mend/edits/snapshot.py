@@ -95,7 +95,7 @@ class Snapshot:
 
     def _takes(self, new: Sequence[Edit]) -> bool:
         """Whether further edits act beside all that do, and change nothing of them."""
-        keys = [edit.prompt_key for edit in new if edit.prompt_key is not None]
+        keys = [key for edit in new if (key := edit.prompt_key) is not None]
         plain = all(
             edit.enabled and not (edit.is_base_delta or edit.replaces or edit.requires or edit.id in self.replaced)
             for edit in new

@@ -180,7 +180,8 @@ def opened(
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (SafetensorError, OSError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+        fault = shortened(str(error))  # which may quote the header
+        raise ValueError(f"{path} is not a whole safetensors file ({fault}); download or save it again") from error
 
 
 def header_size(start: bytes, size: int, source: str | Path) -> int:
@@ -206,7 +207,7 @@ def read_header(text: bytes, source: str | Path) -> tuple[dict[str, str], dict[s
         ValueError: The header is not JSON, has a name twice (of which safetensors takes the last), or its metadata are
             not strings.
     """
-    header = read_json_object(text.decode("utf-8", "replace"), f"the header of {source}")
+    header = read_json_object(decoded(text, f"the header of {source}"), f"the header of {source}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(
@@ -270,7 +271,20 @@ def read_json_file(path: str | Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > _MAX_HEADER:
         raise ValueError(f"{path} has {size} bytes, too many for a file of settings; download or save it again")
-    return read_json_object(path.read_bytes().decode("utf-8", "replace"), path)
+    return read_json_object(decoded(path.read_bytes(), path), path)
+
+
+def decoded(data: bytes, source: str | Path) -> str:
+    """
+    Decode a text.
+
+    Raises:
+        ValueError: It is not UTF-8; the message names the source.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON ({error}); download or save it again") from error
 
 
 def read_json_object(text: str, source: str | Path) -> dict[str, Any]:

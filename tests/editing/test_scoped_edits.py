@@ -275,6 +275,24 @@ def test_keys_of_another_width_than_the_scope_gives_are_refused(model, tokenizer
     assert model.edits == [] and torch.equal(all_logits(model, tokenizer), plain)
 
 
+@pytest.mark.parametrize("which", ["keys", "excluded"])
+def test_keys_that_are_no_unit_vectors_are_refused(model, tokenizer, tmp_path, which):
+    model.edit(PROMPT, TARGET, max_steps=1, force=True)
+    model.exclude(model.edits[0].id, RECORDS[4].prompt)
+    scope, plain_id = model.edits[0].scope, model.edits[0].id
+    altered = getattr(scope, which).clone()
+    altered[-1, 3] = 3e38  # finite, and no score of it is
+    edit = replace(model.edits[0], scope=replace(scope, **{which: altered}))
+    model.undo_all()
+    message = f"these edits: a key of the edit '{plain_id}' has numbers beyond 1.*altered"
+    with pytest.raises(ValueError, match=message), model.carrying([edit]):
+        pass
+    write_edits_file(tmp_path, [edit], fingerprint_of(model.base_model, model.targets))
+    with pytest.raises(ValueError, match=f"a key of the edit '{plain_id}' has numbers beyond 1"):
+        model.load_edits(tmp_path)
+    assert model.edits == []
+
+
 def test_edits_without_a_scope_act_everywhere_beside_those_with_one(model, llama, tokenizer, tmp_path):
     plain = editable(copy.deepcopy(llama), tokenizer)
     plain.edit(RECORDS[2].prompt, RECORDS[2].target, max_steps=1, check=False)

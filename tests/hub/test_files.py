@@ -20,7 +20,7 @@ from hf_mend import EditorConfig, get_editable_model
 from hf_mend.auto import load_edited
 from hf_mend.bases.fingerprint import fingerprint_of
 from hf_mend.hub.atomic import replaced_folder
-from hf_mend.hub.files import read_tensors
+from hf_mend.hub.files import read_json_file, read_tensors
 
 
 @pytest.fixture
@@ -518,3 +518,18 @@ def test_headers_of_edits_that_lie(llama, tokenizer, tmp_path, entries, names, m
     with pytest.raises(ValueError, match=message) as caught:
         model.load_edits(tmp_path)
     assert model.edits == [] and len(str(caught.value)) < 3000
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_bytes(b'{"name": "Llama\xc2\xe9"}')
+    with pytest.raises(ValueError, match="settings.json is not valid JSON .*'utf-8' codec can't decode"):
+        read_json_file(tmp_path / "settings.json")
+
+
+def test_an_error_of_safetensors_is_cut_short(tmp_path):
+    path = tmp_path / "edits.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": "x" * 100_000}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="is not a whole safetensors file") as caught:
+        read_tensors(path)
+    assert len(str(caught.value)) < 1000

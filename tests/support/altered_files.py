@@ -101,6 +101,7 @@ def run_case(number: int, material: Material, kinds: Sequence[str] = (*EDITORS, 
         return f"case {number}, {folder.name}/{path.name}: {error}"
     finally:
         path.write_bytes(good)
+        material.base.train().requires_grad_(True)
 
 
 def _outcome(folder: Path, material: Material) -> str:
@@ -152,7 +153,7 @@ def _load(folder: Path, model: EditableModel) -> list[Edit]:
 def _check_editor(loaded: EditableModel, folder: Path) -> None:
     """What was loaded is what another reader finds in the files."""
     every = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-    scope = {} if loaded.scope is None else load_file(folder / "scope.safetensors")
+    scope = load_file(folder / "scope.safetensors") if (folder / "scope.safetensors").exists() else {}
     for state, tensors in ((loaded.editor.state_dict(), {n: every[n] for n in every.keys() - scope.keys()}),):
         assert state.keys() == tensors.keys(), "the editor has other tensors than the file"
         assert all(torch.equal(value, tensors[name].float()) for name, value in state.items()), "other values"
