@@ -63,7 +63,7 @@ style: $(STAMP)
 # 1 and 2, 80 minutes on 2 cores together: an editor whose edits act everywhere, 1,400 steps, then 1,600 that weigh unrelated
 # text more, and edits 15 % larger (chosen on the validation facts; see benchmarks/results/settings.md).
 # 3, about an hour and a half on one core: trained on for 35 minutes in all forms of asking, to say the target, and then the
-# scope that says where (which alone begins anew when it is interrupted).
+# scope that says where.
 PARTS := build/editor
 PLAIN := $(BIN)/python benchmarks/quality.py --data $(DATA) --hold-out P27,P106,P178 --resume
 $(PARTS)/first/editor.safetensors: | $(STAMP)

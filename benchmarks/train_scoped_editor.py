@@ -322,7 +322,8 @@ def main() -> None:
     train_editor(model, examples, arguments)
     options = ScopeTrainingArguments(
         arguments.scope_steps, max_facts=arguments.scope_facts, further_facts=0, seed=arguments.seed, bf16=True,
-        rounds=arguments.scope_rounds,
+        rounds=arguments.scope_rounds, checkpoint=str(arguments.checkpoints / "scope.pt"),
+        hidden_states_dir=str(arguments.checkpoints / "hidden_states"),
     )  # fmt: skip
     print(train_scope(model, examples, options))
     model.save_pretrained(arguments.output, dtype=torch.bfloat16)

@@ -118,7 +118,23 @@ class HiddenStateCache:
             batch_tokens (`int`, defaults to 2048): Tokens per forward pass.
             progress (`bool`, defaults to `True`): Show a progress bar.
         """
-        pairs = [encoder.tokens(query) for query in set(queries)]
+        self.fill_tokens(encoder, [encoder.tokens(query) for query in set(queries)], batch_tokens, progress)
+
+    def fill_tokens(
+        self,
+        encoder: Encoder,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        batch_tokens: int = 2048,
+        progress: bool = True,
+    ) -> None:
+        """
+        Compute and store the states of texts that the cache lacks, given as token ids.
+
+        Args:
+            encoder ([`Encoder`]): Pads.
+            pairs (`Sequence[tuple[list[int], list[int]]]`): The ids of each text's prompt and answer.
+            batch_tokens, progress: As for [`fill`].
+        """
         if not pairs:
             return
         state = self.split.run_below(encoder.pad(pairs[:1]).to(self.split.device).inputs)

@@ -14,6 +14,7 @@ from ..data.encoding import Encoder, Query, length_batches
 from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
 from ..data.kinds import more_facts, packaged_facts, with_more_asked
 from ..data.records import EditRecord
+from .cache import HiddenStateCache
 from .examples import Asking, TrainingExamples
 
 
@@ -246,7 +247,13 @@ def _subject(record: EditRecord) -> str:
 
 
 @torch.no_grad()
-def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: Encoder, bf16: bool = False) -> None:
+def read_hidden_states(
+    texts: Sequence[MarkedText],
+    split: SplitModel,
+    encoder: Encoder,
+    bf16: bool = False,
+    cache: HiddenStateCache | None = None,
+) -> None:
     """
     Set the texts' hidden states that a scope reads, in bfloat16: where the model is cut, or the encoder's output.
 
@@ -256,14 +263,17 @@ def read_hidden_states(texts: Sequence[MarkedText], split: SplitModel, encoder: 
         encoder ([`Encoder`]): Pads.
         bf16 (`bool`, defaults to `False`): Run the model in bfloat16, several times as fast where the processor has
             such products.
+        cache ([`HiddenStateCache`], *optional*): Keeps the states on the disk, and gives those that it has.
     """
     lengths = [len(text.tokens) for text in texts]
-    with tqdm(total=len(texts), desc="Hidden states") as bar:
-        for batch in length_batches(lengths, _ROWS, _TOKENS):
-            rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
-            with torch.autocast(split.device.type, torch.bfloat16, enabled=bf16):
-                state = split.run_below(rows.inputs)
-            hidden = state.hidden if state.encoder is None else state.encoder
-            for row, i in enumerate(batch):
-                texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)
-            bar.update(len(batch))
+    with torch.autocast(split.device.type, torch.bfloat16, enabled=bf16):
+        if cache is not None:
+            cache.fill_tokens(encoder, [(text.tokens, []) for text in texts], _TOKENS)
+        with tqdm(total=len(texts), desc="Hidden states", disable=cache is not None) as bar:
+            for batch in length_batches(lengths, _ROWS, _TOKENS):
+                rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
+                state = split.run_below(rows.inputs) if cache is None else cache(rows)
+                hidden = state.hidden if state.encoder is None else state.encoder
+                for row, i in enumerate(batch):
+                    texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)
+                bar.update(len(batch))

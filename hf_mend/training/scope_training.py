@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
 from ..scope.bank import threshold_reached
 from ..scope.network import ScopeNetwork, key_scores
+from .cache import HiddenStateCache
 from .examples import TrainingExamples
+from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
 from .scope_examples import (
     NONE,
     WEIGHTS,
@@ -37,8 +41,9 @@ from .scope_examples import (
 
 logger = logging.get_logger(__name__)
 
-# Steps after which the keys of all facts are computed anew.
+# Steps after which the keys of all facts are computed anew, and those after which progress is kept.
 _FRESH_KEYS = 65
+_SAVED = 3 * _FRESH_KEYS
 # Other facts among whose keys a step's have to be found: any, and for each fact some of its own relation, which only
 # their subjects tell apart.
 _OTHER_FACTS, _ALIKE = 400, 20
@@ -69,6 +74,10 @@ class ScopeTrainingArguments:
         bf16 (`bool`, defaults to `False`): Read the hidden states in bfloat16.
         rounds (`int`, defaults to 1): Rounds of so many steps, each from the last one's weights on. The scope's
             weights are their mean, which is better than any of them, most of all for kinds of facts that are new.
+        hidden_states_dir (`str`, *optional*): Folder in which hidden states are kept
+            ([`~hf_mend.training.cache.HiddenStateCache`]), for a training that is interrupted or made again.
+        checkpoint (`str`, *optional*): File in which the training's progress is kept every 195 steps, and from which
+            it goes on if the file is there.
     """
 
     steps: int = 800
@@ -79,6 +88,8 @@ class ScopeTrainingArguments:
     seed: int = 0
     bf16: bool = False
     rounds: int = 1
+    hidden_states_dir: str | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "facts_per_step", "max_facts", "rounds"):
@@ -165,7 +176,8 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     place = {NONE: NONE} | {old: new for new, old in enumerate(chosen)}
     for text in (text for one in kept for text in one):
         text.marks = [replace(mark, fact=place[mark.fact], near=place[mark.near]) for mark in text.marks]
-    read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16)
+    cache = None if args.hidden_states_dir is None else HiddenStateCache(model.split, args.hidden_states_dir)
+    read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16, cache)
     set_others(records, kept)
     return ScopeTexts(kept, [record.relation for record in records])
 
@@ -260,22 +272,42 @@ def train_scope(
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.
     scope.standardise(torch.cat([_hidden(text)[1:] for text in sample]))
-    losses: list[float] = []
-    rounds = []
-    with tqdm(total=args.rounds * args.steps, desc="Scope") as bar:
-        for _ in range(args.rounds):
-            losses += _round(scope, data, args, draw, bar)
-            rounds.append({name: value.detach().clone() for name, value in scope.state_dict().items()})
-    scope.load_state_dict(_mean(rounds))
+    checkpoint = None if args.checkpoint is None else _checkpoint(args.checkpoint, args, data, scope, draw)
+    now = ScopeProgress() if checkpoint is None else checkpoint.load()
+    done = now.round * args.steps + now.step
+    with tqdm(total=args.rounds * args.steps, initial=done, desc="Scope") as bar:
+        while now.round < args.rounds:
+            _round(scope, data, args, draw, bar, now, checkpoint)
+    scope.load_state_dict(_mean(now.rounds))
     _finish(scope, data, draw)
     model.set_scope(scope)
-    return {"loss": sum(losses[-50:]) / len(losses[-50:]), "threshold": float(scope.threshold)}
+    if checkpoint is not None:
+        checkpoint.path.unlink(missing_ok=True)
+    return {"loss": sum(now.losses) / len(now.losses), "threshold": float(scope.threshold)}
 
 
-def _round(
-    scope: ScopeNetwork, data: ScopeTexts, args: ScopeTrainingArguments, draw: random.Random, bar: tqdm[Any]
-) -> list[float]:
-    """Train a scope for some steps, at a rate that rises and falls, and return the losses."""
+def _checkpoint(
+    path: str, args: ScopeTrainingArguments, data: ScopeTexts, scope: ScopeNetwork, draw: random.Random
+) -> ScopeCheckpoint:
+    """Return the file of a training's progress, with all that it depends on."""
+    digest = hashlib.sha256()
+    for text in (text for one in data.texts for text in one):
+        digest.update(repr((text.tokens, text.marks)).encode())
+    names = ("steps", "facts_per_step", "learning_rate", "rounds", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"texts": digest.hexdigest()[:16]}
+    return ScopeCheckpoint(Path(path), settings, scope, draw)
+
+
+def _round(  # one argument each for what is trained, on what, how, and how far it is
+    scope: ScopeNetwork,
+    data: ScopeTexts,
+    args: ScopeTrainingArguments,
+    draw: random.Random,
+    bar: tqdm[Any],
+    now: ScopeProgress,
+    checkpoint: ScopeCheckpoint | None,
+) -> None:
+    """Train a scope for the rest of a round, at a rate that rises and falls."""
     optimizer = torch.optim.AdamW(
         scope.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -284,27 +316,33 @@ def _round(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))),
     )
-    every, order, bank = range(len(data)), list[int](), torch.empty(0)
-    losses: list[float] = []
-    for step in range(args.steps):
-        if step % _FRESH_KEYS == 0:
+    if now.optimizer is not None and now.schedule is not None:
+        optimizer.load_state_dict(now.optimizer)
+        schedule.load_state_dict(now.schedule)
+    every, bank = range(len(data)), torch.empty(0)
+    while now.step < args.steps:
+        if now.step % _FRESH_KEYS == 0:
+            if checkpoint is not None and now.step and now.step % _SAVED == 0:
+                now.optimizer, now.schedule = optimizer.state_dict(), schedule.state_dict()
+                checkpoint.save(now)
             bank = data.bank(scope, every)
-        if len(order) < args.facts_per_step:
-            order = draw.choices(every, data.weights, k=len(data))
-        facts, order = [*dict.fromkeys(order[: args.facts_per_step])], order[args.facts_per_step :]
-        others = _others(data, facts, draw)
-        loss = scope_loss(scope, data, facts, bank, others)
+        if len(now.order) < args.facts_per_step:
+            now.order = draw.choices(every, data.weights, k=len(data))
+        drawn, now.order = now.order[: args.facts_per_step], now.order[args.facts_per_step :]
+        facts = [*dict.fromkeys(drawn)]
+        loss = scope_loss(scope, data, facts, bank, _others(data, facts, draw))
         optimizer.zero_grad()
         loss.backward()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ValueError(f"the scope's loss is {value} at step {step}; lower learning_rate")
+            raise ValueError(f"the scope's loss is {value} at step {now.step}; lower learning_rate")
         nn.utils.clip_grad_norm_(scope.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(value)
+        now.step, now.losses = now.step + 1, [*now.losses[-49:], value]
         bar.update()
-    return losses
+    now.rounds.append({name: value.detach().clone() for name, value in scope.state_dict().items()})
+    now.round, now.step, now.order, now.optimizer, now.schedule = now.round + 1, 0, [], None, None
 
 
 def _mean(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from support.models import RECORDS, build_model
 from support.scope import scoped
 
 from hf_mend import EditableModel, EditorConfig
+from hf_mend.bases.split import SplitModel
 from hf_mend.data.records import EditRecord
 from hf_mend.scope.bank import threshold_reached
 from hf_mend.scope.network import ScopeNetwork, key_scores
@@ -143,9 +144,8 @@ def test_the_scope_s_weights_are_the_mean_of_its_rounds(llama, tokenizer, exampl
 
     def watched(scope, *given):
         starts.append({name: value.clone() for name, value in scope.state_dict().items()})
-        losses = one_round(scope, *given)
+        one_round(scope, *given)
         ends.append({name: value.clone() for name, value in scope.state_dict().items()})
-        return losses
 
     monkeypatch.setattr(scope_training, "_round", watched)
     model = EditableModel(llama, EditorConfig(method="ft", scope=True), tokenizer)
@@ -157,6 +157,43 @@ def test_the_scope_s_weights_are_the_mean_of_its_rounds(llama, tokenizer, exampl
         if name != "threshold":  # which is set behind
             assert torch.allclose(value, (first[name] + second[name]) / 2, atol=1e-2)
     assert not torch.allclose(first["skip.weight"], second["skip.weight"], atol=1e-4)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_scope(llama, tokenizer, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(scope_training, "_FRESH_KEYS", 2)
+    monkeypatch.setattr(scope_training, "_SAVED", 2)
+    options = {"steps": 5, "facts_per_step": 4, "further_facts": 0, "rounds": 2}
+
+    def trained(**more):
+        model = EditableModel(llama, EditorConfig(method="ft", scope=True), tokenizer)
+        train_scope(model, examples, ScopeTrainingArguments(**options, **more))
+        return model.scope.state_dict()
+
+    whole = trained()
+    kept = {"checkpoint": str(tmp_path / "scope.pt"), "hidden_states_dir": str(tmp_path / "states")}
+    loss, calls = scope_training.scope_loss, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) in (4, 9):
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    monkeypatch.setattr(scope_training, "scope_loss", interrupted)
+    for _ in range(2):  # in the first round and in the second
+        with pytest.raises(KeyboardInterrupt):
+            trained(**kept)
+        assert (tmp_path / "scope.pt").exists()
+    with pytest.raises(ValueError, match="is of a scope's training with .*give the same options and facts to go on"):
+        trained(**kept, seed=3)
+    ran = []
+    run_below = SplitModel.run_below
+    monkeypatch.setattr(SplitModel, "run_below", lambda *given, **more: ran.append(1) or run_below(*given, **more))
+    again = trained(**kept)
+    assert len(calls) < 4 + 5 + 9 and len(ran) <= 1  # goes on, and reads no text again
+    assert not (tmp_path / "scope.pt").exists()
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("name", ["steps", "facts_per_step", "max_facts", "rounds"])
