@@ -11,7 +11,19 @@ import typer
 
 from ..hub.atomic import check_writable
 from .common import AsJson, ModelOptions, Report, with_options
-from .evaluate import OUTPUT, EvaluationOptions, as_given, base_words, measure, of_a_share, without_folder
+from .evaluate import (
+    OUTPUT,
+    TEACHER_FORCED,
+    WILD,
+    EvaluationOptions,
+    as_given,
+    base_words,
+    check_measured,
+    measure,
+    of_a_share,
+    switched_off,
+    without_folder,
+)
 
 
 @with_options
@@ -26,12 +38,14 @@ def compare(
     data: Annotated[str, typer.Option(help="Facts: a file, or a data set's Hub id.")],
     output: Annotated[Path, OUTPUT],
     options: EvaluationOptions,
+    wild: Annotated[bool, WILD] = True,
+    teacher_forced: Annotated[bool, TEACHER_FORCED] = True,
     base: ModelOptions,
     as_json: AsJson = False,
 ) -> Report:
     """
-    Measure several editors and methods as hf-mend eval does one, and write results.json, a Markdown table, plots (with
-    the extra `plots`) and report.html, one file that needs no network.
+    Measure several editors and methods as hf-mend eval does one, in the wild and teacher-forced, and write
+    results.json, Markdown tables, plots (with the extra `plots`) and report.html, one file that needs no network.
 
     \b
     Example:
@@ -47,14 +61,16 @@ def compare(
         if title in titles:
             raise ValueError(f"two of the names are called {title!r}; give them titles: title=name")
         titles[title] = name
+    check_measured(wild, teacher_forced)
     check_writable(output)
     records, arguments = options.read(data)
+    in_the_wild = options.in_the_wild(arguments | {"scope": True}) if wild else None
     from ..evaluation.reports import comparison_table, narrow_table, write_report, write_results
 
     chosen = _options_of_each(list(titles.values()), options.config or [])
     with options.shared(output) as share:
         results = [
-            measure(name, title, records, arguments, chosen[name], base, None, output)
+            measure(name, title, records, arguments, chosen[name], base, None, output, in_the_wild, teacher_forced)
             for title, name in titles.items()
         ]
     if not share.is_first:
@@ -62,7 +78,8 @@ def compare(
     if share.count > 1 and not share.together:
         return Report({"share": options.share}, of_a_share(options.share, output))
     shown = [f"{title}={as_given(name)}" for title, name in titles.items()]
-    words = [*options.words(as_given(data)), *base_words(base), "--output", as_given(str(output))]
+    off = switched_off(wild=wild, teacher_forced=teacher_forced)
+    words = [*options.words(as_given(data)), *off, *base_words(base), "--output", as_given(str(output))]
     command = shlex.join(["hf-mend", "compare", *shown, "--data", *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": results}
     places = [*write_results(output, document, comparison_table(results)), *write_report(output, document)]

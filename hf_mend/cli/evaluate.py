@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OUTPUT = typer.Option(
     "--output", "-o", help="Folder for the results. A run that is cut off goes on from what is there already."
 )
+WILD = typer.Option(help="Ask in questions, chats and behind other text, and read what the model answers freely.")
+TEACHER_FORCED = typer.Option(help="Measure the field's teacher-forced metrics.")
 
 
 @dataclass
@@ -134,11 +136,8 @@ def evaluate(
     options: EvaluationOptions,
     output: Annotated[Path | None, OUTPUT] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the figures into the editor's card.")] = False,
-    wild: Annotated[
-        bool,
-        typer.Option(help="Ask in questions, chats and behind other text, and read what the model answers freely."),
-    ] = True,
-    teacher_forced: Annotated[bool, typer.Option(help="Measure the field's teacher-forced metrics.")] = True,
+    wild: Annotated[bool, WILD] = True,
+    teacher_forced: Annotated[bool, TEACHER_FORCED] = True,
     scope: Annotated[
         bool, typer.Option(help="Without it, edits act everywhere, as merged and exported ones do.")
     ] = True,
@@ -160,8 +159,7 @@ def evaluate(
         raise ValueError(f"--card writes into an editor's folder, and {editor} is none here")
     for folder in [*([] if output is None else [output]), *([Path(editor)] if card else [])]:
         check_writable(folder)
-    if not wild and not teacher_forced:
-        raise ValueError("--no-wild --no-teacher-forced leaves nothing to measure; leave one of them out")
+    check_measured(wild, teacher_forced)
     records, arguments = options.read(data)
     arguments["scope"] = scope
     in_the_wild = options.in_the_wild(arguments) if wild else None
@@ -175,8 +173,7 @@ def evaluate(
         return Report({"share": options.share}, of_a_share(options.share, output))
     from ..evaluation.reports import metrics_table, write_results
 
-    given = {"wild": wild, "teacher-forced": teacher_forced, "scope": scope}
-    off = [f"--no-{name}" for name, is_on in given.items() if not is_on]
+    off = switched_off(wild=wild, teacher_forced=teacher_forced, scope=scope)
     words = [*options.words(as_given(data)), *off, *base_words(base)]
     command = shlex.join(["hf-mend", "eval", as_given(editor), *words])
     document = {"data": without_folder(data), "facts": len(records), "command": command, "results": [result]}
@@ -189,6 +186,17 @@ def evaluate(
         places.append(Path(editor) / "README.md")
     said = [text, "", "Written: " + ", ".join(map(str, places))] if places else [text]
     return Report(document, "\n".join(said))
+
+
+def check_measured(wild: bool, teacher_forced: bool) -> None:
+    """Raise a `ValueError` if nothing is to be measured."""
+    if not wild and not teacher_forced:
+        raise ValueError("--no-wild --no-teacher-forced leaves nothing to measure; leave one of them out")
+
+
+def switched_off(**options: bool) -> list[str]:
+    """Return the switches that are off as words of a shell command."""
+    return [f"--no-{name.replace('_', '-')}" for name, is_on in options.items() if not is_on]
 
 
 def of_a_share(share: str | None, output: Path | None) -> str:

@@ -55,6 +55,15 @@ TITLES = {
 }
 
 
+# The figures in the wild that are compared.
+WILD_COLUMNS = (
+    "prompt", "paraphrase", "behind text", "question", "chat", "later turn", "neighbours", "same subject",
+    "unrelated: bits", "repeats",
+)  # fmt: skip
+# Head and rows.
+Table = tuple[list[str], list[list[str]]]
+
+
 def as_result(
     name: str, settings: Mapping[str, Any], states: Sequence[State], wild: Sequence[WildState] = ()
 ) -> dict[str, Any]:
@@ -118,13 +127,36 @@ def _without_strictness(point: Mapping[str, float]) -> dict[str, float]:
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return several editors and methods as a Markdown table, one row per state."""
-    head, rows = comparison(results)
-    return table([escaped(cell) for cell in head], [[escaped(cell) for cell in row] for row in rows])
+    """Return several editors and methods as Markdown tables, one row per state: in the wild, then teacher-forced."""
+    parts = []
+    for title, (head, rows) in comparisons(results).items():
+        parts.append(title)
+        parts.append(table([escaped(cell) for cell in head], [[escaped(cell) for cell in row] for row in rows]))
+    return "\n\n".join(part for part in parts if part)
 
 
-def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of the comparison table as plain text."""
+def comparisons(results: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    """Return the title, the head and the rows of each comparison table as plain text."""
+    wild = any(result.get("wild") for result in results)
+    forced = any(result["states"] for result in results)
+    found = {"In the wild (free answers, in all forms of asking):": wild_comparison(results)} if wild else {}
+    return found | ({"Teacher-forced:" if wild else "": comparison(results)} if forced else {})
+
+
+def wild_comparison(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the head and the rows of the comparison in the wild as plain text."""
+    states = [state for result in results for state in result.get("wild", ())]
+    names = [name for name in WILD_COLUMNS if any(name in state["metrics"] for state in states)]
+    rows = [
+        [result["name"], _title(state), str(state["measured"]), *(with_interval(state, name) for name in names)]
+        for result in results
+        for state in result.get("wild", ())
+    ]
+    return ["editor or method", "kept", "measured", *names], rows
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the head and the rows of the teacher-forced comparison as plain text."""
     states = [state for result in results for state in result["states"]]
     names = [name for name in TITLES if any(name in state["metrics"] for state in states)]
     trained = any(result.get("training_time") for result in results)
@@ -147,14 +179,22 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
 
 def narrow_table(results: Sequence[Mapping[str, Any]], width: int) -> str:
     """
-    Return as much of the comparison as a line of a terminal holds, without intervals: the first columns, aligned, and
+    Return as much of the comparisons as a line of a terminal holds, without intervals: the first columns, aligned, and
     a line that names those that are left out.
 
     Args:
         results (`Sequence[Mapping[str, Any]]`): What [`as_result`] returns, of each editor or method.
         width (`int`): Characters of a line.
     """
-    head, rows = comparison(results)
+    parts = [(title, *_narrowed(*found, width)) for title, found in comparisons(results).items()]
+    left = [name for *_, missing in parts for name in missing]
+    text = f"With --json, and in the files written: the intervals{', ' if left else ''}{', '.join(left)}"
+    lines = [line for title, shown, _ in parts for line in ([title] if title else []) + [shown, ""]]
+    return "\n".join([*lines, *textwrap.wrap(text, width)])
+
+
+def _narrowed(head: list[str], rows: list[list[str]], width: int) -> tuple[str, list[str]]:
+    """Return a table as wide as a line, and the names of the columns that are left out."""
     rows = [[re.sub(r" \[.*\]$", "", cell) for cell in row] for row in rows]
     columns = list(zip(head, *rows, strict=True))
     columns[0] = tuple(cell if len(cell) <= _NAME else f"{cell[: _NAME - 3]}..." for cell in columns[0])
@@ -169,11 +209,7 @@ def narrow_table(results: Sequence[Mapping[str, Any]], width: int) -> str:
         )
         for row in zip(*columns[:count], strict=True)
     ]
-    text = "\n".join(line.rstrip() for line in lines)
-    left = (
-        f"With --json, and in the files written: the intervals{', ' if head[count:] else ''}{', '.join(head[count:])}"
-    )
-    return "\n".join([text, "", *textwrap.wrap(left, width)])
+    return "\n".join(line.rstrip() for line in lines), head[count:]
 
 
 def escaped(text: str) -> str:
@@ -252,7 +288,11 @@ def report_page(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         document (`Mapping[str, Any]`): See [`write_report`].
         pictures (`Mapping[str, bytes]`): Title -> PNG content of each plot.
     """
-    head, rows = comparison(document["results"])
+    tables = [
+        part
+        for heading, found in comparisons(document["results"]).items()
+        for part in ([f"<h2>{escape(heading)}</h2>"] if heading else []) + [_html_table(*found)]
+    ]
     figures = [
         f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{b64encode(png).decode()}">'
         f"<figcaption>{escape(title)}</figcaption></figure>"
@@ -267,7 +307,7 @@ def report_page(document: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     page = resources.files("hf_mend").joinpath("templates/report.html").read_text(encoding="utf-8")
     return Template(page).substitute(
         title=escape(f"Model editing on {document['data']}"),
-        table=_html_table(head, rows),
+        table="\n".join(tables),
         pictures="\n".join([*figures, *missing]),
         settings=_html_table(("", ""), settings),
         command=escape(document["command"]),

@@ -424,11 +424,11 @@ def test_a_comparison_s_command_runs_again_where_it_was_run(world, tmp_path, mon
     (world / "data").mkdir(exist_ok=True)
     shutil.copy(world / "facts.json", world / "data" / "facts.json")
     done = invoke("compare", "mine=./editor", "gradient", "--data", "data/facts.json", "-m", "./base", "-o", "out/a",
-                  "--limit", 1, "--metrics", "success", "--json")  # fmt: skip
+                  "--limit", 1, "--metrics", "success", "--json", "--no-wild")  # fmt: skip
     document = json.loads(done.stdout)
     assert document["command"] == (
         "hf-mend compare mine=./editor gradient=gradient --data data/facts.json --metrics success --limit 1 "
-        "--base-model ./base --output out/a"
+        "--no-wild --base-model ./base --output out/a"
     )
     again = invoke(*shlex.split(document["command"])[1:], "--json")
     assert json.loads(again.stdout) == document, again.stderr
@@ -539,7 +539,8 @@ def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):
     for name in ("editor_config.json", "editor.safetensors"):
         shutil.copy(world / "editor" / name, tmp_path / "bare" / name)
     done = invoke("compare", tmp_path / "trained", tmp_path / "bare", "gradient", "--data", world / "facts.json", "-m",
-                  world / "base", "--metrics", "success", "--limit", 1, "-o", tmp_path / "out")  # fmt: skip
+                  world / "base", "--metrics", "success", "--limit", 1, "-o", tmp_path / "out",
+                  "--no-wild")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     times = [result["training_time"] for result in results]
@@ -551,7 +552,7 @@ def test_a_comparison_tells_how_long_a_training_took(world, tmp_path):
 
 def test_editors_and_methods_are_compared(world, tmp_path):
     arguments = ("compare", f"trained={world / 'editor'}", "gradient", "--data", world / "facts.json", "-m",
-                 world / "base", "--edits", "1,2", "--limit", 2, "-o", tmp_path / "out")  # fmt: skip
+                 world / "base", "--edits", "1,2", "--limit", 2, "-o", tmp_path / "out", "--no-wild")  # fmt: skip
     done = invoke(*arguments, "--metrics", "success,neighborhood")
     assert done.exit_code == 0, done.stderr
     document = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -560,7 +561,7 @@ def test_editors_and_methods_are_compared(world, tmp_path):
     ]  # fmt: skip
     assert document["command"] == (
         "hf-mend compare trained=editor gradient=gradient --data facts.json --edits 1,2 "
-        "--metrics success,neighborhood --limit 2 --base-model base --output out"
+        "--metrics success,neighborhood --limit 2 --no-wild --base-model base --output out"
     )
     alone = invoke("eval", "gradient", world / "facts.json", "-m", world / "base", "--edits", "1,2", "--limit", 2,
                    "--metrics", "success,neighborhood", "--json", "--no-wild")  # fmt: skip
@@ -578,6 +579,25 @@ def test_editors_and_methods_are_compared(world, tmp_path):
     assert (tmp_path / "out" / "progress.jsonl").read_text().splitlines() == lines
     twice = invoke("compare", "gradient", "gradient", "--data", world / "facts.json", "-o", tmp_path / "x")
     assert twice.exit_code == 2 and "are called 'gradient'; give them titles" in twice.stderr
+
+
+def test_a_comparison_in_the_wild_has_the_figures_of_each_evaluation(world, tmp_path):
+    measured = ("-m", world / "base", "--limit", 2, "--metrics", "success")
+    done = invoke("compare", "gradient", "ft", "--data", world / "facts.json", *measured, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    alone = invoke("eval", "ft", world / "facts.json", *measured, "--json")
+    assert json.loads(alone.stdout)["results"][0]["wild"] == results[1]["wild"]
+    for text in (done.stdout, (tmp_path / "out" / "results.md").read_text()):
+        wild, _, forced = text.partition("Teacher-forced:")
+        assert wild.startswith("In the wild (free answers, in all forms of asking):") and "paraphrase" in wild
+        assert len(re.findall(r"^(?:\| )?(?:gradient|ft) ", wild, re.M)) == 2
+        assert len(re.findall(r"^(?:\| )?(?:gradient|ft) ", forced, re.M)) == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<table>") == 3 and "In the wild" in page
+    nothing = invoke("compare", "gradient", "--data", world / "facts.json", *measured, "-o", tmp_path / "x",
+                     "--no-wild", "--no-teacher-forced")  # fmt: skip
+    assert nothing.exit_code == 2 and "leaves nothing to measure" in nothing.stderr
 
 
 def test_messages_of_errors_are_one_line():
