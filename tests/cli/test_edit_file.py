@@ -150,7 +150,10 @@ def test_a_table_s_columns_are_named_for_an_edit_and_for_a_training(world, tmp_p
     named = ("--prompt-column", "Frage", "--target-column", "Antwort")
     done = invoke("edit", "--facts", tmp_path / "t.csv", "-e", world / "editor", *named, "--json")
     assert [row["prompt"] for row in json.loads(done.stdout)["results"]] == [record.prompt for record in RECORDS]
-    done = invoke("train", tmp_path / "t.csv", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1, *named)
+    short = ("--scope-steps", 2, "--training", "scope_further_facts=0")
+    done = invoke(
+        "train", tmp_path / "t.csv", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 1, *named, *short
+    )
     assert done.exit_code == 0, done.output
     assert (tmp_path / "mine" / "editor.safetensors").is_file()
 
