@@ -65,8 +65,9 @@ def test_a_trained_scope_finds_facts_in_other_words(model, examples):
 
 def test_an_editor_is_trained_to_say_the_target_and_end(model, examples, tmp_path):
     arguments = EditorTrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True
-    )
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True,
+        scope_steps=2, scope_further_facts=0,
+    )  # fmt: skip
     trainer = EditorTrainer(model, arguments, RECORDS, eval_dataset=RECORDS[:4])
     batch = trainer.data_collator([trainer.examples[0]])
     assert not batch.local  # what must stay is the scope's affair
