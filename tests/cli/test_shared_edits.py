@@ -57,7 +57,8 @@ def commands(world: Path, side: str) -> list[list[str]]:
     joins = ["edit", RECORDS[3].prompt, RECORDS[3].target, "-m", world / "base", "-e", world / "malmen"]
     train = ["train", world / "others.jsonl", "-m", world / "base", "-o", world / side / "trained", "--steps", 1,
              "--batch-size", 2, "--rank", 4, "--layers", "1,2", "--scope", "--scope-steps", 2,
-             "--training", "scope_further_facts=0", "--eval-facts", world / "others.jsonl", "--eval-limit", 2]  # fmt: skip
+             "--training", "scope_further_facts=0", "--eval-facts", world / "others.jsonl",
+             "--eval-limit", 2]  # fmt: skip
     return [[str(word) for word in words] for words in (*of_file, single, joins, train)]
 
 
