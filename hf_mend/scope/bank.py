@@ -265,11 +265,11 @@ class _Keys:
 
     def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is.
-        if not may_pass(queries, self.parts[0], self.thresholds + strictness).any():
+        if not may_pass(queries, self.parts[:1], self.thresholds + strictness).any():
             return queries.new_full((len(queries),), -1, dtype=torch.long)
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
-        near = may_pass(queries, self.parts[0], least).nonzero()[:, 0]
+        near = may_pass(queries, self.parts, least).nonzero()[:, 0]
         over, owner = self.over(queries, near), self.owner[near]
         if only is not None:
             over = over.masked_fill(owner != only[:, None], _OUT)

@@ -104,8 +104,11 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
     torch.manual_seed(1)
     keys, queries = unit(200), unit(50)
     scores = key_scores(queries, keys).max(0).values
-    assert may_pass(queries, keys[:, :64], scores).all()
-    assert not may_pass(queries, keys[:, :64], torch.full((200,), 0.9)).any()
+    for parts in (keys.chunk(2, 1)[:1], keys.chunk(2, 1)):
+        assert may_pass(queries, parts, scores).all()
+        assert not may_pass(queries, parts, torch.full((200,), 0.9)).any()
+    first, both = (may_pass(queries, keys.chunk(2, 1)[:n], scores + 0.1).sum() for n in (1, 2))
+    assert both < first / 2  # one look more leaves far fewer
 
 
 def test_a_bank_without_edits_chooses_none():
