@@ -173,6 +173,8 @@ class EditorConfig(metaclass=_ConfigType):
     default_span: ClassVar[tuple[float, float]] = (0.567, 0.767)
     # Whether `hf-mend train` gives a new editor of the method a scope if it is not told.
     trained_with_scope: ClassVar[bool] = False
+    # Whether edits of the method are all that changes the model, so that a scope can say where.
+    takes_scope: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # the signature of a call, which returns an object of the method's own class
 
@@ -210,6 +212,11 @@ class EditorConfig(metaclass=_ConfigType):
         )
         fingerprint = self.base_fingerprint
         _check(fingerprint is None or isinstance(fingerprint, dict), "base_fingerprint", fingerprint, "an object")
+        if self.scope and not self.takes_scope:
+            raise ValueError(
+                f"scope is True, and method {self.method!r} changes the base itself for all texts, which no scope "
+                "holds back; leave scope out, or take another method"
+            )
         if isinstance(modules, (set, tuple)):
             self.target_modules = sorted(modules)
         for item in fields(self):

@@ -275,3 +275,11 @@ def test_what_cannot_be_registered(outside):
 
     with pytest.raises(ValueError, match="Loose is the configuration of no method; register one with"):
         Loose()
+
+
+def test_a_method_that_changes_the_base_for_all_texts_takes_no_scope():
+    with pytest.raises(
+        ValueError, match="scope is True, and method 'enn' changes the base itself .* take another method"
+    ):
+        EditorConfig(method="enn", scope=True)
+    assert EditorConfig(method="mend", scope=True).scope and not EditorConfig(method="enn").scope

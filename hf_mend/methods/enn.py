@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from .steps import LearnedSteps, LearnedStepsConfig
 
 @dataclass
 class EditableNetworkConfig(LearnedStepsConfig):
-    """The configuration of [`EditableNetwork`], with the options of [`LearnedStepsConfig`]."""
+    """The configuration of [`EditableNetwork`], with the options of [`LearnedStepsConfig`]; it takes no scope."""
+
+    takes_scope: ClassVar[bool] = False
 
 
 @register_method("enn", EditableNetworkConfig)

@@ -267,7 +267,7 @@ def test_an_editor_whose_edits_act_everywhere_is_trained_when_asked_for(world, t
     ("options", "scope"),
     [({}, True), ({"method": "malmen"}, True), ({"method": "ke"}, True), ({"method": "enn"}, False),
      ({"method": "enn", "config": ["method=mend"]}, True), ({"config": ["scope=false"]}, False),
-     ({"scope": False}, False), ({"method": "enn", "scope": True}, True)],
+     ({"scope": False}, False), ({"method": "ke", "scope": True}, True)],
 )  # fmt: skip
 def test_trained_editors_have_a_scope_by_default(options, scope):
     """Of ENN, the change of the weights acts wherever there is an edit, so that it is none."""
