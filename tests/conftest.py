@@ -20,11 +20,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 
 # Tiny models run fastest on one thread, and tests that compare bits across processes need the same number in both.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _first_warnings() -> None:
+    """What is said once a process is said in each test that hears it, whichever test is first."""
+    logging.warning_once.cache_clear()
 
 
 @pytest.fixture
