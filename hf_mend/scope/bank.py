@@ -264,12 +264,15 @@ class _Keys:
     excluded: Mapping[int, torch.Tensor]
 
     def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
+        none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is.
         if not may_pass(queries, self.parts[:1], self.thresholds + strictness).any():
-            return queries.new_full((len(queries),), -1, dtype=torch.long)
+            return none
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
         near = may_pass(queries, self.parts, least).nonzero()[:, 0]
+        if not len(near):
+            return none
         over, owner = self.over(queries, near), self.owner[near]
         if only is not None:
             over = over.masked_fill(owner != only[:, None], _OUT)

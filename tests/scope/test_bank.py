@@ -111,6 +111,14 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
     assert both < first / 2  # one look more leaves far fewer
 
 
+def test_a_text_that_is_near_to_a_key_in_one_part_alone_asks_for_nothing():
+    torch.manual_seed(5)
+    key, other = unit(1), unit(1)
+    bank = KeyBank([scoped_edit(0, key, 0.8)])
+    assert bank.choose(torch.cat([key[:, :64], other[:, 64:]], 1)).tolist() == [-1]
+    assert bank.choose(torch.cat([other[:, :64], key[:, 64:]], 1)).tolist() == [-1]
+
+
 def test_a_bank_without_edits_chooses_none():
     assert KeyBank([]).choose(unit(3)).tolist() == [-1, -1, -1]
 
