@@ -18,6 +18,7 @@ from ..data.deprecation import renamed_arguments
 from ..data.readers.reading import check_targets
 from ..data.records import EditRecord
 from ..editing.calibration_text import observe_calibration_text
+from ..editing.proposals import default_options
 from ..editing.requests import check_limits
 from ..model import EditableModel
 from .checks import check_asked
@@ -137,7 +138,7 @@ def evaluate(
     if not method.trains and not method.is_calibrated:
         observe_calibration_text(model.context, model.encoder)
     passages = held_out_passages(model, text) if "perplexity" in chosen else []
-    steps = method.max_steps if max_steps is None else max_steps
+    steps = default_options(method, model.scope is not None, max_steps).max_steps or 1
     settings = {
         "version": __version__,
         "editor": hash_of_editor(model),
