@@ -13,7 +13,16 @@ from support.models import RECORDS, small_config
 from support.paths import ROOT
 
 from hf_mend import EditorConfig, EditorTrainer, EditorTrainingArguments, get_editable_model
-from hf_mend.hub.cards import METRICS, CardNotes, set_metadata, update_card, use_section, with_sections_of, write_card
+from hf_mend.hub.cards import (
+    METRICS,
+    WILD_METRICS,
+    CardNotes,
+    set_metadata,
+    update_card,
+    use_section,
+    with_sections_of,
+    write_card,
+)
 from hf_mend.hub.files import read_tensors
 from hf_mend.hub.plots import can_draw
 
@@ -163,21 +172,25 @@ def test_a_published_editor_is_whole_and_its_card_says_what_was_measured(folder)
     read_tensors(folder / "editor.safetensors")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
     assert config.base_fingerprint is not None
-    measured = json.loads((RESULTS / f"{folder.name}.json").read_text())["metrics"]
-    assert measured
+    found = json.loads((RESULTS / f"{folder.name}.json").read_text())
+    tables = [(found["metrics"], METRICS), (found.get("wild", {}), WILD_METRICS)]
+    assert found["metrics"]
     expected = {
         (title, name): round(metrics[name], 4)
+        for measured, titles in tables
         for title, metrics in measured.items()
-        for name in METRICS
+        for name in titles
         if name in metrics
     }
     assert results_of(folder) == expected
     lines = text_of(folder).splitlines()
-    names = [name for name in METRICS if any(name in metrics for metrics in measured.values())]
-    assert "| facts | edits | " + " | ".join(METRICS[name] for name in names) + " |" in lines
-    for title, metrics in measured.items():
-        cells = [f"{metrics[name]:.3f}" if name in metrics else "" for name in names]
-        assert f"| {title} | {metrics['edits']:.0f} | " + " | ".join(cells) + " |" in lines
+    for measured, titles in tables:
+        names = [name for name in titles if any(name in metrics for metrics in measured.values())]
+        if measured:
+            assert "| facts | edits | " + " | ".join(titles[name] for name in names) + " |" in lines
+        for title, metrics in measured.items():
+            cells = [f"{metrics[name]:.3f}" if name in metrics else "" for name in names]
+            assert f"| {title} | {metrics['edits']:.0f} | " + " | ".join(cells) + " |" in lines
 
 
 @pytest.mark.parametrize("folder", EDITORS, ids=lambda path: path.name)
