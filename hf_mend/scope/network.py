@@ -198,17 +198,18 @@ def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Te
 
 def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
     """
-    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by some of their
+    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by their last
     parts alone, or by the least of the parts' cosines, at a fraction of the cost of [`key_scores`].
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`): The texts' keys.
-        parts (`Sequence[torch.Tensor]`, each of shape `(keys, KEY_WIDTH / KEY_PARTS)`): The first parts of the keys,
+        parts (`Sequence[torch.Tensor]`, each of shape `(keys, KEY_WIDTH / KEY_PARTS)`): The last parts of the keys,
             one or more.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
+    own = key_parts(queries)[-len(parts) :]
     # `max` finds the places too, at many times the cost.
-    best = reduce(torch.minimum, (q @ k.T for q, k in zip(key_parts(queries), parts, strict=False))).amax(0)
+    best = reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True))).amax(0)
     # A rounded minimum is at most so much above each of its parts; the rest is for rounding.
     return best + math.log(KEY_PARTS) / _ROUNDED_MINIMUM + 1e-4 >= least
 
