@@ -40,8 +40,8 @@ from hf_mend.data.forms import DEFAULT_FORMS
 from hf_mend.data.kinds import more_facts, packaged_facts, with_more_asked
 from hf_mend.data.statements import facts_of_questions
 from hf_mend.editing.scoping import own_queries
-from hf_mend.hub.atomic import made_folder, replaced_file
 from hf_mend.training.examples import Asking, TrainingExamples
+from hf_mend.training.progress import load_progress, save_progress
 from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
 
 
@@ -217,32 +217,23 @@ class Checkpoint:
 
     def save(self, progress: Progress) -> None:
         """Write the file, whole or not at all."""
-        made_folder(self.path.parent)
         state = {
-            "settings": self.settings,
             "progress": asdict(progress),
             "editor": self.model.editor.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "draw": self.draw.getstate(),
-            "torch": torch.get_rng_state(),
         }
-        with replaced_file(self.path) as work:
-            torch.save(state, work)
+        save_progress(self.path, self.settings, self.draw, state)
 
     def load(self) -> Progress:
         """Go on from the file, if it is there; otherwise return the beginning."""
-        if not self.path.is_file():
+        try:
+            state = load_progress(self.path, self.settings, self.draw)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        if state is None:
             return Progress()
-        state = torch.load(self.path, weights_only=True)
-        if state["settings"] != self.settings:
-            raise SystemExit(
-                f"{self.path} is of a training with {state['settings']}, not {self.settings}; give the same options "
-                "to go on, or remove the file to begin anew"
-            )
         self.model.editor.load_state_dict(state["editor"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.draw.setstate(state["draw"])
-        torch.set_rng_state(state["torch"])
         return Progress(**state["progress"])
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..hub.atomic import made_folder, replaced_file
 from ..scope.network import ScopeNetwork
+from .progress import load_progress, save_progress
 
 
 @dataclass
@@ -56,16 +56,8 @@ class ScopeCheckpoint:
 
     def save(self, now: ScopeProgress) -> None:
         """Write the file, whole or not at all."""
-        made_folder(self.path.parent)
-        state = {
-            "settings": dict(self.settings),
-            "progress": vars(now),
-            "scope": self.scope.state_dict(),
-            "draw": self.draw.getstate(),
-            "torch": torch.get_rng_state(),
-        }
-        with replaced_file(self.path) as work:
-            torch.save(state, work)
+        state = {"progress": vars(now), "scope": self.scope.state_dict()}
+        save_progress(self.path, self.settings, self.draw, state)
 
     def load(self) -> ScopeProgress:
         """
@@ -74,15 +66,8 @@ class ScopeCheckpoint:
         Raises:
             ValueError: The file is of another training.
         """
-        if not self.path.is_file():
+        state = load_progress(self.path, self.settings, self.draw, "a scope's training")
+        if state is None:
             return ScopeProgress()
-        state = torch.load(self.path, weights_only=True)
-        if state["settings"] != dict(self.settings):
-            raise ValueError(
-                f"{self.path} is of a scope's training with {state['settings']}, not {dict(self.settings)}; give the "
-                "same options and facts to go on, or remove the file to begin anew"
-            )
         self.scope.load_state_dict(state["scope"])
-        self.draw.setstate(state["draw"])
-        torch.set_rng_state(state["torch"])
         return ScopeProgress(**state["progress"])
