@@ -44,11 +44,10 @@ def threshold_reached(score: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
 
     Args:
         score (`torch.Tensor`): The text's score with the edit.
-        rival (`torch.Tensor` of the same shape): Its score with the nearest rival.
+        rival (`torch.Tensor` of the same shape): Its score with the nearest rival, which is no higher. Where the
+            penalty has a limit such an edit is found in any case.
     """
-    beside = (score - RIVAL_SHARE * (1.0 + rival)) / (1.0 - 2.0 * RIVAL_SHARE)
-    at_most = (score - RIVAL_MOST) / (1.0 - RIVAL_MOST)  # where a perfect score's share limits the penalty
-    return torch.maximum(torch.minimum(score, beside), at_most)
+    return torch.minimum(score, (score - RIVAL_SHARE * (1.0 + rival)) / (1.0 - 2.0 * RIVAL_SHARE))
 
 
 class KeyBank:

@@ -27,6 +27,7 @@ from hf_mend.training.scope_examples import (
     within,
 )
 from hf_mend.training.scope_training import (
+    WRONG_FIRES,
     ScopeTexts,
     ScopeTrainingArguments,
     _others,
@@ -103,6 +104,10 @@ def test_training_finds_facts_in_the_words_of_its_texts(llama, tokenizer, exampl
     unrelated = [n for n, mark in enumerate(marks) if mark.kind == "unrelated"]
     reached = threshold_reached(*scores[unrelated].unflatten(1, (data.sides, -1)).amax(1).topk(2).values.T)
     assert (reached <= model.scope.threshold + 1e-3).float().mean() > 0.9  # as a bank of all these facts decides
+    near = [(n, mark.near) for n, mark in enumerate(marks) if mark.kind == "neighborhood"]
+    own = torch.stack([scores[n].unflatten(0, (data.sides, -1)).amax(0)[fact] for n, fact in near])
+    # Beside its own fact alone a neighbour has no rival.
+    assert own.quantile(1 - WRONG_FIRES["neighborhood"]) <= model.scope.threshold + 1e-3
     again = model.scope.state_dict()
     for name, value in again.items():
         if value.dim() > 1:
@@ -125,6 +130,25 @@ def test_further_kinds_stand_beside_the_records(examples):
     alone = with_further_kinds(None, 10)
     assert len(alone) == 10 and alone.questions
     assert not {question for question, _ in alone.questions} & {q for one in alone.records for q in one.questions}
+
+
+def test_facts_of_rare_relations_are_drawn_more_often_than_their_share():
+    texts = [[MarkedText([1], [Mark(0, fact, "prompt")])] for fact in range(5)]
+    assert ScopeTexts(texts, ["a", "a", "b", "a", "a"]).weights == [0.5, 0.5, 1.0, 0.5, 0.5]
+
+
+def test_a_training_step_leaves_out_a_tenth_of_the_components_and_nothing_else_does():
+    torch.manual_seed(0)
+    scope, hidden = ScopeNetwork(32), torch.ones(1, 3, 32)
+    seen = []
+    scope.gates.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    place = torch.tensor([0] * 200), torch.tensor([2] * 200)
+    scope.keys_at(hidden.expand(200, 3, 32), torch.arange(200), place[1])
+    assert 0.08 < float((seen[-1] == 0).float().mean()) < 0.12
+    with torch.no_grad():
+        scope.keys_at(hidden, *place)
+    scope.eval().keys_at(hidden, *place)
+    assert all(bool((one == 1).all()) for one in seen[1:])
 
 
 def test_texts_that_are_longer_than_the_model_takes_are_cut_at_their_beginning(tokenizer, examples):
