@@ -36,7 +36,7 @@ from hf_mend import EditableModel, EditorConfig, EditRecord
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
 from hf_mend.hub.cards import machine
-from hf_mend.scope.network import KEY_PARTS, KEY_WIDTH
+from hf_mend.scope.network import KEY_PARTS, KEY_WIDTH, MEANING_WIDTH
 from hf_mend.training.examples import EditCollator, TrainingExamples
 
 
@@ -289,8 +289,10 @@ def keep_edits(model: EditableModel, record: EditRecord, count: int) -> None:
     (first,) = model.edits
     scope = first.scope
     assert scope is not None
-    keys = torch.randn(count, KEY_PARTS, KEY_WIDTH // KEY_PARTS, generator=torch.Generator().manual_seed(1))
-    keys = nn.functional.normalize(keys, dim=-1).flatten(1)
+    keys = torch.randn(count, KEY_PARTS, MEANING_WIDTH // KEY_PARTS, generator=torch.Generator().manual_seed(1))
+    keys = torch.cat(
+        [nn.functional.normalize(keys, dim=-1).flatten(1), torch.zeros(count, KEY_WIDTH - MEANING_WIDTH)], 1
+    ).half()
     more = [
         replace(
             first, id=f"{i:012x}", prompt=f"{record.prompt} {i}",

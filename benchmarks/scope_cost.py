@@ -28,7 +28,7 @@ from hf_mend import Edit, EditableModel, EditStore, read_counterfact
 from hf_mend.bases.fingerprint import fingerprint_of
 from hf_mend.edits.edit_scope import EditScope
 from hf_mend.scope.bank import KeyBank
-from hf_mend.scope.network import KEY_PARTS, KEY_WIDTH
+from hf_mend.scope.network import KEY_PARTS, KEY_WIDTH, MEANING_WIDTH
 
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +56,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def unit_keys(keys: torch.Tensor) -> torch.Tensor:
-    """Keys of which each part is a unit vector."""
-    return torch.nn.functional.normalize(keys.unflatten(-1, (KEY_PARTS, -1)), dim=-1).flatten(-2)
+    """Keys of which each part is a unit vector, with the same words."""
+    parts = keys[:, :MEANING_WIDTH].unflatten(-1, (KEY_PARTS, -1))
+    return torch.cat([torch.nn.functional.normalize(parts, dim=-1).flatten(-2), keys[:, MEANING_WIDTH:]], 1)
 
 
 def copies(real: list[Edit], count: int) -> list[Edit]:
@@ -67,7 +68,9 @@ def copies(real: list[Edit], count: int) -> list[Edit]:
     for i in range(count):
         edit = real[i % len(real)]
         assert edit.scope is not None
-        moved = unit_keys(edit.scope.keys + 0.2 * torch.randn(1, KEY_WIDTH))
+        keys = edit.scope.keys.float()
+        moved = torch.cat([keys[:, :MEANING_WIDTH] + 0.2 * torch.randn(1, MEANING_WIDTH), keys[:, MEANING_WIDTH:]], 1)
+        moved = unit_keys(moved).half()
         made.append(replace(edit, id=f"{i:012x}", prompt=f"{i}: {edit.prompt}", scope=replace(edit.scope, keys=moved)))
     return made
 
@@ -108,7 +111,9 @@ def decision(repeat: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     found = {}
     for count in KEYS:
-        scope = EditScope("scope", unit_keys(torch.randn(count, KEY_WIDTH)), torch.full((count,), 0.75), ["x"] * count)
+        scope = EditScope(
+            "scope", unit_keys(torch.randn(count, KEY_WIDTH).clamp(-1, 1)), torch.full((count,), 0.75), ["x"] * count
+        )
         bank = KeyBank([Edit("a", "", "", {}, scope=scope)])
         row = {}
         for tokens in (1, 32):

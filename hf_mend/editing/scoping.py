@@ -80,7 +80,8 @@ def keys_of(
             hidden = split.run_below(split.inputs_of(rows))
     read = hidden.hidden if hidden.encoder is None else hidden.encoder
     scope = gate.scope.to(read.device)
-    states = scope.token_states(read, rows.inputs["attention_mask"].to(read.device))
+    inputs = {name: rows.inputs[name].to(read.device) for name in ("input_ids", "attention_mask")}
+    states = scope.token_states(read, inputs["attention_mask"], words=gate.words(inputs["input_ids"]))
     if hidden.encoder is not None:
         return list(fetched([scope.keys(states, last=1)])[0])
     (keys,) = fetched([rows.places.at(scope.keys(states))])
@@ -150,7 +151,7 @@ def scopes_of(  # one argument each for what it reads and what it is for
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]
         texts = [name for name, part in zip(one, parts, strict=True) for _ in part]
         thresholds = gate.threshold.expand(len(texts)).clone()
-        scope = EditScope(gate.scope_id, torch.cat(parts), thresholds, texts)
+        scope = EditScope(gate.scope_id, torch.cat(parts).half(), thresholds, texts)
         scopes.append(excluding(scope, gate, split, encoder, excluded[i] if excluded else ()))
     return scopes
 
@@ -162,8 +163,8 @@ def excluding(
     if not queries:
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
-    keys = torch.cat(keys_of(gate, split, last))
-    alike = key_scores(keys, scope.keys).max(-1)
+    keys = torch.cat(keys_of(gate, split, last)).half()
+    alike = key_scores(keys.float(), scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:
             raise ValueError(

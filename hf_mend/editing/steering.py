@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel
@@ -52,13 +53,25 @@ class ActsWhereAsked:
     config: Any
     split: SplitModel
     _active: ActiveEdits
-    _gate: ScopeGate | None
+    _gate: ScopeGate | None = None
+    _tokenizer: PreTrainedTokenizerBase | None = None
     _check_usable: Callable[[], None]
 
     @property
     def encoder(self) -> Encoder:
         """Return the encoder of texts for this model."""
         raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base model's tokenizer; `edit` needs it."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        if self._gate is not None:
+            self._gate.set_tokenizer(tokenizer)
 
     @property
     def scope(self) -> ScopeNetwork | None:
@@ -101,7 +114,20 @@ class ActsWhereAsked:
         if self.config.is_encoder_decoder:
             return EncoderGate(self.base_model, scope.eval(), scope_id(scope))
         block = self.split.blocks[self.split.block]
-        return ScopeGate(self.base_model, block, self.split.block, scope.eval(), scope_id(scope))
+        return ScopeGate(self.base_model, block, self.split.block, scope.eval(), scope_id(scope), self.tokenizer)
+
+    def numbers_of_words(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return the numbers of the words of some tokens, by which the scope tells subjects apart; `None` where it reads
+        no words, as in encoder-decoder models.
+
+        Args:
+            tokens (`torch.Tensor`): Token ids, of any shape.
+
+        Raises:
+            ValueError: The model's edits act everywhere.
+        """
+        return self._scoped().words(tokens)
 
     def which_edits(self, text: str | Sequence[Mapping[str, str]], chat: bool = False) -> list[ScopedEdit]:
         """

@@ -65,7 +65,7 @@ class KeyBank:
         self._target = GrowingRows(torch.zeros(0, dtype=torch.long))  # number of what the edit says
         self._targets: dict[str, int] = {}
         self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
-        self._parts: list[GrowingRows] = []  # of the keys: the last is read at each token, whole
+        self._parts: list[GrowingRows] = []  # of the keys: the last but the words is read at each token, whole
         self._excluded: dict[int, torch.Tensor] = {}
         # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
         self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
@@ -266,11 +266,11 @@ class _Keys:
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is. The shipped scope's
         # last part tells them apart, where a fifth of all keys are near in the first.
-        if not may_pass(queries, self.parts[-1:], self.thresholds + strictness).any():
+        if not may_pass(queries, self.parts[-2:-1], self.thresholds + strictness).any():
             return none
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
-        near = may_pass(queries, self.parts, least).nonzero()[:, 0]
+        near = may_pass(queries, self.parts[:-1], least).nonzero()[:, 0]
         if not len(near):
             return none
         over, owner = self.over(queries, near), self.owner[near]

@@ -23,7 +23,8 @@ class EncoderGate(ScopeGate):
     the row's answer.
 
     The decoder gets the encoder's output in each of its passes, from whatever way of generating. So no cache has to
-    keep anything, and a pass on the very tensors of the one before takes over what was decided there.
+    keep anything, and a pass on the very tensors of the one before takes over what was decided there. It does not get
+    the text's tokens: any word may be said.
 
     Args:
         model (`nn.Module`): The base model.
@@ -33,6 +34,10 @@ class EncoderGate(ScopeGate):
 
     def __init__(self, model: Any, scope: ScopeNetwork, scope_id: str):
         super().__init__(model, model.get_decoder(), 0, scope, scope_id)
+
+    def words(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Return `None`: any word may be said."""
+        return None
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..edits.edit import Edit
@@ -20,6 +20,7 @@ from ..edits.hook import Acting, Hook
 from .bank import KeyBank
 from .cache_layer import ScopeLayer, past_length, scope_layer
 from .network import KEY_WIDTH, ScopeNetwork, TokenStates
+from .words import word_numbers, words_of
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,7 @@ class _Pass:
     """What one thread's pass knows so far."""
 
     mask: torch.Tensor | None = None  # the whole text's, cached tokens too
+    tokens: torch.Tensor | None = None  # the pass's own
     cache: Cache | None = None
     # Joins the cache at the pass's end: some caches grow by the number of their layers.
     new_layer: ScopeLayer | None = None
@@ -85,11 +87,22 @@ class ScopeGate:
         number (`int`): The block's number.
         scope ([`ScopeNetwork`]): Gives the keys.
         scope_id (`str`): The scope's id.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tells words apart; any may be said where it is missing, or
+            where a pass gets embeddings in place of tokens.
     """
 
-    def __init__(self, model: nn.Module, block: nn.Module, number: int, scope: ScopeNetwork, scope_id: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        block: nn.Module,
+        number: int,
+        scope: ScopeNetwork,
+        scope_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.model, self.block, self.number = model, block, number
         self.scope, self.scope_id, self.key_width = scope, scope_id, KEY_WIDTH
+        self.tokenizer = tokenizer
         self.strictness = 0.0
         self.bank_now: Callable[[], KeyBank | None] = _no_bank
         self._local = _OfThread()
@@ -106,6 +119,19 @@ class ScopeGate:
     def threshold(self) -> torch.Tensor:
         """The threshold of further edits, in the host's memory."""
         return self.scope.threshold.detach().cpu()
+
+    @cached_property
+    def _numbers(self) -> torch.Tensor | None:
+        return None if self.tokenizer is None else word_numbers(self.tokenizer)
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Tell words apart by another tokenizer."""
+        self.tokenizer = tokenizer
+        self.__dict__.pop("_numbers", None)
+
+    def words(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Return the numbers of the words of some tokens, `None` where any may be said."""
+        return None if self._numbers is None else words_of(self._numbers, tokens)
 
     def bank(self, edits: Sequence[Edit], before: KeyBank | None = None, gone: Sequence[str] = ()) -> KeyBank:
         """Return the bank of edits that have a scope, behind those of another bank that are not gone."""
@@ -155,9 +181,11 @@ class ScopeGate:
     # While they are added or removed, torch may call hooks without the keyword arguments; no edit acts then.
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        mask = (kwargs or {}).get("attention_mask")
+        given = kwargs or {}
+        mask, tokens = given.get("attention_mask"), given.get("input_ids", args[0] if args else None)
         plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self._local.current = _Pass(mask if plain else None)
+        of_text = isinstance(tokens, torch.Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
+        self._local.current = _Pass(mask if plain else None, tokens if of_text else None)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current, self._local.current = self._local.current, None
@@ -209,7 +237,9 @@ class ScopeGate:
         if mask is not None:
             mask = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
             mask = mask.to(hidden.device) if mask.shape == hidden.shape[:2] else None
-        states = self.scope.token_states(hidden, mask, known)
+        tokens = current.tokens if current.tokens is not None and current.tokens.shape == hidden.shape[:2] else None
+        words = None if tokens is None else self.words(tokens.to(hidden.device))
+        states = self.scope.token_states(hidden, mask, known, words)
         if cache is not None:
             if layer is None:
                 current.cache, current.new_layer = cache, ScopeLayer(self.scope_id, cache.is_compileable)

@@ -15,12 +15,23 @@ from torch import nn
 HEADS = 4
 HEAD_WIDTH = 128
 HIDDEN_WIDTH = 512
-KEY_WIDTH = 128
-# A key is this many unit vectors side by side, all of which have to agree.
+MEANING_WIDTH = 128
+# A key is this many unit vectors side by side, all of which have to agree, and behind them the text's words.
 KEY_PARTS = 2
+# Words are told apart by their numbers modulo this, and those of so many tokens back count as said.
+WORDS, WORD_WINDOW = 256, 64
+# What a text's score with a key loses if it has none of the words that matter in the key's own text: names, above all.
+# Neighbours are told from a fact by its subject, and no hidden state knows a name as well as its letters do.
+WORDS_MISSING = 0.15
+KEY_WIDTH = MEANING_WIDTH + WORDS
 
 _LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of times as large as the others
 _PADDING = -1e9  # log weight of a token that is not there
+# In place of the number of a word: of a token that is not there, and of one that may be any.
+NO_WORD, ANY_WORD = -2, -1
+# A token is likely enough to be said in every form of asking from this on, for its word to matter.
+_WORD_MATTERS = 0.55
+_SAID = 1e-3  # the weight of a word that is said and does not matter
 _ROUNDED_MINIMUM = 12.0  # sharpness of the minimum over the parts of a key
 _QUERIES_AT_ONCE = 512
 # The share of a hidden state's components that a training step leaves out.
@@ -33,8 +44,8 @@ class TokenStates:
     What a scope keeps of each token of a text, so that later tokens can be decided on without the text.
 
     Args:
-        gates (`torch.Tensor` of shape `(rows, heads, seq, 2)`): Each token's log weight for its head, and the sum of
-            what the head has forgotten until then.
+        gates (`torch.Tensor` of shape `(rows, heads, seq, 4)`): Each token's log weight for its head, and the sum of
+            what the head has forgotten until then; of its word, for all heads, the number and how much it matters.
         values (`torch.Tensor` of shape `(rows, heads, seq, HEAD_WIDTH)`): What the token adds to the head.
     """
 
@@ -50,6 +61,8 @@ class ScopeNetwork(nn.Module):
     T} softplus(f_s))`, `a` and `f` being linear in the hidden state: what stands further back counts less, at a rate
     that the later tokens set. As a softmax over `a_t + sum_{s <= t} softplus(f_s)` it needs of each token but two
     numbers a head, and its value, whatever comes later.
+
+    Beside what the heads have found, a key has the words of the last tokens, by number, and how much each matters.
 
     Args:
         width (`int`): Width of the hidden states.
@@ -74,9 +87,14 @@ class ScopeNetwork(nn.Module):
         self.values = nn.Parameter(torch.randn(HEADS, width, HEAD_WIDTH) / math.sqrt(width))
         self.norm = nn.LayerNorm(HEADS * HEAD_WIDTH)
         self.mlp = nn.Sequential(
-            nn.Linear(HEADS * HEAD_WIDTH, HIDDEN_WIDTH), nn.GELU(), nn.Linear(HIDDEN_WIDTH, KEY_WIDTH)
+            nn.Linear(HEADS * HEAD_WIDTH, HIDDEN_WIDTH), nn.GELU(), nn.Linear(HIDDEN_WIDTH, MEANING_WIDTH)
         )
-        self.skip = nn.Linear(HEADS * HEAD_WIDTH, KEY_WIDTH)
+        self.skip = nn.Linear(HEADS * HEAD_WIDTH, MEANING_WIDTH)
+        # Log odds that a token's word is said in whatever way a fact is asked for; none matters before training.
+        self.word = nn.Linear(width, 1)
+        with torch.no_grad():
+            self.word.weight.zero_()
+            self.word.bias.zero_()
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
         self.threshold = nn.Parameter(torch.tensor(0.5))
 
@@ -104,7 +122,11 @@ class ScopeNetwork(nn.Module):
         self.spread.copy_(1.4826 * (hidden - self.centre).abs().median(0).values + 1e-6)
 
     def token_states(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None = None, past: TokenStates | None = None
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        past: TokenStates | None = None,
+        words: torch.Tensor | None = None,
     ) -> TokenStates:
         """
         Return what is kept of some tokens.
@@ -113,13 +135,17 @@ class ScopeNetwork(nn.Module):
             hidden (`torch.Tensor` of shape `(rows, seq, width)`): Their hidden states.
             mask (`torch.Tensor` of shape `(rows, seq)`, *optional*): 0 where there is only padding.
             past ([`TokenStates`], *optional*): Those of the tokens before.
+            words (`torch.Tensor` of shape `(rows, seq)`, *optional*): The numbers of their words
+                ([`~hf_mend.scope.words.word_numbers`]); any word may be said where they are missing.
         """
         x = self._standardised(hidden)
         weight, forgotten = self.gates(x).transpose(1, 2).split(HEADS, 1)  # (rows, heads, seq) each
         forgotten = nn.functional.softplus(forgotten)
+        number = weight.new_full(hidden.shape[:2], ANY_WORD) if words is None else words.to(weight)
         if mask is not None:
             present = mask[:, None].bool()
             forgotten = forgotten * present
+            number = number.masked_fill(~present[:, 0], NO_WORD)
         forgotten = forgotten.cumsum(-1)
         if past is not None:
             forgotten = forgotten + past.gates[:, :, -1:, 1]
@@ -127,7 +153,8 @@ class ScopeNetwork(nn.Module):
         if mask is not None:
             weight = weight.masked_fill(~present, _PADDING)
         values = (x.flatten(0, 1) @ self.values).unflatten(1, x.shape[:2])  # (heads, rows, seq, HEAD_WIDTH)
-        return TokenStates(torch.stack([weight, forgotten], -1), values.transpose(0, 1))
+        word = torch.stack([number, self._matters(x)], -1)[:, None].expand(-1, HEADS, -1, -1)
+        return TokenStates(torch.cat([torch.stack([weight, forgotten], -1), word], -1), values.transpose(0, 1))
 
     def keys(self, states: TokenStates, last: int | None = None) -> torch.Tensor:
         """
@@ -138,6 +165,7 @@ class ScopeNetwork(nn.Module):
             last (`int`, *optional*): The number of tokens; all of them when missing.
         """
         weights, values = states.gates[..., 0], states.values
+        number, matters = states.gates[:, 0, :, 2:].unbind(-1)  # (rows, seq) each
         length = weights.shape[-1]
         first = length - (length if last is None else last)
         parts = []
@@ -148,10 +176,13 @@ class ScopeNetwork(nn.Module):
                 seen = torch.ones(stop - start, stop, dtype=torch.bool, device=weights.device).tril(start)
                 scores = scores.masked_fill(~seen, -math.inf)
             pooled = scores.softmax(-1) @ values[:, :, :stop]  # (rows, heads, queries, HEAD_WIDTH)
-            parts.append(self.key(pooled.transpose(1, 2).flatten(2)))
+            said = said_words(_windows(number, start, stop, NO_WORD), _windows(matters, start, stop, 0.0))
+            parts.append(torch.cat([self.meaning(pooled.transpose(1, 2).flatten(2)), said], -1))
         return torch.cat(parts, 1)
 
-    def keys_at(self, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def keys_at(
+        self, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, words: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Return the keys of texts at a few of their tokens, `(places, KEY_WIDTH)`: what [`keys`] gives there, for less.
 
@@ -159,28 +190,71 @@ class ScopeNetwork(nn.Module):
             hidden (`torch.Tensor` of shape `(rows, seq, width)`): Their hidden states, padded on the right.
             rows (`torch.Tensor` of shape `(places,)`), places (`torch.Tensor` of shape `(places,)`): Row and token of
                 each.
+            words (`torch.Tensor` of shape `(rows, seq)`, *optional*): As for [`token_states`].
         """
         learns = self.training and torch.is_grad_enabled()
-        x = nn.functional.dropout(self._standardised(hidden), _DROPOUT, learns)
+        plain = self._standardised(hidden)
+        x = nn.functional.dropout(plain, _DROPOUT, learns)
         weight, forgotten = self.gates(x).split(HEADS, -1)  # (rows, seq, heads) each
         scores = (weight + nn.functional.softplus(forgotten).cumsum(1))[rows]  # (places, seq, heads)
         later = torch.arange(hidden.shape[1], device=hidden.device) > places[:, None]
         weights = scores.masked_fill(later[..., None], -math.inf).softmax(1)
         pooled = weights.transpose(1, 2) @ x[rows]  # (places, heads, width)
-        return self.key(torch.einsum("nhd,hdp->nhp", pooled, self.values).flatten(1))
+        meaning = self.meaning(torch.einsum("nhd,hdp->nhp", pooled, self.values).flatten(1))
+        window = places[:, None] - torch.arange(WORD_WINDOW, device=hidden.device)  # (places, WORD_WINDOW)
+        near = (rows[:, None], window.clamp(min=0))
+        with torch.no_grad():
+            number = plain.new_full(window.shape, ANY_WORD) if words is None else words.to(plain)[near]
+            said = said_words(number.masked_fill(window < 0, NO_WORD), self._matters(plain)[near])
+        return torch.cat([meaning, said], -1)
 
     def _standardised(self, hidden: torch.Tensor) -> torch.Tensor:
         return ((hidden.float() - self.centre) / self.spread).clamp(-_LARGEST, _LARGEST)
 
-    def key(self, pooled: torch.Tensor) -> torch.Tensor:  # (..., heads * HEAD_WIDTH) -> (..., KEY_WIDTH)
-        """Return the key of what the heads have pooled."""
+    def log_odds(self, hidden: torch.Tensor) -> torch.Tensor:  # (..., width) -> (...)
+        """Return the log odds that tokens' words are said in whatever way the same is asked for."""
+        return self.word(self._standardised(hidden))[..., 0]
+
+    def _matters(self, x: torch.Tensor) -> torch.Tensor:  # (..., width) -> (...)
+        """Return how much the words of tokens matter, from their standardised hidden states."""
+        return (self.word(x)[..., 0].sigmoid() - _WORD_MATTERS).clamp(min=0.0)
+
+    def meaning(self, pooled: torch.Tensor) -> torch.Tensor:  # (..., heads * HEAD_WIDTH) -> (..., MEANING_WIDTH)
+        """Return the first parts of the key of what the heads have pooled."""
         z = self.norm(pooled)
         return nn.functional.normalize((self.mlp(z) + self.skip(z)).unflatten(-1, (KEY_PARTS, -1)), dim=-1).flatten(-2)
 
 
+def said_words(number: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
+    """
+    Return the words of a key, `(..., WORDS)`: 0 for those that are not said, a little for those that do not matter,
+    and for those that do as much more as their share of all that matters.
+
+    Args:
+        number (`torch.Tensor` of shape `(..., tokens)`): The numbers of the tokens' words, or [`NO_WORD`], or
+            [`ANY_WORD`].
+        matters (`torch.Tensor` of the same shape): How much each matters.
+    """
+    weight = torch.where(number >= 0, matters + _SAID, 0.0)
+    said = weight.new_zeros(*number.shape[:-1], WORDS)
+    said = said.scatter_reduce(-1, number.clamp(min=0).long() % WORDS, weight, "amax")
+    said = said.clamp(min=_SAID * (number == ANY_WORD).any(-1, keepdim=True))
+    share = (said - _SAID).clamp(min=0.0)
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-6)
+    return torch.where(said > 0, share + _SAID, 0.0)
+
+
+def _windows(values: torch.Tensor, start: int, stop: int, missing: float) -> torch.Tensor:
+    """Return what stands at some tokens and those before, `(rows, stop - start, WORD_WINDOW)`."""
+    first = max(0, start - WORD_WINDOW + 1)
+    before = first + WORD_WINDOW - 1 - start
+    return nn.functional.pad(values[:, first:stop], (before, 0), value=missing).unfold(1, WORD_WINDOW, 1)
+
+
 def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
-    Return how alike keys are, at most 1, `(queries, keys)`: a rounded minimum of the cosines of their parts.
+    Return how alike keys are, at most 1, `(queries, keys)`: a rounded minimum of the cosines of their parts, less what
+    is lost by the words that are missing in the query.
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
@@ -191,23 +265,24 @@ def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return what [`key_scores`] does, from each of the keys' parts, as [`key_parts`] gives them."""
-    cosines = (-_ROUNDED_MINIMUM * q @ k.T for q, k in zip(key_parts(queries), keys, strict=True))
-    least = reduce(torch.logaddexp, cosines)
-    return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
+    pairs = zip(key_parts(queries)[:-1], keys[:-1], strict=True)
+    least = reduce(torch.logaddexp, (-_ROUNDED_MINIMUM * q @ k.T for q, k in pairs))
+    missing = (queries[..., MEANING_WIDTH:] <= 0).float() @ keys[-1].T  # (queries, keys)
+    return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM - WORDS_MISSING * missing
 
 
 def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
     """
-    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by their last
-    parts alone, or by the least of the parts' cosines, at a fraction of the cost of [`key_scores`].
+    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by the last of
+    their cosines alone, or by the least of them, at a fraction of the cost of [`key_scores`].
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`): The texts' keys.
-        parts (`Sequence[torch.Tensor]`, each of shape `(keys, KEY_WIDTH / KEY_PARTS)`): The last parts of the keys,
-            one or more.
+        parts (`Sequence[torch.Tensor]`, each of shape `(keys, MEANING_WIDTH / KEY_PARTS)`): The last parts of the keys
+            without their words, one or more.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
-    own = key_parts(queries)[-len(parts) :]
+    own = key_parts(queries)[-1 - len(parts) : -1]
     # `max` finds the places too, at many times the cost.
     best = reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True))).amax(0)
     # A rounded minimum is at most so much above each of its parts; the rest is for rounding.
@@ -215,5 +290,6 @@ def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.
 
 
 def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the parts of keys, which are unit vectors each."""
-    return keys.float().chunk(KEY_PARTS, -1)
+    """Return the parts of keys, unit vectors each, and the share of each word in what matters, together 1 or 0."""
+    keys = keys.float()
+    return [*keys[..., :MEANING_WIDTH].chunk(KEY_PARTS, -1), (keys[..., MEANING_WIDTH:] - _SAID).clamp(min=0.0)]

@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..bases.limits import longest_input
-from ..data.encoding import length_batches
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
 from ..scope.bank import threshold_reached
@@ -29,7 +27,6 @@ from .scope_examples import (
     NONE,
     WEIGHTS,
     Mark,
-    MarkedText,
     marked_texts,
     read_hidden_states,
     scope_examples,
@@ -37,6 +34,8 @@ from .scope_examples import (
     with_further_kinds,
     within,
 )
+from .scope_texts import ScopeTexts, states_of
+from .scope_words import learn_words
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +51,6 @@ _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
 _ABSENT = 0.5
 _NOT_THERE = -1e4
-_TOKENS = 4096
 # The share of each kind of text that may find an edit, at the threshold that training sets.
 WRONG_FIRES: Mapping[str, float] = {"neighborhood": 0.03, "same_subject": 0.05, "unrelated": 0.002, "after": 0.03}
 
@@ -100,64 +98,6 @@ class ScopeTrainingArguments:
             raise ValueError(f"further_facts is {self.further_facts!r}, expected a whole number of at least 0")
 
 
-class ScopeTexts:
-    """
-    The marked texts of all facts, with their hidden states.
-
-    Args:
-        texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
-        relations (`Sequence[str | None]`): Of each fact, its relation.
-
-    Attributes:
-        weights (`list[float]`): Of each fact, how often it is drawn: the root of how many there are of its relation.
-    """
-
-    def __init__(self, texts: Sequence[Sequence[MarkedText]], relations: Sequence[str | None]):
-        self.texts, self.relations = texts, relations
-        self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
-        for fact, relation in enumerate(relations):
-            self.alike.setdefault(relation, []).append(fact)
-        # Of how many kinds the facts are matters more than how many there are of each.
-        self.weights = [len(self.alike[relation]) ** -0.5 for relation in relations]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def keys(self, scope: ScopeNetwork, texts: Sequence[MarkedText]) -> torch.Tensor:
-        """Return the keys of some texts at all their marks, one after another, `(marks, KEY_WIDTH)`."""
-        found: list[torch.Tensor] = []
-        order: list[int] = []
-        starts = torch.tensor([0, *(len(text.marks) for text in texts)]).cumsum(0).tolist()
-        for batch in length_batches([len(text.tokens) for text in texts], len(texts), _TOKENS):
-            hidden = pad_sequence([_hidden(texts[i]) for i in batch], batch_first=True)
-            rows = torch.tensor([row for row, i in enumerate(batch) for _ in texts[i].marks])
-            places = torch.tensor([mark.position for i in batch for mark in texts[i].marks])
-            found.append(scope.keys_at(hidden, rows, places))
-            order += [starts[i] + k for i in batch for k in range(len(texts[i].marks))]
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(found)[back]
-
-    @torch.no_grad()
-    def bank(self, scope: ScopeNetwork, facts: Sequence[int]) -> torch.Tensor:
-        """Return the keys of facts: of all bare prompts, then of all turns of a chat, if there are any."""
-        sides = []
-        for side in range(self.sides):
-            chosen = [MarkedText(t.tokens, t.marks[:1], t.hidden) for t in (self.texts[i][side] for i in facts)]
-            sides.append(self.keys(scope, chosen))
-        return torch.cat(sides)
-
-    @property
-    def sides(self) -> int:
-        """How many keys a fact has."""
-        return 1 + (len(self.texts[0]) > 1 and self.texts[0][1].marks[0].kind == "chat")
-
-
-def _hidden(text: MarkedText) -> torch.Tensor:
-    assert text.hidden is not None
-    return text.hidden
-
-
 def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTrainingArguments) -> ScopeTexts:
     """
     Draw the texts of a scope's training and run the model below its edited blocks on them, once.
@@ -179,7 +119,7 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     cache = None if args.hidden_states_dir is None else HiddenStateCache(model.split, args.hidden_states_dir)
     read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16, cache)
     set_others(records, kept)
-    return ScopeTexts(kept, [record.relation for record in records])
+    return ScopeTexts(kept, [record.relation for record in records], model.numbers_of_words)
 
 
 def scope_loss(
@@ -271,7 +211,8 @@ def train_scope(
     draw = random.Random(args.seed)
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.
-    scope.standardise(torch.cat([_hidden(text)[1:] for text in sample]))
+    scope.standardise(torch.cat([states_of(text)[1:] for text in sample]))
+    learn_words(scope, data, args.seed)
     checkpoint = None if args.checkpoint is None else _checkpoint(args.checkpoint, args, data, scope, draw)
     now = ScopeProgress() if checkpoint is None else checkpoint.load()
     done = now.round * args.steps + now.step

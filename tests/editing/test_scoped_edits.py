@@ -269,7 +269,7 @@ def test_keys_of_another_width_than_the_scope_gives_are_refused(model, tokenizer
     model.undo_all()
     plain = all_logits(model, tokenizer)
     with pytest.raises(
-        ValueError, match="keys of the edit .* have 64 numbers, this model's scope gives 128; .*altered"
+        ValueError, match="keys of the edit .* have 64 numbers, this model's scope gives 384; .*altered"
     ):
         model.load_edits(tmp_path)
     assert model.edits == [] and torch.equal(all_logits(model, tokenizer), plain)
@@ -281,7 +281,7 @@ def test_keys_that_are_no_unit_vectors_are_refused(model, tokenizer, tmp_path, w
     model.exclude(model.edits[0].id, RECORDS[4].prompt)
     scope, plain_id = model.edits[0].scope, model.edits[0].id
     altered = getattr(scope, which).clone()
-    altered[-1, 3] = 3e38  # finite, and no score of it is
+    altered[-1, 3] = 6e4  # finite, and its scores are no scores
     edit = replace(model.edits[0], scope=replace(scope, **{which: altered}))
     model.undo_all()
     message = f"these edits: a key of the edit '{plain_id}' has numbers beyond 1.*altered"

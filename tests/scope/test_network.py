@@ -7,7 +7,20 @@ import math
 import pytest
 import torch
 
-from hf_mend.scope.network import HEADS, KEY_PARTS, ScopeNetwork, TokenStates, key_scores
+from hf_mend.scope.network import (
+    ANY_WORD,
+    HEADS,
+    KEY_PARTS,
+    MEANING_WIDTH,
+    NO_WORD,
+    WORD_WINDOW,
+    WORDS,
+    ScopeNetwork,
+    TokenStates,
+    key_parts,
+    key_scores,
+    said_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +41,20 @@ def test_a_key_is_the_weighted_mean_that_the_docstring_says(scope):
         f = torch.nn.functional.softplus(x @ scope.gates.weight[HEADS + head] + scope.gates.bias[HEADS + head])
         weights = torch.tensor([math.exp(a[t] - f[t + 1 :].sum()) for t in range(7)])
         heads.append((weights / weights.sum()) @ (x @ scope.values[head]))
-    expected = scope.key(torch.cat(heads))
-    assert torch.allclose(key, expected, atol=1e-5)
-    assert torch.allclose(key.reshape(KEY_PARTS, -1).norm(dim=-1), torch.ones(KEY_PARTS))
+    expected = scope.meaning(torch.cat(heads))
+    assert torch.allclose(key[:MEANING_WIDTH], expected, atol=1e-5)
+    assert torch.allclose(expected.reshape(KEY_PARTS, -1).norm(dim=-1), torch.ones(KEY_PARTS))
 
 
 @pytest.mark.parametrize("pieces", [(5, 4), (8, 1), (1,) * 9])
 def test_a_text_in_pieces_has_the_keys_of_the_whole(scope, pieces):
-    hidden = torch.randn(2, 9, 16)
+    hidden, words = torch.randn(2, 9, 16), torch.randint(1000, (2, 9))
     mask = torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    whole = scope.keys(scope.token_states(hidden, mask))
+    whole = scope.keys(scope.token_states(hidden, mask, words=words))
     past, found, start = None, [], 0
     for size in pieces:
-        new = scope.token_states(hidden[:, start : start + size], mask[:, start : start + size], past)
+        own = slice(start, start + size)
+        new = scope.token_states(hidden[:, own], mask[:, own], past, words[:, own])
         if past is not None:
             new = TokenStates(torch.cat([past.gates, new.gates], 2), torch.cat([past.values, new.values], 2))
         found.append(scope.keys(new, last=size))
@@ -62,10 +76,39 @@ def test_padding_changes_nothing(scope):
 
 
 def test_a_long_text_is_taken_in_several_runs(scope, monkeypatch):
-    hidden = torch.randn(1, 20, 16)
-    whole = scope.keys(scope.token_states(hidden))
+    hidden, words = torch.randn(1, 90, 16), torch.arange(90)[None]
+    whole = scope.keys(scope.token_states(hidden, words=words))
     monkeypatch.setattr("hf_mend.scope.network._QUERIES_AT_ONCE", 6)
-    assert torch.allclose(scope.keys(scope.token_states(hidden)), whole, atol=1e-6)
+    assert torch.allclose(scope.keys(scope.token_states(hidden, words=words)), whole, atol=1e-6)
+    # At each token the words of the last ones are said.
+    for token in (0, 40, 89):
+        said = (whole[0, token, MEANING_WIDTH:] > 0).nonzero()[:, 0].tolist()
+        assert said == [*range(max(0, token - WORD_WINDOW + 1), token + 1)]
+
+
+def test_words_that_matter_have_their_share_and_the_others_are_said_all_the_same():
+    number = torch.tensor([[3, 7, 3 + WORDS, 9, NO_WORD], [3, 4, ANY_WORD, NO_WORD, NO_WORD]])
+    said = said_words(number, torch.tensor([[0.1, 0.0, 0.3, 0.1, 0.9], [0.2, 0.0, 0.9, 0.9, 0.9]]))
+    first = {word: round(float(share), 3) for word, share in enumerate(said[0]) if share}
+    assert first == {3: 0.751, 7: 0.001, 9: 0.251}
+    assert (said[1] > 0).all() and float(said[1, 3]) == pytest.approx(1.001) and said[1, 4] == said[1, 100]
+
+
+def test_a_score_falls_by_the_share_of_the_words_that_are_missing():
+    torch.manual_seed(0)
+    meaning = torch.nn.functional.normalize(torch.randn(1, KEY_PARTS, MEANING_WIDTH // KEY_PARTS), dim=-1).flatten(1)
+    matters = torch.tensor([[0.1, 0.3, 0.0]])
+
+    def key(*numbers: int) -> torch.Tensor:
+        return torch.cat([meaning, said_words(torch.tensor([numbers]), matters[:, : len(numbers)])], 1)
+
+    own = key(1, 2, 3)
+    for text, lost in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
+        assert float(key_scores(text, own)) == pytest.approx(1 - 0.15 * lost, abs=1e-3)
+    # Where no word matters, or any may be said, none is missing.
+    plain = torch.cat([meaning, said_words(torch.tensor([[1, 2]]), torch.zeros(1, 2))], 1)
+    assert float(key_scores(key(7, 8, 9), plain)) == pytest.approx(1, abs=1e-3)
+    assert float(key_scores(key(ANY_WORD), own)) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_first_tokens_huge_values_do_not_count(scope):
@@ -79,6 +122,6 @@ def test_the_first_tokens_huge_values_do_not_count(scope):
 def test_scores_are_a_minimum_over_parts(scope):
     keys = scope.keys(scope.token_states(torch.randn(2, 5, 16)))[:, -1]
     assert torch.allclose(key_scores(keys, keys).diagonal(), torch.ones(2), atol=1e-5)
-    first, second = keys[0].chunk(2)
-    half = torch.cat([first, -second])[None]
+    first, second, words = key_parts(keys[0])
+    half = torch.cat([first, -second, words])[None]
     assert float(key_scores(half, keys[:1])) == pytest.approx(-1 + math.log(2) / 12, abs=0.01)

@@ -26,15 +26,16 @@ from hf_mend.training.scope_examples import (
     with_further_kinds,
     within,
 )
+from hf_mend.training.scope_texts import ScopeTexts
 from hf_mend.training.scope_training import (
     WRONG_FIRES,
-    ScopeTexts,
     ScopeTrainingArguments,
     _others,
     scope_loss,
     scope_texts,
     train_scope,
 )
+from hf_mend.training.scope_words import learn_words
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_keys_at_a_few_tokens_are_those_of_the_whole_text(llama, tokenizer, exam
     found = data.keys(model.scope, texts)
     expected = []
     for text in texts:
-        whole = model.scope.keys(model.scope.token_states(text.hidden[None]))[0]
+        whole = model.scope.keys(model.scope.token_states(text.hidden[None], words=data.words([text])))[0]
         expected += [whole[mark.position] for mark in text.marks]
     assert torch.allclose(found, torch.stack(expected), atol=1e-4)
 
@@ -82,7 +83,7 @@ def test_the_loss_is_cross_entropy_over_all_keys_and_none(llama, tokenizer, exam
     bank = data.bank(scope, facts)
     loss = scope_loss(scope, data, facts, bank)
     loss.backward()
-    assert all(p.grad is not None for name, p in scope.named_parameters() if p.requires_grad)
+    assert all(p.grad is not None for name, p in scope.named_parameters() if not name.startswith("word."))
     # With keys that say nothing, each key and "none" are alike.
     with torch.no_grad():
         scope.log_sharpness.fill_(-20.0)
@@ -261,3 +262,26 @@ def test_a_text_that_asks_for_another_record_too_is_no_counterexample_of_it():
     ]
     set_others(records, texts)
     assert [[list(text.others) for text in own] for own in texts] == [[[3], []], [[0]], [[0, 3]], [[]]]
+
+
+def test_the_words_that_matter_are_those_of_the_subject(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments())
+    learn_words(model.scope, data)
+    assert not model.scope.word.weight.requires_grad
+    for record, (bare, *_) in zip(RECORDS, data.texts, strict=True):
+        end = bare.marks[0].position + 1
+        odds = model.scope.log_odds(bare.hidden[:end])
+        country = tokenizer(" " + record.prompt.split()[-2]).input_ids
+        of_country = torch.tensor([token in country for token in bare.tokens[:end]])
+        assert odds[of_country].mean() > odds[~of_country].mean() + 0.2, record.prompt
+
+
+def test_no_word_matters_where_there_is_one_form_of_asking(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments())
+    alone = ScopeTexts([one[:1] for one in data.texts], data.relations, model.numbers_of_words)
+    before = model.scope.state_dict()["word.weight"].clone()
+    learn_words(model.scope, alone)
+    learn_words(model.scope, ScopeTexts(data.texts, data.relations))  # of an encoder-decoder model
+    assert torch.equal(model.scope.state_dict()["word.weight"], before)
