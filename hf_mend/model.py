@@ -15,10 +15,11 @@ from .bases.compiled import check_uncompiled
 from .bases.delegation import DelegatesToBase, known_to_pipelines
 from .bases.fingerprint import check_base, editor_id, fingerprint_of
 from .bases.placement import PlacedWithBase
+from .bases.quantized import keep_gradients
 from .bases.sharded import load_whole_state, whole_state
 from .bases.split import SplitModel
 from .bases.targets import find_targets
-from .bases.unwrap import BaseState, hidden_width, keep_gradients, plain_base
+from .bases.unwrap import BaseState, hidden_width, plain_base
 from .config import CONFIG_NAME, EditorConfig
 from .data.checks import missing_subjects
 from .data.display import shown

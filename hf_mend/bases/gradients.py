@@ -13,6 +13,7 @@ from torch import nn
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
 from .fused import Pair, of_one_shape, stacked
+from .quantized import gradients_pass
 from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
 from .targets import Target
 from .threads import hooked
@@ -87,7 +88,7 @@ def trace(
         where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
 
     Raises:
-        ValueError: No gradient reaches a layer.
+        ValueError: No gradient reaches a layer, or one above passes none on.
     """
     if places is None or any(-100 in said for said in places.said):
         on_host = next_tokens.cpu()
@@ -126,6 +127,7 @@ def gradient_factors(
         state = split.run_below(inputs)
     with (
         torch.enable_grad(),
+        gradients_pass(split.unusual_layers),
         record_factors(targets) as record,
         logits_at(split.model, places.positions),
         _recomputed_if_offloaded(split.model),
