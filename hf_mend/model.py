@@ -41,6 +41,7 @@ from .edits.edit import Edit
 from .edits.passes import acting_edits
 from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
+from .hub.editor_files import known_to_transformers, write_model_config
 from .hub.files import SCOPE_NAME, WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
 from .hub.transfer import find_files
@@ -177,7 +178,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
     ) -> None:
         """
         Write `editor_config.json`, `editor.safetensors`, `README.md` and, where there is one, the scope's
-        `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept.
+        `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept. A
+        `config.json` tells those who load the editor as a model what loads it, unless the folder has a model's.
 
         The edits that the model carries are not the editor's: a warning says that they stay behind, unless a store
         has them or `edits` says what is to become of them.
@@ -227,6 +229,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
+            write_model_config(folder)
             (folder / SCOPE_NAME).unlink(missing_ok=True)
             if self.scope is not None:
                 write_scope(folder, self.scope)
@@ -505,3 +508,4 @@ def get_editable_model(
 
 
 known_to_pipelines(EditableModel)
+known_to_transformers()

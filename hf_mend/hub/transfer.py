@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from .atomic import recover_folder
 from .cards import CARD_NAME, with_sections_of
+from .editor_files import MODEL_CONFIG_NAME, is_of_editor
 from .files import index_name, read_index, shortened
 
 
@@ -324,6 +325,8 @@ def _operations(
     added: dict[str, CommitOperationAdd] = {}
     for path in matching_files(folder, patterns):
         name = prefix + path.relative_to(folder).as_posix()
+        if path == folder / MODEL_CONFIG_NAME and (name in there or not is_of_editor(path)):
+            continue  # a model's stays
         content: Any = path
         if path == folder / CARD_NAME and name in there:
             words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=options.token))
