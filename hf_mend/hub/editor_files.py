@@ -56,8 +56,8 @@ class EditorAsModelConfig(PreTrainedConfig):
         """
         name = str(kwargs.get("name_or_path") or "the editor")
         raise ValueError(
-            f"{name!r} is an editor, no model of its own: AutoEditableModel.from_pretrained({name!r}) of hf_mend loads "
-            "it with its base model"
+            f"{name!r} is an editor, no model of its own: AutoEditableModel.from_pretrained({name!r}) of hf_mend "
+            "loads it with its base model"
         )
 
 
