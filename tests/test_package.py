@@ -51,7 +51,7 @@ WEIGHTS = {str(path.relative_to(ROOT)) for path in ROOT.glob("model_cards/*/*.sa
 def distribution(tmp_path_factory):
     """The metadata of a wheel and the names in a source distribution, built from a copy of the checkout."""
     folder = tmp_path_factory.mktemp("package")
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "cache", "*.safetensors")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "cache")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     code = (
         "import setuptools.build_meta as build\n"
