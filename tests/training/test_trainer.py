@@ -233,6 +233,9 @@ def test_a_plain_trainer_points_to_the_editor_s(tokenizer, tmp_path):
         Trainer(model, args, train_dataset=ROWS).train()
     with pytest.raises(RuntimeError, match="EditorTrainer"):  # and a loop written by hand
         model.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    model.enable_input_require_grads()  # as a Trainer does for activation checkpointing: a gradient of nothing
+    with pytest.raises(RuntimeError, match="EditorTrainer"):
+        Trainer(model, args, train_dataset=ROWS).train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
