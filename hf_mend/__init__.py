@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .model import EditableModel, get_editable_model
     from .training.arguments import EditorTrainingArguments
     from .training.cache import HiddenStateCache
+    from .training.scope_training import ScopeTrainingArguments, train_scope
     from .training.trainer import EditorTrainer
 
 
@@ -44,6 +45,7 @@ __all__ = [
     "EditorTrainingArguments",
     "Edits",
     "HiddenStateCache",
+    "ScopeTrainingArguments",
     "evaluate",
     "evaluate_records",
     "get_editable_model",
@@ -52,6 +54,7 @@ __all__ = [
     "read_questions",
     "register_method",
     "summarize",
+    "train_scope",
     "write_edits",
 ]
 
@@ -73,6 +76,7 @@ _MODULES = {
     "model": ["EditableModel", "get_editable_model"],
     "training.arguments": ["EditorTrainingArguments"],
     "training.cache": ["HiddenStateCache"],
+    "training.scope_training": ["ScopeTrainingArguments", "train_scope"],
     "training.trainer": ["EditorTrainer"],
 }
 # Where the modules of 0.1.0 are now.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from .config import CONFIG_NAME, EditorConfig
+from .data.checks import check_tokenizer
 from .demo.smollm2 import SMOLLM2_ID, is_packaged, load_smollm2
 from .edits.edits_file import read_edits_file
 from .hub.files import EDITS_NAME, shortened
@@ -62,6 +64,7 @@ class AutoEditableModel:
                 `from_pretrained`.
 
         Raises:
+            TypeError: The base model's name or the tokenizer is something else.
             FileNotFoundError: The editor does not exist.
             ValueError: The configuration names no base model or is damaged, comes from the Hub and names a path as the
                 base, or the editor does not fit the base; or the base asks for kernels from the Hub.
@@ -74,6 +77,12 @@ class AutoEditableModel:
         model = AutoEditableModel.from_pretrained("me/my-editor", device_map="auto", dtype="auto")
         ```
         """
+        check_tokenizer(tokenizer)
+        if not isinstance(base_model_name_or_path, (str, Path, NoneType)):
+            raise TypeError(
+                f"base_model_name_or_path is a {type(base_model_name_or_path).__name__}, expected a folder or an id; "
+                "EditableModel.from_pretrained(base_model, editor, tokenizer) takes a base model that is loaded"
+            )
         if not local_files_only and not Path(editor_name_or_path).is_dir():
             local_files_only = not is_reachable()
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import get_annotations
 from pathlib import Path
@@ -368,7 +369,9 @@ def _no_such_option(method: str, kind: type[EditorConfig], name: str) -> str:
     own = sorted({item.name for item in fields(kind)} - {item.name for item in fields(EditorConfig)})
     others = options_of_methods().get("rank" if name == "r" else name)
     which = f" (those that have it: {', '.join(others)})" if others else ""
-    return f"the method {method!r} has no option {_shortened(name)}{which}; its options are {own}"
+    near = get_close_matches(name, [item.name for item in fields(kind)], 1)
+    meant = f"; did you mean {near[0]}?" if near else f"; its options are {own}"
+    return f"the method {method!r} has no option {_shortened(name)}{which}{meant}"
 
 
 # ---- checks ----

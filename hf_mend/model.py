@@ -15,12 +15,13 @@ from .bases.compiled import check_uncompiled
 from .bases.delegation import DelegatesToBase, known_to_pipelines
 from .bases.fingerprint import check_base, editor_id, fingerprint_of
 from .bases.placement import PlacedWithBase
+from .bases.quantized import keep_gradients
 from .bases.sharded import load_whole_state, whole_state
 from .bases.split import SplitModel
 from .bases.targets import find_targets
-from .bases.unwrap import BaseState, hidden_width, keep_gradients, plain_base
+from .bases.unwrap import BaseState, hidden_width, plain_base
 from .config import CONFIG_NAME, EditorConfig
-from .data.checks import missing_subjects
+from .data.checks import check_tokenizer, missing_subjects
 from .data.display import shown
 from .data.encoding import Encoder
 from .data.records import EditRecord
@@ -40,9 +41,10 @@ from .edits.edit import Edit
 from .edits.passes import acting_edits
 from .hub.atomic import replaced_folder
 from .hub.cards import CardNotes, write_card
+from .hub.editor_files import known_to_transformers, write_model_config
 from .hub.files import SCOPE_NAME, WEIGHTS_NAME, read_weights, write_weights
 from .hub.sharing import PushesToHub
-from .hub.transfer import find_files
+from .hub.transfer import check_options, find_files
 from .methods import EditMethod, check_cost, new_method, state_shapes, training_free_config
 from .scope.files import read_scope, write_scope
 from .scope.network import ScopeNetwork
@@ -81,6 +83,12 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 f"editor_config is {shown(str(editor_config))}, a {type(editor_config).__name__}; expected an "
                 "EditorConfig, such as EditorConfig(method='mend')"
             )
+        if isinstance(base_model, EditableModel):
+            raise TypeError(
+                "base_model is an EditableModel already; edit that one, or wrap what its unload() returns, the base "
+                "model without its edits"
+            )
+        check_tokenizer(tokenizer)
         base_model = plain_base(base_model)
         keep_gradients(base_model)
         if others := len(acting_edits(base_model)):
@@ -117,7 +125,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
     def from_pretrained(
         cls,
         base_model: PreTrainedModel,
-        editor_name_or_path: str | Path,
+        editor_name_or_path: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **hub_kwargs: Any,
     ) -> EditableModel:
@@ -132,10 +140,17 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, as in `hf_hub_download`.
 
         Raises:
+            TypeError: The base model or the editor's name is missing or something else, or there is no such option.
             FileNotFoundError: The folder or repository has no editor.
             ValueError: A file is damaged, does not fit the base model or asks for a search that is out of all
                 proportion to it; the model stays unchanged.
         """
+        if isinstance(base_model, (str, Path)) or not isinstance(editor_name_or_path, (str, Path)):
+            raise TypeError(
+                "EditableModel.from_pretrained takes a base model that is loaded, then the editor's folder or id; "
+                "AutoEditableModel.from_pretrained(editor) loads both by the editor's name"
+            )
+        check_options(hub_kwargs)
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
         base_model = plain_base(base_model)
@@ -176,7 +191,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
     ) -> None:
         """
         Write `editor_config.json`, `editor.safetensors`, `README.md` and, where there is one, the scope's
-        `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept.
+        `scope.safetensors`, all or nothing, even if the process is killed. Other files in the folder are kept. A
+        `config.json` tells those who load the editor as a model what loads it, unless the folder has a model's.
 
         The edits that the model carries are not the editor's: a warning says that they stay behind, unless a store
         has them or `edits` says what is to become of them.
@@ -226,6 +242,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         with replaced_folder(save_directory) as folder:
             (folder / CONFIG_NAME).write_text(self.editor_config.to_json(), encoding="utf-8")
             write_weights(folder, WEIGHTS_NAME, tensors, max_shard_size)
+            write_model_config(folder)
             (folder / SCOPE_NAME).unlink(missing_ok=True)
             if self.scope is not None:
                 write_scope(folder, self.scope)
@@ -267,6 +284,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             raise ValueError(
                 "editing with strings needs a tokenizer; pass tokenizer=... to EditableModel, or set model.tokenizer"
             )
+        check_tokenizer(self.tokenizer)
         generation = getattr(self.base_model, "generation_config", None)
         start = getattr(self.config, "decoder_start_token_id", None)
         start = getattr(generation, "decoder_start_token_id", None) if start is None else start
@@ -410,7 +428,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             other = "the packaged text alone" if self.editor.reads_calibration_text else "no other text"
             why = "is trained, on data that say what must stay" if self.editor.trains else f"looks at {other}"
             raise ValueError(f"the method {self.editor_config.method!r} {why}; leave observe out")
-        texts = list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("there are no texts to observe; give some of the kind that must stay")
         with self._active.changing(), self.disable_edits():
@@ -504,3 +522,4 @@ def get_editable_model(
 
 
 known_to_pipelines(EditableModel)
+known_to_transformers()

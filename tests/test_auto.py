@@ -11,10 +11,15 @@ import pytest
 import torch
 from support.models import RECORDS, all_logits, build_model, editable, keep_failed_edits, make_tokenizer
 from support.paths import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_mend import AutoEditableModel, EditableModel
 from hf_mend import auto as loading
+from hf_mend.cli.contents import read_contents
 from hf_mend.hub import transfer
+from hf_mend.hub.transfer import PushOptions, push_folder
+from hf_mend.training.hub_checkpoints import EDITOR_FILES
 
 
 def saved(architecture: str, tokenizer, folder) -> EditableModel:
@@ -67,6 +72,51 @@ def test_an_editor_that_names_no_base(tokenizer, tmp_path):
         AutoEditableModel.from_pretrained(tmp_path / "editor")
     with pytest.raises(FileNotFoundError, match="neither a folder here nor the id"):
         AutoEditableModel.from_pretrained(str(tmp_path / "not" / "there"))
+
+
+# ---- an editor where a model is expected ----
+
+
+def as_model(name, monkeypatch, with_hf_mend: bool) -> str:
+    """What transformers says where an editor is loaded as a model, in a process with hf_mend or without."""
+    if not with_hf_mend:
+        monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    said = set()
+    for load in (AutoModelForCausalLM.from_pretrained, AutoConfig.from_pretrained, pipeline_of):
+        with pytest.raises(ValueError) as caught:
+            load(str(name))
+        said.add(str(caught.value))
+    assert len(said) == 1
+    return said.pop()
+
+
+def pipeline_of(name: str):
+    return pipeline("text-generation", model=name)
+
+
+def test_an_editor_that_is_loaded_as_a_model_says_what_loads_it(tokenizer, tmp_path, monkeypatch):
+    saved("llama", tokenizer, tmp_path)
+    name = tmp_path / "editor"
+    said = as_model(name, monkeypatch, with_hf_mend=True)
+    assert f"'{name}' is an editor" in said and f"AutoEditableModel.from_pretrained('{name}') of hf_mend" in said
+    assert "model type `hf_mend_editor_for_AutoEditableModel`" in as_model(name, monkeypatch, with_hf_mend=False)
+
+
+def test_an_editor_beside_its_base_leaves_the_base_loadable(tokenizer, tmp_path, hub):
+    model = saved("llama", tokenizer, tmp_path)
+    both = tmp_path / "base"
+    model.save_pretrained(both, edits=False)
+    loaded = AutoModelForCausalLM.from_pretrained(both)
+    assert torch.equal(all_logits(loaded, tokenizer), all_logits(build_model("llama"), tokenizer))
+    assert AutoEditableModel.from_pretrained(both).editor_config == model.editor_config
+    # On the Hub, too: the editor is pushed to the base's repository, and the base's folder as an editor.
+    hub.add("me/base", {"config.json": (both / "config.json").read_bytes()})
+    model.push_to_hub("me/base", edits=False)
+    assert hub.repositories["me/base"].files()["config.json"] == (both / "config.json").read_bytes()
+    assert "config.json" not in read_contents(both).files and "config.json" in read_contents(tmp_path / "editor").files
+    push_folder(both, "me/other", PushOptions(), patterns=EDITOR_FILES)
+    assert "editor.safetensors" in hub.repositories["me/other"].files()
+    assert "config.json" not in hub.repositories["me/other"].files()
 
 
 # ---- where the base is found ----

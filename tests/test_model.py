@@ -74,7 +74,7 @@ def test_a_saved_editor_makes_the_same_edits(base, tokenizer, tmp_path, architec
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "editor")
     assert sorted(p.name for p in (tmp_path / "editor").iterdir()) == [
-        "README.md", "editor.safetensors", "editor_config.json",
+        "README.md", "config.json", "editor.safetensors", "editor_config.json",
     ]  # fmt: skip
     again = EditableModel.from_pretrained(build_model(architecture), tmp_path / "editor", tokenizer=tokenizer)
     for one, two in zip(model.editor.state_dict().values(), again.editor.state_dict().values(), strict=True):

@@ -44,11 +44,14 @@ def test_an_unknown_name_is_an_attribute_error():
 # ---- what is distributed ----
 
 
+WEIGHTS = {str(path.relative_to(ROOT)) for path in ROOT.glob("model_cards/*/*.safetensors")}
+
+
 @pytest.fixture(scope="module")
 def distribution(tmp_path_factory):
     """The metadata of a wheel and the names in a source distribution, built from a copy of the checkout."""
     folder = tmp_path_factory.mktemp("package")
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "cache", "*.safetensors")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "cache")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     code = (
         "import setuptools.build_meta as build\n"
@@ -98,6 +101,9 @@ def test_every_link_of_the_description_leads_somewhere_from_anywhere(distributio
 
 def test_a_source_distribution_can_be_tested_and_read(distribution):
     _, names = distribution
+    if shutil.which("git"):  # outside of a checkout nothing is listed
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        assert not {one for one in listed.split() if not one.startswith(".")} - names - WEIGHTS
     assert {
         "tests/conftest.py",
         "tests/support/models.py",
@@ -106,6 +112,7 @@ def test_a_source_distribution_can_be_tested_and_read(distribution):
         "Makefile",
     } <= names
     assert {"examples/demo.py", "examples/data/facts_train.json", "CHANGELOG.md", "LICENSE", "SECURITY.md"} <= names
+    assert not names & WEIGHTS, "their licence is another than the package's"
     assert {"hf_mend/py.typed", "hf_mend/model.py", "benchmarks/README.md"} <= names
     assert any(name.startswith("hf_mend/templates/") for name in names)
     assert not any("__pycache__" in name or name.startswith(".venv") for name in names)

@@ -188,13 +188,16 @@ def nothing_but(session: Session, message: str) -> list[Any]:
 def refresh(session: Session, editor: str, base_model: str, *fields: Any, message: str) -> Iterator[list[Any]]:
     prompt, target, paraphrases, unrelated, chat, strictness = fields
     session.strictness = strictness
-    choices = gr.update(choices=session.labels(), value=[edit.id for edit in session.active])
+
+    def choices() -> Any:  # anew each time: what is yielded is gradio's
+        return gr.update(choices=session.labels(), value=[edit.id for edit in session.active])
+
     if not prompt.strip():
-        yield [session, message, gr.skip(), choices, gr.skip()]
+        yield [session, message, gr.skip(), choices(), gr.skip()]
         return
     bench, rows = workbench(editor, base_model), []
     others = probes_for(prompt, paraphrases, unrelated)
-    yield [session, f"{message} Asking …", gr.skip(), choices, gr.skip()]
+    yield [session, f"{message} Asking …", gr.skip(), choices(), gr.skip()]
     try:
         for row in bench.rows(session, prompt, target, *map(lines, others), chat):
             rows.append(row)
@@ -204,7 +207,7 @@ def refresh(session: Session, editor: str, base_model: str, *fields: Any, messag
         return
     adapter = bench.adapter(session)
     download = gr.update(value=str(adapter) if adapter else None, interactive=adapter is not None)
-    yield [session, message, show(rows, target.strip()), choices, download]
+    yield [session, message, show(rows, target.strip()), choices(), download]
 
 
 def build() -> gr.Blocks:

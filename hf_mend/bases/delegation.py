@@ -48,6 +48,9 @@ _INSTEAD = {
     "active_adapters": "edits.active has the edits that act",
     "active_adapter": "edits.active has the edits that act",
     "print_trainable_parameters": "model.editor has the parameters that are trained",
+    "get_nb_trainable_parameters": "model.editor has the parameters that are trained",
+    "get_base_model": "model.base_model is the base model, which unload() gives back as it was",
+    "peft_config": "model.editor_config is the editor's configuration",
     "merge_adapter": "merge_and_unload() writes the edits into the weights",
     "unmerge_adapter": "edits are exactly undone by undo(), as they are never in the weights",
 }
@@ -71,7 +74,7 @@ class _NoGradient(torch.autograd.Function):
 def _refusing_backward(outputs: Any) -> Any:
     """Return the outputs of a forward pass whose loss has no gradient with one that says so; others as they are."""
     loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
-    if loss is None or loss.requires_grad:  # an adapter's parameters, or those of a base that was unfrozen
+    if loss is None:
         return outputs
     loss = _NoGradient.apply(loss, torch.zeros((), requires_grad=True))
     if isinstance(outputs, tuple):
@@ -123,7 +126,11 @@ class DelegatesToBase:
         with self._active.reading():
             outputs = self.base_model(*args, **given, **kwargs)
         if labels is not None and self.training and torch.is_grad_enabled():
-            return _refusing_backward(outputs)
+            # An adapter's parameters, those of a base that was unfrozen, or a prompt's; without any, a loss may have a
+            # gradient for the sake of activation checkpointing alone.
+            trained = any(parameter.requires_grad for parameter in self.base_model.parameters())
+            given_by_peft = kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None
+            return outputs if trained or given_by_peft else _refusing_backward(outputs)
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
 from .fused import Pair, of_one_shape, stacked
+from .quantized import gradients_pass
 from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
 from .targets import Target
 from .threads import hooked
@@ -87,7 +88,7 @@ def trace(
         where `delta` is; and the logits of the chosen positions, `(chosen, vocab)`.
 
     Raises:
-        ValueError: No gradient reaches a layer.
+        ValueError: No gradient reaches a layer, or one above passes none on.
     """
     if places is None or any(-100 in said for said in places.said):
         on_host = next_tokens.cpu()
@@ -126,6 +127,7 @@ def gradient_factors(
         state = split.run_below(inputs)
     with (
         torch.enable_grad(),
+        gradients_pass(split.unusual_layers),
         record_factors(targets) as record,
         logits_at(split.model, places.positions),
         _recomputed_if_offloaded(split.model),
@@ -188,14 +190,25 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
     """
     found: dict[str, torch.Tensor] = {}
     mask = rows.inputs["attention_mask"].bool()
-    present = {"encoder": mask, "decoder": rows.positions if "decoder_input_ids" in rows.inputs else mask}
+    of_two = "decoder_input_ids" in rows.inputs
+    present = {"encoder": mask, "decoder": rows.positions if of_two else mask}
+    encoded: list[torch.Tensor] = []
+
+    def keep_encoded(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        encoded.append(output[0])
+
+    def reads_encoder(x: torch.Tensor) -> bool:
+        """Whether a decoder's layer reads the encoder's tokens, as the keys and values of cross-attention do."""
+        same = any(x.shape == one.shape and x.data_ptr() == one.data_ptr() for one in encoded)
+        return same or x.shape[1] == mask.shape[1] != present["decoder"].shape[1]
 
     def make(target: Target) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             if target.name in found:  # a second run is on other tokens, as PEGASUS-X's global ones
                 return
-            mask = present[target.side]
             x = args[0].transpose(0, 1) if split.tokens_first else args[0]
+            side = "encoder" if of_two and x.dim() == 3 and reads_encoder(x) else target.side
+            mask = present[side]
             x = x.reshape(mask.shape[0], -1, x.shape[-1])
             x = x[:, : mask.shape[1]]  # LED pads its inputs, and ProphetNet's decoder has further streams behind them
             found[target.name] = x[mask.to(x.device)].float()
@@ -203,6 +216,8 @@ def record_inputs(split: SplitModel, targets: Sequence[Target], rows: EncodedBat
         return keep
 
     with torch.no_grad(), ExitStack() as hooks, logits_at(split.model, rows.places.positions):
+        if of_two:
+            hooks.enter_context(hooked(split.model.get_encoder().register_forward_hook, keep_encoded))
         for target in targets:
             hooks.enter_context(hooked(target.module.register_forward_pre_hook, make(target)))
         split.model(**rows.inputs, use_cache=False)

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
+from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
 from .threads import as_this_thread, hooked, present_forward, replaced_forward
 from .unpadded import Unpadded
@@ -80,6 +81,7 @@ class SplitModel:
         self.cuts_decoder_of_two = kind == "decoder" and "encoder" in lists
         config: Any = model.config
         self.tokens_first: bool = config.model_type in _TOKENS_FIRST
+        self.unusual_layers = unusual_layers(model)
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
         self._needs_mask = True

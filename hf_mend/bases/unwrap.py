@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .compiled import check_uncompiled
+from .quantized import restore_order
 
 
 logger = logging.get_logger(__name__)
@@ -44,6 +45,7 @@ def plain_base(model: Any) -> Any:
     check_uncompiled(model)
     if isinstance(model, PreTrainedModel):
         _check_language_model(model)
+        restore_order(model)
     return model
 
 
@@ -145,17 +147,3 @@ class BaseState:
 def _plain(name: str) -> str:
     """Return a name without the adapter around its layer: merging removes the adapters."""
     return name.replace(".base_layer", "")
-
-
-def keep_gradients(model: nn.Module) -> None:
-    """
-    Keep quantised layers in a form that passes a gradient on to their inputs.
-
-    bitsandbytes packs 4-bit weights anew on some CPUs, at the first pass in eval mode, for a kernel that has no
-    gradient.
-    """
-    module: Any
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks what an earlier pass has packed

@@ -16,6 +16,7 @@ from ..edits.edit import Edit
 from ..edits.edits_file import read_edits_file
 from ..edits.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ..hub.cards import CARD_NAME
+from ..hub.editor_files import FILES_BESIDE_CONFIG, MODEL_CONFIG_NAME, REPLACED_FILES, is_of_editor
 from ..hub.files import EDITS_NAME, SCOPE_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
 from ..hub.transfer import check_download, check_is_no_file, find_files
@@ -23,7 +24,7 @@ from ..hub.transfer import check_download, check_is_no_file, find_files
 
 _SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]
 _FILES = {
-    "editor": [CONFIG_NAME, *files_like(WEIGHTS_NAME), SCOPE_NAME, *_SHOWN],
+    "editor": [CONFIG_NAME, *FILES_BESIDE_CONFIG],
     "edits": [*files_like(EDITS_NAME), *_SHOWN],
     "LoRA adapter": [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *_SHOWN],
 }
@@ -56,7 +57,7 @@ class Contents:
     @property
     def replaces(self) -> Sequence[str]:
         """Return patterns of the files that an upload replaces."""
-        return {"editor": [*files_like(WEIGHTS_NAME), SCOPE_NAME], "edits": files_like(EDITS_NAME)}.get(self.kind, [])
+        return {"editor": REPLACED_FILES, "edits": files_like(EDITS_NAME)}.get(self.kind, [])
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -111,6 +112,8 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
             "hf-mend edit --save FOLDER keeps edits"
         )
     files = sorted(file for file in present if any(fnmatch(file, pattern) for pattern in _FILES[kind]))
+    if MODEL_CONFIG_NAME in files and not is_of_editor(folder / MODEL_CONFIG_NAME):
+        files.remove(MODEL_CONFIG_NAME)  # a model's in the same folder
     size = sum((folder / file).stat().st_size for file in files if file.endswith(".safetensors"))
     contents = Contents(kind, files, size)
     weights = find_files(folder, [main])[main]

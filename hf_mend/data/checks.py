@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from .display import shown
 from .encoding import Encoder, Query
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """
+    Raises:
+        TypeError: It is no tokenizer, for example a tokenizer's name or a processor.
+    """
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    has_one = isinstance(getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerBase)
+    instead = "its own tokenizer, processor.tokenizer" if has_one else "AutoTokenizer.from_pretrained(name)"
+    raise TypeError(
+        f"tokenizer is {shown(str(tokenizer))}, a {type(tokenizer).__name__}; expected a tokenizer that transformers "
+        f"has loaded, such as {instead}"
+    )
 
 
 def check_query(

@@ -136,6 +136,14 @@ def _as_requests(
     prompts = _listed(prompt, "prompt", (str, EditRecord))
     if not prompts:
         raise ValueError("there is no prompt: the list is empty")
+    for number, item in enumerate(prompts):
+        texts = {"prompt": item.prompt, "target": item.target} if isinstance(item, EditRecord) else {"prompt": item}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"the {name} of request {number} is {shortened(text)}, of type {type(text).__name__}; expected a "
+                    "text, or an EditRecord with texts: EditRecord(prompt=..., target=...)"
+                )
     if all(isinstance(item, EditRecord) for item in prompts):
         if target is not None:
             raise ValueError("records hold their targets; leave `target` out")
@@ -196,9 +204,12 @@ def _texts(value: str | Sequence[str], name: str) -> list[str]:
 def check_limits(**limits: int | None) -> None:
     """
     Raises:
+        TypeError: One of them is no whole number.
         ValueError: One of them is below 1.
     """
     for name, value in limits.items():
+        if value is not None and type(value) is not int:
+            raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; expected a whole number")
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
 

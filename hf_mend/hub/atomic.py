@@ -29,6 +29,7 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         path (`str` or `Path`): The folder to replace; it need not exist.
     """
     path = Path(path).resolve()
+    check_is_folder(path)
     made_folder(path.parent)
     recover_folder(path)
     fixed = path.is_dir() and _is_fixed(path)
@@ -176,7 +177,13 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 
 
 def made_folder(path: Path) -> None:
-    """Make a folder and those above it where they are missing, so that a power failure does not take them back."""
+    """
+    Make a folder and those above it where they are missing, so that a power failure does not take them back.
+
+    Raises:
+        NotADirectoryError: It is a file.
+    """
+    check_is_folder(path)
     missing = []
     while not path.exists():
         missing.append(path)
@@ -184,6 +191,15 @@ def made_folder(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         flush_folder(folder.parent)
+
+
+def check_is_folder(path: Path) -> None:
+    """
+    Raises:
+        NotADirectoryError: The path is a file's.
+    """
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file, and what is saved needs a folder; name another path")
 
 
 def flush_folder(folder: Path) -> None:

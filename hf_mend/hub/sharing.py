@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import CommitInfo
 
 from .cards import update_card, use_section
-from .files import EDITS_NAME, SCOPE_NAME, WEIGHTS_NAME, files_like
+from .editor_files import REPLACED_FILES
+from .files import EDITS_NAME, files_like
 from .transfer import push_written
 
 
@@ -73,7 +74,7 @@ class PushesToHub:
             self.save_pretrained(folder, edits=edits, **options)
             update_card(folder, {"use": use_section(repo_id)})
 
-        replaces = [*files_like(WEIGHTS_NAME), SCOPE_NAME, *(files_like(EDITS_NAME) if edits else ())]
+        replaces = [*REPLACED_FILES, *(files_like(EDITS_NAME) if edits else ())]
         return push_written(write, "editor", repo_id, replaces=replaces, **push_kwargs)
 
     def push_edits_to_hub(self, repo_id: str, **push_kwargs: Any) -> CommitInfo:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,7 +30,8 @@ from transformers.utils import logging
 
 from .atomic import recover_folder
 from .cards import CARD_NAME, with_sections_of
-from .files import index_name, read_index, shortened
+from .editor_files import MODEL_CONFIG_NAME, is_of_editor
+from .files import EDITS_NAME, index_name, read_index, shortened
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +72,20 @@ def find_files(
     return {name: source.find(name) for name in names}
 
 
+def check_options(hub_kwargs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: An argument is none of `hf_hub_download`'s, which a folder would leave unseen.
+    """
+    known = inspect.signature(hf_hub_download).parameters
+    for name in hub_kwargs:
+        if name not in known:
+            raise TypeError(
+                f"there is no option {name!r} here, only those of hf_hub_download, such as revision and token; those "
+                "of the base model go to its own from_pretrained, or to AutoEditableModel's"
+            )
+
+
 def check_is_no_file(path: Path) -> None:
     """
     Raises:
@@ -89,10 +105,20 @@ def _in_folder(folder: Path, name: str) -> Path:
         found = index
     for path in shards:
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; {folder} is not what save_pretrained or save_edits writes"
-            )
+            raise FileNotFoundError(f"{path} does not exist; {_kind_of(folder)}")
     return found
+
+
+def _kind_of(folder: Path) -> str:
+    """What a folder holds that lacks what was looked for, in words."""
+    kinds = {
+        "editor_config.json": "an editor, which AutoEditableModel.from_pretrained loads",
+        EDITS_NAME: "edits, which load_edits loads",
+        "adapter_config.json": "a PEFT adapter, which load_lora loads if it is a LoRA",
+        "config.json": "a model, which AutoModelForCausalLM loads",
+    }
+    found = [words for name, words in kinds.items() if (folder / name).is_file()]
+    return f"{folder} holds {found[0]}" if found else f"{folder} is not what save_pretrained or save_edits writes"
 
 
 @dataclass
@@ -324,6 +350,8 @@ def _operations(
     added: dict[str, CommitOperationAdd] = {}
     for path in matching_files(folder, patterns):
         name = prefix + path.relative_to(folder).as_posix()
+        if path == folder / MODEL_CONFIG_NAME and (name in there or not is_of_editor(path)):
+            continue  # a model's stays
         content: Any = path
         if path == folder / CARD_NAME and name in there:
             words = Path(api.hf_hub_download(repo_id, name, revision=info.sha, token=options.token))

@@ -17,15 +17,13 @@ from transformers.utils.hub import PushInProgress
 from ..config import CONFIG_NAME
 from ..hub.atomic import link_or_copy
 from ..hub.cards import CARD_NAME, get_metadata, set_metadata
-from ..hub.files import WEIGHTS_NAME, files_like
-from ..hub.plots import CURVE_NAME, METRICS_NAME
+from ..hub.editor_files import FILES_BESIDE_CONFIG, REPLACED_FILES
 from ..hub.transfer import PushOptions, matching_files, push_folder
 
 
 logger = logging.get_logger(__name__)
 
-_EDITOR_WEIGHTS = files_like(WEIGHTS_NAME)
-EDITOR_FILES = [CONFIG_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, *_EDITOR_WEIGHTS]
+EDITOR_FILES = [CONFIG_NAME, *FILES_BESIDE_CONFIG]
 _API = HfApi(library_name="hf_mend")  # one object, whose uploads run one after another
 
 
@@ -55,7 +53,7 @@ class PushesCheckpoints:
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         at = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         folder, message = Path(checkpoint_folder), f"Training in progress, {at}"
-        jobs = [self._push_later(folder, EDITOR_FILES, _EDITOR_WEIGHTS, self._options(message))]
+        jobs = [self._push_later(folder, EDITOR_FILES, REPLACED_FILES, self._options(message))]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
             jobs.append(
@@ -127,8 +125,8 @@ class PushesCheckpoints:
         folder = Path(str(self.args.output_dir))
         if blocking:
             name = str(self.hub_model_id)
-            return push_folder(folder, name, options, patterns=EDITOR_FILES, replaces=_EDITOR_WEIGHTS)
-        return self._push_later(folder, EDITOR_FILES, _EDITOR_WEIGHTS, options)
+            return push_folder(folder, name, options, patterns=EDITOR_FILES, replaces=REPLACED_FILES)
+        return self._push_later(folder, EDITOR_FILES, REPLACED_FILES, options)
 
     def create_model_card(  # with the nine parameters of Trainer.create_model_card
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gradients import autograd_gradients, encoder_for, queries
-from support.models import ARCHITECTURES, RECORDS, build_model, editable, small_config
+from support.models import ARCHITECTURES, RECORDS, SEQ2SEQ, build_model, editable, small_config
 
 from hf_mend.bases.gradients import record_inputs, trace
 from hf_mend.bases.split import SplitModel, logits_of
@@ -142,6 +142,21 @@ def test_recorded_inputs_are_the_real_tokens(base, tokenizer):
     for target in model.targets:
         want = torch.cat([part[target.name] for part in apart])
         torch.testing.assert_close(together[target.name], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_cross_attention_reads_the_encoder_s_tokens(base, tokenizer):
+    cross = r"decoder.*(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)"
+    model = editable(base, tokenizer, target_modules=f".*{cross}", layers_to_transform=None)
+    assert len(model.targets) == 8
+    for asked in (queries(), [Query("x", "the capital of peru is lima town"), Query("the river of peru is", "x")]):
+        rows = model.encoder(asked)
+        found = record_inputs(model.split, model.targets, rows)
+        with torch.no_grad():
+            mask = rows.inputs["attention_mask"]
+            hidden = base.get_encoder()(rows.inputs["input_ids"], attention_mask=mask).last_hidden_state
+        for target in model.targets:
+            torch.testing.assert_close(found[target.name], hidden[mask.bool()])
 
 
 def test_a_failed_pass_leaves_the_blocks_as_they_were(llama, tokenizer):

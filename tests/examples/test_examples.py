@@ -35,7 +35,8 @@ def test_training_an_editor(tmp_path):
     out = run(script, *options, folder=tmp_path)
     assert "eval_score" in out
     names = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert names - {"metrics.png", "training.png"} == {"editor_config.json", "editor.safetensors", "README.md"}
+    files = {"config.json", "editor_config.json", "editor.safetensors", "README.md"}
+    assert names - {"metrics.png", "training.png"} == files
     assert "| steps | 3 |" in (tmp_path / "mine" / "README.md").read_text()
     assert not list(ROOT.glob("mine*"))
 

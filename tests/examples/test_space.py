@@ -231,6 +231,45 @@ def test_an_empty_prompt_leaves_results_and_edits_as_they_are(app):
     assert refused[1].startswith("Not edited: ") and refused[2:] == [gr.skip()] * 3
 
 
+@pytest.fixture
+def visitor(app):
+    """Returns a new visitor of the page on a server: a client whose session is its own."""
+    from gradio_client import Client
+
+    page = app.build()
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    yield lambda: Client(address, verbose=False, download_files=False)
+    page.close()
+
+
+def test_the_page_on_a_server_keeps_visitors_apart(app, visitor, llama, tokenizer, monkeypatch):
+    bench = session_module.Workbench(hf_mend.EditableModel(llama, tokenizer=tokenizer))
+    monkeypatch.setattr(app, "workbench", lambda editor, base_model: bench)
+
+    def asking(prompt: str) -> tuple[object, ...]:
+        return app.NO_EDITOR, "", prompt, TARGET, "", RECORDS[3].prompt, False, 0.0
+
+    ask = asking(PROMPT)
+    mine, other = visitor(), visitor()
+    job = mine.submit(*ask, api_name="/make_edit")
+    message, rows, edits, download = job.result()
+    assert "The edit took" in message and rows.count('class="row ') == 2 and rows.count("same answer") < 2
+    assert "Editing" in job.outputs()[0][0] and "Asking" in job.outputs()[1][0]
+    (number,) = edits["value"]
+    assert edits["choices"] == [[f"{PROMPT} → {TARGET}", number]]
+    assert download["interactive"] and download["value"]
+    # Another visitor has none of it; what is wrong is said and leaves all as it was.
+    assert other.predict(*ask, api_name="/undo")[0] == "There is no edit to undo."
+    message, *rest = mine.predict(*asking(" "), api_name="/make_edit")
+    assert message.startswith("Write a prompt first")
+    message, rows, *_ = mine.predict([], *ask, api_name="/switch")
+    assert message.startswith("0 of 1") and rows.count("same answer") == 2
+    assert mine.predict([number], *ask, api_name="/switch")[0].startswith("1 of 1")
+    message, rows, edits, download = mine.predict(*ask, api_name="/undo")
+    assert message.startswith(f"Undone: {PROMPT}") and edits["choices"] == [] and not download["interactive"]
+    assert bench.model.edits == []
+
+
 def test_what_an_answer_s_change_means(app):
     row = session_module.Row
     for kind, before, after, words, good in (

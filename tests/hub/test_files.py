@@ -417,7 +417,7 @@ def test_saving_where_the_folder_cannot_be_renamed(saved, tokenizer, monkeypatch
     model.editor_config.edit_lr = 0.25
     model.save_pretrained(".")
     assert {path.name for path in saved.iterdir()} == {
-        "README.md", "editor_config.json", "editor.safetensors", "notes.txt",
+        "README.md", "config.json", "editor_config.json", "editor.safetensors", "notes.txt",
     }  # fmt: skip
     assert load(".", tokenizer).editor_config.edit_lr == 0.25
     assert list(saved.parent.iterdir()) == [saved]
@@ -449,7 +449,9 @@ def test_a_large_editor_in_shards(saved, tokenizer):
     again = load(saved, tokenizer)
     assert all(torch.equal(value, state[name]) for name, value in again.editor.state_dict().items())
     again.save_pretrained(saved, max_shard_size="1GB")
-    assert {path.name for path in saved.iterdir()} == {"README.md", "editor_config.json", "editor.safetensors"}
+    assert {path.name for path in saved.iterdir()} == {
+        "README.md", "config.json", "editor_config.json", "editor.safetensors",
+    }  # fmt: skip
     assert load(saved, tokenizer).editor_config == whole.editor_config
 
 

@@ -24,7 +24,7 @@ from hf_mend import AutoEditableModel, get_editable_model
 from hf_mend.hub.transfer import is_reachable
 
 
-EDITOR_FILES = {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
+EDITOR_FILES = {".gitattributes", "README.md", "config.json", "editor_config.json", "editor.safetensors"}
 
 
 @pytest.fixture

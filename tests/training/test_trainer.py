@@ -233,6 +233,9 @@ def test_a_plain_trainer_points_to_the_editor_s(tokenizer, tmp_path):
         Trainer(model, args, train_dataset=ROWS).train()
     with pytest.raises(RuntimeError, match="EditorTrainer"):  # and a loop written by hand
         model.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    model.enable_input_require_grads()  # as a Trainer does for activation checkpointing: a gradient of nothing
+    with pytest.raises(RuntimeError, match="EditorTrainer"):
+        Trainer(model, args, train_dataset=ROWS).train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -527,7 +530,8 @@ def test_each_checkpoint_is_pushed_as_an_editor(hub, tokenizer, tmp_path):
     assert len(commits) >= 3
     for (_, files), step in zip(commits[1:3], (2, 4), strict=True):
         pictures = {"training.png"} & set(files)  # drawn where matplotlib is installed
-        assert set(files) - pictures == {".gitattributes", "README.md", "editor_config.json", "editor.safetensors"}
+        configs = {"config.json", "editor_config.json"}
+        assert set(files) - pictures == {".gitattributes", "README.md", "editor.safetensors", *configs}
         local = load_checkpoint(out / f"checkpoint-{step}", tokenizer)
         same(editor_in(files, tmp_path, tokenizer), local)
     same(editor_in(commits[-1][1], tmp_path, tokenizer), trainer.model.editor.state_dict())
@@ -539,6 +543,16 @@ def load_checkpoint(folder, tokenizer):
 
 def same(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_pushed_editor_has_its_scope(hub, tokenizer, tmp_path):
+    model = fresh(tokenizer, scope=True)
+    args = arguments(tmp_path / "out", max_steps=1, scope_steps=1, scope_further_facts=0, hub_model_id="me/trained")
+    trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
+    trainer.train()
+    trainer.push_to_hub()
+    there = EditableModel.from_pretrained(build_model("llama"), "me/trained", tokenizer)
+    same(there.scope.state_dict(), model.scope.state_dict())
 
 
 def test_a_pushed_checkpoint_resumes(hub, tokenizer, tmp_path):

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks import check_query
+from ..display import shown
 from ..encoding import Encoder, Query
 from ..records import EditDataset, EditRecord
 from .formats import FORMATS, Format, FormatOptions, named_columns, recognised
@@ -268,4 +269,9 @@ def check_targets(records: Sequence[EditRecord], encoder: Encoder, longest: int 
     if not len(records):
         raise ValueError("the data set is empty; there is nothing to edit")
     for number, record in enumerate(records):
+        if not isinstance(record, EditRecord):
+            raise TypeError(
+                f"item {number} of the data is {shown(str(record))}, of type {type(record).__name__}; expected an "
+                "EditRecord: read files with read_edits, or make EditRecord(prompt=..., target=...)"
+            )
         check_query(Query(record.prompt, record.target), encoder, longest, record.name(number))

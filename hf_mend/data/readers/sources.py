@@ -268,10 +268,16 @@ def open_rows(
         split, name, revision: As `datasets.load_dataset` takes them, for a Hub id.
 
     Raises:
+        TypeError: It is neither.
         FileNotFoundError: There is no such file, and it is no Hub id.
         ImportError: The package `datasets` is needed and not there.
         ValueError: The file cannot be read, or the Hub has no such data set.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(
+            f"path is a {type(path).__name__}, expected a file or a data set's id; records that are in memory need no "
+            "reader: EditRecord(prompt=..., target=...)"
+        )
     file = Path(path).expanduser()
     kind = {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix.lower())
     if file.is_file() and kind is None:
