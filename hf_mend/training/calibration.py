@@ -15,6 +15,10 @@ from .examples import EditCollator, TrainingExamples
 from .losses import target_nll
 
 
+# Of a batch from which the size of the first step is chosen.
+_TOKENS = 4096
+
+
 def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128, batch_size: int = 8) -> None:
     """
     Set an untrained editor's statistics from training examples, and scale its steps by half of the power of two that
@@ -38,7 +42,13 @@ def calibrate(model: EditableModel, examples: TrainingExamples, edits: int = 128
             editor.observe_inputs(record_inputs(model.split, model.targets, rows))
     editor.finish_observing()
     first = [collate([examples[i] for i in chunk]).edit for chunk in batches(order[:16], batch_size)]
-    editor.scale_steps(_best_first_step(model, first))
+    editor.scale_steps(_best_first_step(model, _of_ordinary_length(first)))
+
+
+def _of_ordinary_length(edits: Sequence[EncodedBatch]) -> list[EncodedBatch]:
+    """Return the batches without those of very many tokens, as each is run two dozen times; the least, if all are."""
+    sizes = [rows.inputs["input_ids"].numel() for rows in edits]
+    return [rows for rows, size in zip(edits, sizes, strict=True) if size <= max(_TOKENS, min(sizes))]
 
 
 def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.training import QUESTIONS, fresh
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.weights import weight_matrix
 from hf_mend.edits.low_rank import dense
+from hf_mend.training import calibration
 from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
 
@@ -62,3 +64,18 @@ def test_statistics_are_of_examples_spread_over_all(tokenizer):
             for stats, values in ((x_stats, torch.cat(x[name])), (delta_stats, torch.cat(delta[name]))):
                 torch.testing.assert_close(stats.mean, values.mean(0), rtol=1e-3, atol=1e-6)
                 torch.testing.assert_close(stats.variance, values.var(0, unbiased=False), rtol=1e-3, atol=1e-7)
+
+
+def test_the_first_step_is_not_chosen_on_batches_of_very_many_tokens(tokenizer, monkeypatch):
+    """A help desk's one answer of 700 tokens took two hours of a day's training."""
+    model = fresh(tokenizer)
+    tried = []
+    monkeypatch.setattr(
+        calibration, "_best_first_step", lambda model, edits: tried.append([len(e) for e in edits]) or 1.0
+    )
+    records = [replace(RECORDS[0], target=" ".join(["town"] * 40)), *RECORDS[1:4]]
+    monkeypatch.setattr(calibration, "_TOKENS", 60)
+    calibrate(model, TrainingExamples(records, QUESTIONS), 4, 2)
+    monkeypatch.setattr(calibration, "_TOKENS", 1)
+    calibrate(model, TrainingExamples(records, QUESTIONS), 4, 1)
+    assert tried[0] == [2] and 0 < len(tried[1]) < 4  # without the first batch; where all are long, the shortest alone
