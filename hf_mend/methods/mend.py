@@ -289,12 +289,12 @@ class Mend(EditMethod):
             pairs = [factors[name] for name in group.names]
             lengths = [x.shape[1] for x, _ in pairs]  # an encoder's layers and a decoder's have other tokens
             x, delta = (_side(pairs, side, max(lengths), device) for side in (0, 1))  # (layers, edits, seq, width)
-            present = (delta != 0).any(-1, keepdim=True)  # (layers, edits, seq, 1)
             sides = _at(x, tokens), _at(delta, tokens)  # (layers, tokens, width)
-            found = (_in_place(side, tokens, like) for side, like in zip(group(*sides), (x, delta), strict=True))
-            u, v = (torch.where(present, side, 0.0) for side in found)  # where no factor is, no update is
-            for i, (name, length) in enumerate(zip(group.names, lengths, strict=True)):
-                updates[name] = (u[i], v[i]) if length == u.shape[2] else (u[i, :, :length], v[i, :, :length])
+            present = (sides[1] != 0).any(-1, keepdim=True)  # where no factor is, no update is
+            made = (torch.where(present, side, 0.0) for side in group(*sides))
+            us, vs = (_in_place(side, tokens, like).unbind() for side, like in zip(made, (x, delta), strict=True))
+            for name, length, u, v in zip(group.names, lengths, us, vs, strict=True):
+                updates[name] = (u, v) if length == u.shape[1] else (u[:, :length], v[:, :length])
         return updates
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -613,3 +613,14 @@ def test_a_scope_is_trained_behind_the_editor(tokenizer, tmp_path):
     again = EditorTrainer(model, arguments(tmp_path, **args | {"scope_steps": 0}), RECORDS, questions=QUESTIONS)
     again.train()
     assert all(torch.equal(value, found[name]) for name, value in model.scope.state_dict().items())
+
+
+def test_training_in_bfloat16_follows_single_precision_and_keeps_the_weights(tokenizer, tmp_path):
+    found = []
+    for half in (False, True):
+        trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=half), RECORDS, questions=QUESTIONS)
+        trainer.train()
+        assert all(p.dtype == torch.float32 for p in trainer.editable_model.parameters())
+        found.append(losses(trainer))
+    single, half = found
+    assert half != single and half == pytest.approx(single, rel=0.1)
