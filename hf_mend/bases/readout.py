@@ -6,7 +6,7 @@ logit is kept for the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
 from .gradients import kl_divergence
-from .split import TOLERANCE, HiddenState, SplitModel, StopForwardError, logits_at, logits_of
+from .projection import plain_head, projected, same_logits
+from .split import HiddenState, SplitModel, logits_of
 from .targets import ATTENTION_NAME, MLP_NAME, block_lists
 from .threads import hooked
 
@@ -44,34 +45,25 @@ class Readout:
 
     def __init__(self, split: SplitModel, rows: EncodedBatch, below: Callable[[EncodedBatch], HiddenState]):
         self.split = split
-        self.head: Any = None
-        self.mlp: nn.Module | None = None
         some = rows[:2]
         state = below(some)
-        with torch.no_grad():
-            logits = logits_of(split, some, state)
-            head = split.model.get_output_embeddings()
-            if _is_plain(head):
-                self.head = head
-                if not self._gives(logits, some, state):
-                    self.head = None
-            self.mlp = last_mlp(split)
-            if self.mlp is not None and not self._gives(logits, some, state):
-                self.mlp = None
+        self.head: Any = plain_head(split, split.inputs_of(some), state, some.places)
+        self.mlp: nn.Module | None = last_mlp(split)
+        if self.mlp is not None and not self._gives_the_same(some, state):
+            self.mlp = None
 
-    def _gives(self, logits: torch.Tensor, rows: EncodedBatch, state: HiddenState) -> bool:
-        """Whether what is read gives the model's logits."""
+    @torch.no_grad()
+    def _gives_the_same(self, rows: EncodedBatch, state: HiddenState) -> bool:
+        """Whether the model's logits stay where the MLP runs at the positions alone."""
+        logits = logits_of(self.split, rows, state)
         try:
             with narrowed(self.mlp, rows):
-                found = self.at(rows, state)
-            found = found if self.head is None else self.head(found)
+                found = logits_of(self.split, rows, state)
         except Exception as error:  # foreign code that calls its layers in another way
-            logger.info(f"{type(self.split.model).__name__} is read plainly ({type(error).__name__}: {error})")
+            name = type(self.split.model).__name__
+            logger.info(f"{name} runs its last MLP at all tokens ({type(error).__name__}: {error})")
             return False
-        if found.shape != logits.shape:
-            return False
-        difference = (found.float() - logits.float()).abs().max()
-        return bool(difference <= TOLERANCE[logits.dtype] * logits.float().abs().max())
+        return same_logits(found, logits)
 
     def at(self, rows: EncodedBatch, state: HiddenState) -> torch.Tensor:
         """
@@ -83,19 +75,7 @@ class Readout:
         """
         if self.head is None:
             return logits_of(self.split, rows, state)
-        found: list[torch.Tensor] = []
-
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0][0])
-            raise StopForwardError
-
-        with (
-            logits_at(self.split.model, rows.places.positions),
-            hooked(self.head.register_forward_pre_hook, keep),
-            suppress(StopForwardError),
-        ):
-            self.split.run_above(self.split.inputs_of(rows), state)
-        return found[0]
+        return projected(self.split, self.split.inputs_of(rows), state, rows.places, self.head)
 
     def nll(self, read: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -189,18 +169,6 @@ def _kl_and_gradient(logits: torch.Tensor, base: torch.Tensor) -> tuple[torch.Te
     probabilities = base.exp()
     value = torch.linalg.vecdot(probabilities, base.sub_(logits))
     return value, logits.exp_().sub_(probabilities)
-
-
-def _is_plain(head: Any) -> bool:
-    """Whether a vocabulary projection is a linear layer whose whole weight is here."""
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and not hasattr(head, "_hf_hook")
-        and head.weight.shape == (head.out_features, head.in_features)
-        and not head.weight.is_meta
-        and not head.weight.requires_grad
-    )
 
 
 def last_mlp(split: SplitModel) -> nn.Module | None:

@@ -84,6 +84,7 @@ class SplitModel:
         self._resumes: bool | None = None  # not checked yet
         self._needs_mask = True
         self.readout: Any = None  # of a loss: see bases.readout
+        self.head_is_plain: bool | None = None  # not checked yet: see bases.projection
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ from support.training import QUESTIONS
 from torch import nn
 from torch.func import functional_call
 
+from hf_mend.bases import projection
 from hf_mend.bases.gradients import trace
 from hf_mend.bases.readout import Readout, Slots, last_mlp
 from hf_mend.edits.low_rank import dense
@@ -211,3 +212,35 @@ def test_factors_from_parts_of_one_length_are_those_of_all_rows(tokenizer, monke
     assert [*found] == [*whole] and (found.tokens is None) == (whole.tokens is None)
     for name, pair in whole.items():
         torch.testing.assert_close(found[name], pair, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 160])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "gemma2"])
+def test_factors_of_a_projection_that_is_read_once_are_autograds(tokenizer, monkeypatch, architecture, rows):
+    model, _, batch = a_step(tokenizer, architecture)
+    texts = batch.edit[:3]
+    whole, logits = trace(model.split, model.targets, texts.inputs, texts.next_tokens)
+    swept: list[int] = []
+    monkeypatch.setattr("hf_mend.bases.projection._LARGE", 0)
+    monkeypatch.setattr("hf_mend.bases.projection._ROWS", rows)
+    monkeypatch.setattr("hf_mend.bases.gradients.swept", lambda *args: swept.append(1) or projection.swept(*args))
+    found, others = trace(model.split, model.targets, texts.inputs, texts.next_tokens)
+    assert bool(swept) == (architecture != "gemma2")  # whose logits are bent
+    torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-5)
+    for name, pair in whole.items():
+        torch.testing.assert_close(found[name], pair, rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_answers_of_a_projection_that_is_read_in_parts_are_the_models(tokenizer, monkeypatch, count):
+    model, _, batch = a_step(tokenizer, "llama")
+    rows = batch.edit[:count]
+    expected = model.base_model(**rows.inputs).logits[rows.positions]
+    monkeypatch.setattr("hf_mend.bases.projection._LARGE", 0)
+    monkeypatch.setattr("hf_mend.bases.projection._ROWS", 7)
+    parts: list[int] = []
+    real = projection.logits_in_parts
+    monkeypatch.setattr("hf_mend.editing.context.logits_in_parts", lambda *args: parts.append(1) or real(*args))
+    torch.testing.assert_close(model.context.logits(rows), expected, rtol=1e-4, atol=1e-5)
+    assert parts
