@@ -82,11 +82,16 @@ def _is_plain(head: Any) -> bool:
 
 
 def read_once(split: SplitModel, inputs: Inputs, state: HiddenState, places: Places) -> nn.Linear | None:
-    """Return the projection where reading it is what it costs: on a CPU, at few positions. As for [`plain_head`]."""
-    head: Any = split.model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    large = isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.nbytes >= _LARGE
-    return plain_head(split, inputs, state, places) if large and len(places.positions) <= _FEW else None
+    """Return the projection where it [`is_large`] and plain. The arguments are those of [`plain_head`]."""
+    return plain_head(split, inputs, state, places) if is_large(split, places) else None
+
+
+def is_large(split: SplitModel, places: Places) -> bool:
+    """Whether reading the vocabulary projection is what it costs: on a CPU, at few positions."""
+    weight = getattr(split.model.get_output_embeddings(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
+        return False
+    return weight.nbytes >= _LARGE and len(places.positions) <= _FEW
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..bases.fused import of_one_shape, stacked
 from ..bases.gradients import Factors, trace
-from ..bases.projection import logits_in_parts, projected, read_once
+from ..bases.projection import is_large, logits_in_parts, projected, read_once
 from ..bases.readout import Slots, narrowed
 from ..bases.split import HiddenState, SplitModel, logits_of
 from ..bases.targets import Target
@@ -168,9 +168,10 @@ class EditingContext:
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
         """Return the logits at the rows' positions, `(positions, vocab)`. The arguments are those of `trace`."""
-        split, inputs, places = self.split, self.split.inputs_of(rows), rows.places
+        split, places = self.split, rows.places
         with self.applied(rows, *updates):
-            if not torch.is_grad_enabled():
+            if is_large(split, places) and not torch.is_grad_enabled():
+                inputs = split.inputs_of(rows)
                 hidden = split.run_below(inputs) if hidden is None else hidden
                 head = read_once(split, inputs, hidden, places)
                 if head is not None:

@@ -289,10 +289,11 @@ class Mend(EditMethod):
             pairs = [factors[name] for name in group.names]
             lengths = [x.shape[1] for x, _ in pairs]  # an encoder's layers and a decoder's have other tokens
             x, delta = (_side(pairs, side, max(lengths), device) for side in (0, 1))  # (layers, edits, seq, width)
+            present = (delta != 0).any(-1, keepdim=True)  # (layers, edits, seq, 1)
             sides = _at(x, tokens), _at(delta, tokens)  # (layers, tokens, width)
-            present = (sides[1] != 0).any(-1, keepdim=True)  # where no factor is, no update is
-            made = (torch.where(present, side, 0.0) for side in group(*sides))
-            us, vs = (_in_place(side, tokens, like).unbind() for side, like in zip(made, (x, delta), strict=True))
+            found = (_in_place(side, tokens, like) for side, like in zip(group(*sides), (x, delta), strict=True))
+            # Where no factor is, no update is. Taken apart at once: autograd would fill a whole for each layer.
+            us, vs = (torch.where(present, side, 0.0).unbind() for side in found)
             for name, length, u, v in zip(group.names, lengths, us, vs, strict=True):
                 updates[name] = (u, v) if length == u.shape[1] else (u[:, :length], v[:, :length])
         return updates
