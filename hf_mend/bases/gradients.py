@@ -13,6 +13,7 @@ from torch import nn
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
 from .fused import Pair, of_one_shape, stacked
+from .projection import projected, read_once, swept
 from .quantized import gradients_pass
 from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
 from .targets import Target
@@ -98,7 +99,9 @@ def trace(
         labels = places.labels.to(logits.device)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
-    return gradient_factors(split, targets, inputs, places, loss_of, state)
+    if state is None:
+        state = split.run_below(inputs)
+    return gradient_factors(split, targets, inputs, places, loss_of, state, read_once(split, inputs, state, places))
 
 
 def gradient_factors(
@@ -108,6 +111,7 @@ def gradient_factors(
     places: Places,
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     state: HiddenState | None = None,
+    head: nn.Linear | None = None,
 ) -> tuple[Factors, torch.Tensor]:
     """
     Return the factors and logits of [`trace`] for any loss that is a sum over rows.
@@ -116,6 +120,7 @@ def gradient_factors(
         split, targets, inputs, state: As for [`trace`].
         places ([`~hf_mend.data.places.Places`]): The positions of the logits.
         loss_of (`Callable`): The logits there, `(positions, vocab)` -> the loss.
+        head (`nn.Linear`, *optional*): The vocabulary projection, to be read once: for the loss of [`trace`] alone.
     """
     rows = len(places.counts)
     if split.tokens_first and rows > 1:
@@ -129,16 +134,21 @@ def gradient_factors(
         torch.enable_grad(),
         gradients_pass(split.unusual_layers),
         record_factors(targets) as record,
-        logits_at(split.model, places.positions),
         _recomputed_if_offloaded(split.model),
     ):
-        logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
-        loss = loss_of(logits)
+        slope: torch.Tensor | None = None
+        if head is None:
+            with logits_at(split.model, places.positions):
+                logits = split.run_above(inputs, state).logits[0]  # (positions, vocab)
+            loss = loss_of(logits)
+        else:  # what stands for the loss is the projection's input, of which the gradient is known
+            loss = projected(split, inputs, state, places, head)
+            logits, slope = swept(loss, head, places.labels)
         # Before the backward pass, in which offloaded blocks run again. PEGASUS-X runs a layer on global tokens too.
         runs = [(target.name, x, y) for target in targets for x, y in record.get(target.name, [])]
         outputs = [y for _, _, y in runs]
         gradients = (
-            torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else (None,) * len(runs)
+            torch.autograd.grad(loss, outputs, slope, allow_unused=True) if loss.requires_grad else (None,) * len(runs)
         )
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name, _, _ in runs}
     for (name, x, _), gradient in zip(runs, gradients, strict=True):

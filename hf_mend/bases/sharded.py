@@ -55,10 +55,10 @@ def _is_partitioned(module: nn.Module) -> bool:
 def _gathered(module: nn.Module, write: bool = False) -> AbstractContextManager[Any]:
     if not _is_partitioned(module):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     # Every process writes the same values, and DeepSpeed broadcasts those of rank 0.
-    context: AbstractContextManager[Any] = GatheredParameters(
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
         list(module.parameters()), modifier_rank=0 if write else None
     )
     return context

@@ -25,7 +25,7 @@ from .weights import device_of
 logger = logging.get_logger(__name__)
 
 # Tolerated difference of two equal passes' logits, as a share of the largest: rounding only.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 # Their blocks take `(seq, rows, width)`, so that rows cannot be told apart in a layer's input.
 _TOKENS_FIRST = frozenset({"xlnet"})
@@ -33,8 +33,8 @@ _TOKENS_FIRST = frozenset({"xlnet"})
 Inputs = Mapping[str, torch.Tensor]
 
 
-class _StopForwardError(Exception):
-    """End a forward pass early; never leaves this module."""
+class StopForwardError(Exception):
+    """End a forward pass early; never leaves the pass."""
 
 
 @dataclass
@@ -85,6 +85,8 @@ class SplitModel:
         self._returns_tuple: bool | None = None
         self._resumes: bool | None = None  # not checked yet
         self._needs_mask = True
+        self.readout: Any = None  # of a loss: see bases.readout
+        self.head_is_plain: bool | None = None  # not checked yet: see bases.projection
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +139,7 @@ class SplitModel:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found["hidden"] = args[0] if args else kwargs["hidden_states"]
-            raise _StopForwardError
+            raise StopForwardError
 
         def note_type(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._returns_tuple = isinstance(output, tuple)
@@ -151,7 +153,7 @@ class SplitModel:
                 hooks.enter_context(hooked(self.blocks[self.block - 1].register_forward_hook, note_type))
             if self.cuts_decoder_of_two:
                 hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
-            with suppress(_StopForwardError):
+            with suppress(StopForwardError):
                 self.model(**inputs, use_cache=False)
         if "hidden" not in found:
             raise ValueError(
@@ -180,7 +182,7 @@ class SplitModel:
             reason = f"{type(error).__name__}: {error}"
         else:
             difference = (whole.float() - resumed.float()).abs().max()
-            if difference <= _TOLERANCE[whole.dtype] * whole.float().abs().max():
+            if difference <= TOLERANCE[whole.dtype] * whole.float().abs().max():
                 return True
             reason = f"logits differ by {float(difference):.3g}"
         logger.warning(
@@ -204,7 +206,7 @@ class SplitModel:
             plain = self.model(input_ids=ids, attention_mask=_of_ones(mask), use_cache=False).logits
         except Exception:  # a longer text than the model takes, or foreign code that takes no such mask
             return False
-        tolerance, plain = _TOLERANCE[plain.dtype], plain[:, :length].float()
+        tolerance, plain = TOLERANCE[plain.dtype], plain[:, :length].float()
         return bool((masked - plain).abs().max() <= tolerance * masked.abs().max())
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:

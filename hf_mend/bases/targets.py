@@ -20,8 +20,8 @@ from .weights import inner_layer, is_editable, layer_widths
 
 # Components of a layer's name within its block. They cover the architectures of docs/architectures.md and, as far as
 # their default configurations can be built, all language models of transformers.
-_ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
-_MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|(?:^|\.)ff\d?\.|DenseReluDense|shared_expert", re.IGNORECASE)
+ATTENTION_NAME = re.compile(r"attn|attention|EncDecAttention|SelfAttention", re.IGNORECASE)
+MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|(?:^|\.)ff\d?\.|DenseReluDense|shared_expert", re.IGNORECASE)
 # What chooses, scales or shifts, and experts that a token may not be routed to: no default, whatever stands beside it.
 # DBRX's attention lies in a `norm_attn_norm`.
 _AUXILIARY_NAME = re.compile(
@@ -188,8 +188,8 @@ def mlp_layers(block: nn.Module) -> list[str]:
     """
     layers = linear_layers(block)
     main = [name for name in layers if not _AUXILIARY_NAME.search(name)]
-    rest = [name for name in main if not _ATTENTION_NAME.search(name)]
-    mlp = [name for name in rest if _MLP_NAME.search(name)]
+    rest = [name for name in main if not ATTENTION_NAME.search(name)]
+    mlp = [name for name in rest if MLP_NAME.search(name)]
     if mlp or rest:
         return mlp or rest
     experts = [name for name, layer in layers.items() if is_experts(inner_layer(layer))]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..bases.fused import of_one_shape, stacked
 from ..bases.gradients import Factors, trace
+from ..bases.projection import is_large, logits_in_parts, projected, read_once
+from ..bases.readout import Slots, narrowed
 from ..bases.split import HiddenState, SplitModel, logits_of
 from ..bases.targets import Target
 from ..data.encoding import EncodedBatch
@@ -50,7 +53,11 @@ class EditingContext:
         return config.factor_error if self.scoped and config.factor_dtype == "int4" else None
 
     def trace(
-        self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
+        self,
+        rows: EncodedBatch,
+        hidden: HiddenState | None = None,
+        updates: Sequence[Mapping[str, Update]] = (),
+        narrow: nn.Module | None = None,
     ) -> tuple[Factors, torch.Tensor]:
         """
         Return the factors of each row's gradient and the logits at the rows' positions:
@@ -61,15 +68,69 @@ class EditingContext:
             hidden ([`HiddenState`], *optional*): Their output of `split.run_below`; computed when missing.
             updates (`Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]`): The updates that the rows are under,
                 in this order, as [`~hf_mend.edits.hook.applied`] takes them.
+            narrow (`nn.Module`, *optional*): A module that runs at the rows' positions alone, as the last MLP may.
         """
-        with self.applied(rows, *updates):
+        factors, logits = self._of_rows(rows, hidden, updates, narrow)
+        return self._of_facts(rows, factors), logits
+
+    def trace_parts(
+        self,
+        rows: EncodedBatch,
+        parts: Iterable[tuple[torch.Tensor | None, EncodedBatch]],
+        below: Callable[[EncodedBatch], HiddenState],
+        updates: Sequence[Mapping[str, Update]] = (),
+        narrow: nn.Module | None = None,
+    ) -> Factors:
+        """
+        Return the factors that `trace` gives, from passes over some rows after the others, all of which are under the
+        same updates.
+
+        Args:
+            rows ([`EncodedBatch`]): Prompts and targets.
+            parts (`Iterable`): The numbers of a part's rows, `None` for all in their order, and the rows themselves,
+                which may lack padding.
+            below (`Callable`): Gives a part's output of `split.run_below`.
+            updates, narrow: As for `trace`.
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        for index, part in parts:
+            factors, _ = self._of_rows(part, below(part), updates, narrow)
+            if index is None:
+                return self._of_facts(rows, factors)
+            for name, sides in factors.items():
+                if name not in found:
+                    found[name] = [side.new_zeros(*rows.positions.shape, side.shape[-1]) for side in sides]
+                for whole, side in zip(found[name], sides, strict=True):
+                    whole[index, : side.shape[1]] = side
+        return self._of_facts(rows, Factors({name: (x, delta) for name, (x, delta) in found.items()}))
+
+    def _of_rows(
+        self,
+        rows: EncodedBatch,
+        hidden: HiddenState | None,
+        updates: Sequence[Mapping[str, Update]],
+        narrow: nn.Module | None,
+    ) -> tuple[Factors, torch.Tensor]:
+        """The factors of each row's gradient, whatever number of rows asks for one fact."""
+        with self.applied(rows, *updates, narrow=narrow):
             inputs, places = self.split.inputs_of(rows), rows.places
             factors, logits = trace(self.split, self.targets, inputs, rows.next_tokens, hidden, places)
+        inside = self._inside(narrow)
+        if inside:
+            slots = Slots(rows)
+            for name in inside:
+                x, delta = factors[name]
+                factors[name] = (slots.widen(x), slots.widen(delta))
+        return factors, logits
+
+    def _of_facts(self, rows: EncodedBatch, factors: Factors) -> Factors:
+        """The factors of each fact's gradient, from those of its rows."""
+        places = rows.places
         tokens = places.positions if self.at_answers else places.read
         if any(x.shape[:2] != rows.positions.shape for x, _ in factors.values()):
             tokens = None  # a layer that ran on tokens of its own
         if not self.at_answers and rows.forms == 1:
-            return Factors(factors, tokens), logits
+            return Factors(factors, tokens)
         found = Factors({}, tokens)
         present = rows.positions[..., None]  # (rows, seq, 1)
         for names in of_one_shape(factors):
@@ -80,18 +141,42 @@ class EditingContext:
             x, delta = (side.reshape(len(names), rows.facts, -1, side.shape[-1]) for side in for_all)
             found.update({name: (x[i], delta[i]) for i, name in enumerate(names)})
         found.update({name: found.pop(name) for name in factors})  # in the order of the layers
-        return found, logits
+        return found
 
-    def applied(self, rows: EncodedBatch, *updates: Mapping[str, Update]) -> AbstractContextManager[None]:
-        """Add updates to the layers' outputs within the context, at `rows.positions` alone where they act so."""
-        return applied(self.targets, *updates, where=rows.positions if self.at_answers else None)
+    @contextmanager
+    def applied(
+        self, rows: EncodedBatch, *updates: Mapping[str, Update], narrow: nn.Module | None = None
+    ) -> Iterator[None]:
+        """
+        Add updates to the layers' outputs within the context, at `rows.positions` alone where they act so; `narrow` is
+        as for `trace`.
+        """
+        where = rows.positions if self.at_answers else None
+        inside = self._inside(narrow)
+        wide = [target for target in self.targets if target.name not in inside]
+        within = [target for target in self.targets if target.name in inside]
+        # Within the narrowed module there are no other positions.
+        with narrowed(narrow, rows), applied(wide, *updates, where=where), applied(within, *updates):
+            yield
+
+    def _inside(self, module: nn.Module | None) -> set[str]:
+        """The targets that lie in a module."""
+        modules = () if module is None else [*module.modules()]
+        return {target.name for target in self.targets if any(target.module is one for one in modules)}
 
     def logits(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
         """Return the logits at the rows' positions, `(positions, vocab)`. The arguments are those of `trace`."""
+        split, places = self.split, rows.places
         with self.applied(rows, *updates):
-            return logits_of(self.split, rows, hidden)
+            if is_large(split, places) and not torch.is_grad_enabled():
+                inputs = split.inputs_of(rows)
+                hidden = split.run_below(inputs) if hidden is None else hidden
+                head = read_once(split, inputs, hidden, places)
+                if head is not None:
+                    return logits_in_parts(projected(split, inputs, hidden, places, head), head)
+            return logits_of(split, rows, hidden)
 
     def answers(
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()

@@ -292,9 +292,10 @@ class Mend(EditMethod):
             present = (delta != 0).any(-1, keepdim=True)  # (layers, edits, seq, 1)
             sides = _at(x, tokens), _at(delta, tokens)  # (layers, tokens, width)
             found = (_in_place(side, tokens, like) for side, like in zip(group(*sides), (x, delta), strict=True))
-            u, v = (torch.where(present, side, 0.0) for side in found)  # where no factor is, no update is
-            for i, (name, length) in enumerate(zip(group.names, lengths, strict=True)):
-                updates[name] = (u[i], v[i]) if length == u.shape[2] else (u[i, :, :length], v[i, :, :length])
+            # Where no factor is, no update is. Taken apart at once: autograd would fill a whole for each layer.
+            us, vs = (torch.where(present, side, 0.0).unbind() for side in found)
+            for name, length, u, v in zip(group.names, lengths, us, vs, strict=True):
+                updates[name] = (u, v) if length == u.shape[1] else (u[:, :length], v[:, :length])
         return updates
 
     def observe_factors(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

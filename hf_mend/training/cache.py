@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..bases.readout import narrowed, readout_of
 from ..bases.split import HiddenState, SplitModel
 from ..bases.targets import block_lists
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from .token_ids import token_ids
+from .unedited import UneditedOutputs
 
 
 logger = logging.get_logger(__name__)
@@ -60,6 +63,7 @@ class HiddenStateCache:
         self.dtype = torch.float16 if split.model.dtype == torch.float16 else torch.bfloat16
         self.folder = Path(folder).expanduser() / _key(split, self.dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._unedited: UneditedOutputs | None = None
         self._index: dict[bytes, _Place] = {}
         self._checked: set[bytes] = set()
         self._widths = (0, 0)
@@ -157,6 +161,38 @@ class HiddenStateCache:
                         break
                     bar.update(len(chunk))
             self._open()
+
+    def fill_unedited(self, encoder: Encoder, queries: Iterable[Query], progress: bool = True) -> None:
+        """
+        Keep what the un-edited model says at texts' positions, beside their hidden states: where nothing may change, a
+        step compares with it. A model whose logits are no plain projection keeps nothing.
+
+        Args:
+            encoder ([`Encoder`]): The encoder of the texts.
+            queries (`Iterable[Query]`): The texts, in which repetitions are allowed.
+            progress (`bool`, defaults to `True`): Show a progress bar.
+        """
+        texts = list(dict.fromkeys(queries))
+        if not texts:
+            return
+        readout = readout_of(self.split, encoder(texts[:1]).to(self.split.device), self)
+        if readout.head is None:
+            return
+
+        @torch.no_grad()
+        def read(rows: EncodedBatch) -> torch.Tensor:
+            rows = rows.to(self.split.device)
+            with narrowed(readout.mlp, rows):
+                return readout.at(rows, self(rows))
+
+        with self._lock():
+            folder = self.folder / f"unedited-{_key(self.split, torch.float32, whole=True)}"
+            self._unedited = UneditedOutputs(folder, self.limit * 1e9 - self.nbytes)
+            self._unedited.fill(encoder, texts, read, progress=progress)
+
+    def unedited(self, rows: EncodedBatch) -> torch.Tensor | None:
+        """Return what the un-edited model says at the rows' positions, `None` where that is not kept of all."""
+        return None if self._unedited is None else self._unedited(rows)
 
     # ---- files ----
 
@@ -266,20 +302,6 @@ class HiddenStateCache:
         return FileLock(self.folder / "lock")
 
 
-def token_ids(rows: EncodedBatch) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield each row's token ids without padding: the input's, and the decoder's (empty if there is none)."""
-    lengths = rows.inputs["attention_mask"].sum(-1).tolist()
-    inputs = rows.inputs["input_ids"].tolist()
-    decoder = rows.inputs.get("decoder_input_ids")
-    if decoder is None:
-        for ids, length in zip(inputs, lengths, strict=True):
-            yield ids[:length], []
-        return
-    ends = (rows.positions.cpu() * torch.arange(1, rows.positions.shape[1] + 1)).amax(-1).tolist()
-    for ids, length, other, end in zip(inputs, lengths, decoder.tolist(), ends, strict=True):
-        yield ids[:length], other[:end]
-
-
 def _digest(ids: tuple[Sequence[int], Sequence[int]]) -> bytes:
     return hashlib.blake2b(json.dumps([list(part) for part in ids]).encode(), digest_size=16).digest()
 
@@ -288,11 +310,14 @@ def _to_bytes(values: torch.Tensor) -> bytes:
     return values.contiguous().view(torch.int16).numpy().tobytes()
 
 
-def _key(split: SplitModel, dtype: torch.dtype) -> str:
-    """Return a hash of architecture, configuration, cut, weights below it and dtype, on which the states depend."""
+def _key(split: SplitModel, dtype: torch.dtype, whole: bool = False) -> str:
+    """
+    Return a hash of architecture, configuration, cut, weights below it and dtype, on which the states depend, or of
+    all weights.
+    """
     model: nn.Module = split.model
-    above = {id(p) for block in split.blocks[split.block :] for p in block.parameters()}
-    if not split.cuts_decoder_of_two:  # with a cut in the encoder, the whole decoder is above it
+    above = {id(p) for block in split.blocks[split.block :] for p in block.parameters()} if not whole else set()
+    if not whole and not split.cuts_decoder_of_two:  # with a cut in the encoder, the whole decoder is above it
         for block_list in block_lists(model):
             if block_list.blocks is not split.blocks:
                 above |= {id(p) for block in block_list.blocks for p in block.parameters()}

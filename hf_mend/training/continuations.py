@@ -103,9 +103,10 @@ def _greedy(
     for row, (prompt, _) in enumerate(pairs):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, width - len(prompt) :] = 1
+    # One process generates while the others wait, also where the weights are going to be sharded: see EditorTrainer.
     out = base.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1,
-        pad_token_id=encoder.pad_token_id, **given,
+        pad_token_id=encoder.pad_token_id, synced_gpus=False, **given,
     )  # fmt: skip
     begun = given["decoder_input_ids"].shape[1] if given else width
     ends = base.generation_config.eos_token_id

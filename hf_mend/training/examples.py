@@ -185,6 +185,13 @@ class TrainingExamples(Dataset[TrainingExample]):
                 for queries in example.local.values():
                     yield from queries
 
+    def local_queries(self, epochs: int) -> Iterator[Query]:
+        """Every text whose answer must stay that the draws of the first epochs give; some more than once."""
+        for epoch in range(epochs):
+            for index in range(len(self)):
+                for queries in self.draw(index, epoch).local.values():
+                    yield from queries
+
     def leave_out_what_stays(self) -> None:
         """Draw no text that must stay: in a model with a scope, edits do not act there."""
         self.neighborhood_rows = self.unrelated_rows = self.same_subject_rows = self.continuation_rows = 0

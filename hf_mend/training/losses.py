@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.gradients import Factors, kl_divergence, row_means
+from ..bases.gradients import Factors, row_means
+from ..bases.readout import readout_of
 from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
 from ..editing.context import EditingContext
 from ..edits.low_rank import Update, compacted, together
+from .cache import HiddenStateCache
 from .examples import EditBatch
 
 
@@ -27,12 +29,8 @@ def target_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
         logits (`torch.Tensor` of shape `(tokens, vocab)`): The edited model's, at the rows' positions.
         rows ([`EncodedBatch`]): The texts; at all their positions there is a token to say.
     """
-    return _row_nll(logits, rows).mean()
-
-
-def _row_nll(logits: torch.Tensor, rows: EncodedBatch) -> torch.Tensor:
     labels = rows.places.labels.to(logits.device)  # at all positions there is one
-    return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows)
+    return row_means(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), rows).mean()
 
 
 @dataclass
@@ -70,7 +68,8 @@ def editing_loss(
         locality_weights (`Mapping[str, float]`): Weight of the KL on each kind of local rows, 1 where none is given
             (the paper's is 1 / `c_edit`).
         run_below (`Callable`, *optional*): Gives the rows' hidden states at the lowest edited block, as a
-            [`~hf_mend.HiddenStateCache`] does; they are computed when missing.
+            [`~hf_mend.HiddenStateCache`] does, and what the un-edited model says where it keeps that; they are
+            computed when missing.
         group_size (`int`, defaults to 1): How many neighbouring edits are summed, so that the editor learns edits
             that leave one another alone. Where it does not divide the batch, their greatest common divisor is taken.
         micro_batch_size (`int`, *optional*): Most edits whose texts are in memory with their graph. The loss then has
@@ -102,7 +101,10 @@ def _traced(
 ) -> Factors:
     """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
     fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in updates]
-    return context.trace(batch.edit, below(batch.edit), fixed)[0]
+    mlp = readout_of(context.split, batch.edit, below).mlp
+    whole_rows = any(u.dim() == 3 and len(u) > 1 for one in fixed for u, _ in one.values())
+    parts = [(None, batch.edit)] if whole_rows else by_length(batch.edit)
+    return context.trace_parts(batch.edit, parts, below, fixed, mlp)
 
 
 def _loss_under(
@@ -113,23 +115,41 @@ def _loss_under(
     below: Callable[[EncodedBatch], HiddenState],
 ) -> EditingLoss:
     """The loss of a batch's texts under given updates, all of them at once; what stays is the un-edited base's."""
-    general = batch.general
-    nll: list[torch.Tensor] = []
-    for index, rows in by_length(general):
-        seen = _of_rows(updates, index, len(general))
-        nll.append(_row_nll(context.logits(rows, below(rows), seen), rows))
-    edit = torch.cat(nll).mean()
-    loss, locality = edit, {}
+    readout = readout_of(context.split, batch.general, below)
+
+    def read(rows: EncodedBatch, state: HiddenState, *seen: Mapping[str, Update]) -> torch.Tensor:
+        with context.applied(rows, *seen, narrow=readout.mlp):
+            return readout.at(rows, state)
+
+    said = [
+        (rows, read(rows, below(rows), *_of_rows(updates, index, len(batch.general))))
+        for index, rows in by_length(batch.general)
+    ]
+    values = readout.nll([one for _, one in said], [rows.places.labels for rows, _ in said])
+    edit = _mean_of_rows(values, [rows for rows, _ in said])
+    stays: dict[str, list[EncodedBatch]] = {}
+    edited: list[torch.Tensor] = []
+    base: list[torch.Tensor] = []
     for kind, texts in batch.local.items():
-        divergences: list[torch.Tensor] = []
         for index, rows in by_length(texts):
-            state, seen = below(rows), _of_rows(updates, index, len(texts))
-            with torch.no_grad():
-                base = context.logits(rows, state)
-            divergences.append(row_means(kl_divergence(context.logits(rows, state, seen), base), rows))
-        locality[kind] = torch.cat(divergences).mean()
+            state = below(rows)
+            kept = below.unedited(rows) if isinstance(below, HiddenStateCache) else None
+            if kept is None:
+                with torch.no_grad():
+                    kept = read(rows, state)
+            base.append(kept)
+            edited.append(read(rows, state, *_of_rows(updates, index, len(texts))))
+            stays.setdefault(kind, []).append(rows)
+    divergences = iter(readout.kl(edited, base))
+    loss, locality = edit, {}
+    for kind, parts in stays.items():
+        locality[kind] = _mean_of_rows([next(divergences) for _ in parts], parts)
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
+
+
+def _mean_of_rows(values: Sequence[torch.Tensor], parts: Sequence[EncodedBatch]) -> torch.Tensor:
+    return torch.cat([row_means(one, rows) for one, rows in zip(values, parts, strict=True)]).mean()
 
 
 def _two_stage_loss(

@@ -165,12 +165,15 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
                 cache = HiddenStateCache(model.split, self.args.hidden_states_dir, self.args.hidden_states_limit)
+                encoder, longest = model.encoder, longest_input(model.config)
                 if self.args.process_index == 0:
                     # An epoch draws about half of a record's texts; the states of the others are not needed.
-                    encoder, longest = model.encoder, longest_input(model.config)
                     drawn = self.examples.queries(self._epochs(len(self.examples)))
                     queries = (encoder.shortened(query, longest) for query in drawn)
                     cache.fill(encoder, queries, progress=not self.args.disable_tqdm)
+                stay = self.examples.local_queries(self._epochs(len(self.examples)))
+                texts = (encoder.shortened(query, longest) for query in stay)
+                cache.fill_unedited(encoder, texts, progress=not self.args.disable_tqdm)
             self.hidden_states = cache
         if model.editor_config.base_fingerprint is None:  # later its weights may be sharded over processes
             model.editor_config.base_fingerprint = fingerprint_of(model.base_model, model.targets)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from support.models import RECORDS, EditableModel, build_model, editable
 from support.paths import ROOT, TESTS
 from support.training import QUESTIONS, arguments, fresh, losses
@@ -260,10 +262,11 @@ def test_a_new_model_is_in_eval_mode_as_a_loaded_base_is(tokenizer):
 def run_training(folder: Path, launcher: list[str], batch_size: int, accumulation: int = 1) -> dict:
     folder.mkdir()
     script = Path(__file__).parent / "train_on_two_processes.py"
+    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
         [sys.executable, *launcher, str(script), str(folder), str(batch_size), str(accumulation)],
         check=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
     return json.loads((folder / "losses.json").read_text())
 
@@ -279,6 +282,21 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     assert max(one["losses"]) > 1.01 * min(one["losses"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert accumulated["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
+def test_zero_3_trains_as_one_process(tmp_path):
+    """Weights, gradients and optimizer shared out by DeepSpeed, as the example has it, over two CPU processes."""
+    pytest.importorskip("deepspeed")
+    example = yaml.safe_load((ROOT / "examples" / "accelerate" / "zero3.yaml").read_text())
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump({**example, "use_cpu": True}))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.yaml")]
+    one, two = run_training(tmp_path / "one", [], 4), run_training(tmp_path / "two", launch, 2)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    mine, theirs = (load_file(tmp_path / name / "editor" / "editor.safetensors") for name in ("one", "two"))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_an_editor_trains_on_a_base_shared_out_over_two_processes(tmp_path):
@@ -627,3 +645,14 @@ def test_a_scope_is_trained_behind_the_editor(tokenizer, tmp_path):
     again = EditorTrainer(model, arguments(tmp_path, **args | {"scope_steps": 0}), RECORDS, questions=QUESTIONS)
     again.train()
     assert all(torch.equal(value, found[name]) for name, value in model.scope.state_dict().items())
+
+
+def test_training_in_bfloat16_follows_single_precision_and_keeps_the_weights(tokenizer, tmp_path):
+    found = []
+    for half in (False, True):
+        trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=half), RECORDS, questions=QUESTIONS)
+        trainer.train()
+        assert all(p.dtype == torch.float32 for p in trainer.editable_model.parameters())
+        found.append(losses(trainer))
+    single, half = found
+    assert half != single and half == pytest.approx(single, rel=0.1)

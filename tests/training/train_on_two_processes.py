@@ -25,7 +25,7 @@ def main(folder: Path, batch_size: int, accumulation: int) -> None:
     )
     trainer = EditorTrainer(model, settings, RECORDS[:4], questions=QUESTIONS)
     trainer.train()
-    model.save_pretrained(folder / "editor")
+    trainer.save_model(str(folder / "editor"))
     if settings.process_index == 0:
         result = {"processes": settings.world_size, "losses": losses(trainer)}
         (folder / "losses.json").write_text(json.dumps(result))
