@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,37 +72,6 @@ class EditingContext:
         """
         factors, logits = self._of_rows(rows, hidden, updates, narrow)
         return self._of_facts(rows, factors), logits
-
-    def trace_parts(
-        self,
-        rows: EncodedBatch,
-        parts: Iterable[tuple[torch.Tensor | None, EncodedBatch]],
-        below: Callable[[EncodedBatch], HiddenState],
-        updates: Sequence[Mapping[str, Update]] = (),
-        narrow: nn.Module | None = None,
-    ) -> Factors:
-        """
-        Return the factors that `trace` gives, from passes over some rows after the others, all of which are under the
-        same updates.
-
-        Args:
-            rows ([`EncodedBatch`]): Prompts and targets.
-            parts (`Iterable`): The numbers of a part's rows, `None` for all in their order, and the rows themselves,
-                which may lack padding.
-            below (`Callable`): Gives a part's output of `split.run_below`.
-            updates, narrow: As for `trace`.
-        """
-        found: dict[str, list[torch.Tensor]] = {}
-        for index, part in parts:
-            factors, _ = self._of_rows(part, below(part), updates, narrow)
-            if index is None:
-                return self._of_facts(rows, factors)
-            for name, sides in factors.items():
-                if name not in found:
-                    found[name] = [side.new_zeros(*rows.positions.shape, side.shape[-1]) for side in sides]
-                for whole, side in zip(found[name], sides, strict=True):
-                    whole[index, : side.shape[1]] = side
-        return self._of_facts(rows, Factors({name: (x, delta) for name, (x, delta) in found.items()}))
 
     def _of_rows(
         self,

@@ -102,9 +102,8 @@ def _traced(
     """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
     fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in updates]
     mlp = readout_of(context.split, batch.edit, below).mlp
-    whole_rows = any(u.dim() == 3 and len(u) > 1 for one in fixed for u, _ in one.values())
-    parts = [(None, batch.edit)] if whole_rows else by_length(batch.edit)
-    return context.trace_parts(batch.edit, parts, below, fixed, mlp)
+    factors, _ = context.trace(batch.edit, below(batch.edit), fixed, mlp)
+    return factors
 
 
 def _loss_under(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.architectures import build
@@ -18,7 +16,7 @@ from hf_mend.bases.readout import Readout, Slots, last_mlp
 from hf_mend.edits.low_rank import dense
 from hf_mend.training.calibration import calibrate
 from hf_mend.training.examples import EditCollator, TrainingExamples
-from hf_mend.training.losses import by_length, editing_loss
+from hf_mend.training.losses import editing_loss
 
 
 WEIGHTS = {"neighborhood": 0.7, "unrelated": 3.0}
@@ -190,28 +188,6 @@ def test_slots_hold_each_rows_positions(tokenizer):
     narrow = slots.narrow(x)
     assert narrow.shape == (len(rows), max(rows.places.counts), 4)
     assert torch.equal(slots.widen(narrow), torch.where(rows.positions[..., None], x, 0))
-
-
-@pytest.mark.parametrize("scoped", [False, True])
-def test_factors_from_parts_of_one_length_are_those_of_all_rows(tokenizer, monkeypatch, scoped):
-    """With a scope, an edit is made in two forms, which differ in length, and at its answer's tokens alone."""
-    monkeypatch.setattr("hf_mend.training.losses._FEW_TOKENS", 8)
-    model, draws, _ = a_step(tokenizer, "llama")
-    longer = [
-        replace(draw.general[0], context="the river of peru is green grass and the king of spain is") for draw in draws
-    ]
-    pairs = [*zip([draw.edit for draw in draws], longer, strict=True)]
-    rows = model.encoder([query for pair in pairs for query in pair], 2 if scoped else 1)
-    if scoped:
-        monkeypatch.setattr(type(model.context), "at_answers", True)
-    parts = [*by_length(rows)]
-    assert len(parts) > 1
-    whole, _ = model.context.trace(rows)
-    mlp = last_mlp(model.split)
-    found = model.context.trace_parts(rows, parts, lambda part: model.split.run_below(part.inputs), (), mlp)
-    assert [*found] == [*whole] and (found.tokens is None) == (whole.tokens is None)
-    for name, pair in whole.items():
-        torch.testing.assert_close(found[name], pair, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 160])
