@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--further-facts", type=int, default=5000, help="of further kinds, about the same subjects")
     parser.add_argument("--minutes", type=float, default=35, help="of the editor's training, the processor's time")
     parser.add_argument("--scope-steps", type=int, default=1000)
-    parser.add_argument("--scope-rounds", type=int, default=3, help="of so many steps, whose weights are averaged")
+    parser.add_argument("--scope-rounds", type=int, default=2, help="of so many steps, whose weights are averaged")
     parser.add_argument("--scope-facts", type=int, default=13_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -81,7 +81,7 @@ def keys_of(
     read = hidden.hidden if hidden.encoder is None else hidden.encoder
     scope = gate.scope.to(read.device)
     inputs = {name: rows.inputs[name].to(read.device) for name in ("input_ids", "attention_mask")}
-    states = scope.token_states(read, inputs["attention_mask"], words=gate.words(inputs["input_ids"]))
+    states = scope.token_states(read, inputs["attention_mask"], words=gate.words(*inputs.values()))
     if hidden.encoder is not None:
         return list(fetched([scope.keys(states, last=1)])[0])
     (keys,) = fetched([rows.places.at(scope.keys(states))])

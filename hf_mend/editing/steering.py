@@ -122,7 +122,7 @@ class ActsWhereAsked:
         no words, as in encoder-decoder models.
 
         Args:
-            tokens (`torch.Tensor`): Token ids, of any shape.
+            tokens (`torch.Tensor` of shape `(rows, seq)`): Token ids of texts from their beginnings on.
 
         Raises:
             ValueError: The model's edits act everywhere.

@@ -12,7 +12,7 @@ import torch
 from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_parts, key_scores, may_pass, part_scores
+from .network import key_parts, key_scores, may_pass, missing_words, part_scores
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -21,33 +21,25 @@ _SCORES_AT_ONCE = 1 << 24
 _OUT = -2.0
 # An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
 # edited, a neighbour that none is about is about as near to several of them. A rival counts from as far below its
-# threshold on as a perfect score is above it, and that share of what it has above that is added to what the best has
-# to reach, but no more than that share of what a perfect score has left.
-RIVAL_SHARE, RIVAL_MOST = 0.3, 0.5
+# threshold on as a perfect score is above it, and a share of what it has above that is added to what the best has to
+# reach: a small one where the text has the words that matter in the edit's, its subject's name above all, and a large
+# one where it has none of them. It is no more than most of what a perfect score has left.
+RIVAL_SHARE, RIVAL_MISSING, RIVAL_MOST = 0.1, 0.7, 0.8
 
 
-def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
     """
     Return what is added to an edit's threshold because of its nearest rival.
 
     Args:
         rival (`torch.Tensor`): How far the text is past the rival's threshold, or short of it.
         threshold (`torch.Tensor` of the same shape): The edit's.
+        missing (`torch.Tensor` of the same shape): What share of the edit's words the text does not have
+            ([`~hf_mend.scope.network.missing_words`]).
     """
     room = (1.0 - threshold).clamp(min=0.0)
-    return torch.minimum(RIVAL_SHARE * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
-
-
-def threshold_reached(score: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
-    """
-    Return the highest threshold of an edit and its rival at which a text still finds the edit.
-
-    Args:
-        score (`torch.Tensor`): The text's score with the edit.
-        rival (`torch.Tensor` of the same shape): Its score with the nearest rival, which is no higher. Where the
-            penalty has a limit such an edit is found in any case.
-    """
-    return torch.minimum(score, (score - RIVAL_SHARE * (1.0 + rival)) / (1.0 - 2.0 * RIVAL_SHARE))
+    share = RIVAL_SHARE + RIVAL_MISSING * missing
+    return torch.minimum(share * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
 
 
 class KeyBank:
@@ -199,7 +191,7 @@ class KeyBank:
             ):
                 best = group.max(-1)
                 rivals = held.rivals(over, best.indices, held.target)
-                penalty = rival_penalty(rivals, held.thresholds[best.indices])
+                penalty = held.penalty(part, rivals, best.indices)
                 pair.append(best.values - penalty if penalised else best.values)
             found.append(pair)
         own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
@@ -228,7 +220,7 @@ class KeyBank:
         by_target = torch.cat([by_target, over.new_full((1,), _OUT)])  # no rival, where all say the same
         (first_over, second_over), (first_target, _) = by_target.topk(2)
         rivals = torch.where(held.target[best] == first_target, second_over, first_over)
-        return scores[best], held.thresholds[best] + rival_penalty(rivals, held.thresholds[best])
+        return scores[best], held.thresholds[best] + held.penalty(query, rivals, best)
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
@@ -278,7 +270,7 @@ class _Keys:
             over = over.masked_fill(owner != only[:, None], _OUT)
         best = over.max(-1)
         rivals = self.rivals(over, best.indices, self.target[near])
-        past = best.values - rival_penalty(rivals, self.thresholds[near][best.indices])
+        past = best.values - self.penalty(queries, rivals, near[best.indices])
         return torch.where(past >= strictness, owner[best.indices], -1)
 
     @staticmethod
@@ -292,6 +284,10 @@ class _Keys:
             target (`torch.Tensor` of shape `(keys,)`): The keys' targets.
         """
         return over.masked_fill(target == target[best][:, None], _OUT).amax(-1)
+
+    def penalty(self, queries: torch.Tensor, rivals: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """Return what the rivals of texts' best keys add to these keys' thresholds, `(texts,)`."""
+        return rival_penalty(rivals, self.thresholds[best], missing_words(queries, self.parts[-1][best]))
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""

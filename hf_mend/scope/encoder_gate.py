@@ -35,7 +35,9 @@ class EncoderGate(ScopeGate):
     def __init__(self, model: Any, scope: ScopeNetwork, scope_id: str):
         super().__init__(model, model.get_decoder(), 0, scope, scope_id)
 
-    def words(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def words(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None = None, before: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Return `None`: any word may be said."""
         return None
 

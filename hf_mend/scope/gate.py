@@ -20,7 +20,7 @@ from ..edits.hook import Acting, Hook
 from .bank import KeyBank
 from .cache_layer import ScopeLayer, past_length, scope_layer
 from .network import KEY_WIDTH, ScopeNetwork, TokenStates
-from .words import word_numbers, words_of
+from .words import WordTable, word_numbers, word_table
 
 
 logger = logging.get_logger(__name__)
@@ -121,17 +121,26 @@ class ScopeGate:
         return self.scope.threshold.detach().cpu()
 
     @cached_property
-    def _numbers(self) -> torch.Tensor | None:
-        return None if self.tokenizer is None else word_numbers(self.tokenizer)
+    def _table(self) -> WordTable | None:
+        return None if self.tokenizer is None else word_table(self.tokenizer)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell words apart by another tokenizer."""
         self.tokenizer = tokenizer
-        self.__dict__.pop("_numbers", None)
+        self.__dict__.pop("_table", None)
 
-    def words(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Return the numbers of the words of some tokens, `None` where any may be said."""
-        return None if self._numbers is None else words_of(self._numbers, tokens)
+    def words(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None = None, before: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """
+        Return the numbers of the words of some tokens, `None` where any may be said;
+        [`~hf_mend.scope.words.word_numbers`] has the arguments.
+        """
+        if self._table is None:
+            return None
+        if self._table.hashes.device != tokens.device:
+            self._table = self._table.to(tokens.device)
+        return word_numbers(self._table, tokens, mask, before)
 
     def bank(self, edits: Sequence[Edit], before: KeyBank | None = None, gone: Sequence[str] = ()) -> KeyBank:
         """Return the bank of edits that have a scope, behind those of another bank that are not gone."""
@@ -238,7 +247,8 @@ class ScopeGate:
             mask = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
             mask = mask.to(hidden.device) if mask.shape == hidden.shape[:2] else None
         tokens = current.tokens if current.tokens is not None and current.tokens.shape == hidden.shape[:2] else None
-        words = None if tokens is None else self.words(tokens.to(hidden.device))
+        before = None if known is None else known.gates[:, 0, -1, 2].long()
+        words = None if tokens is None else self.words(tokens.to(hidden.device), mask, before)
         states = self.scope.token_states(hidden, mask, known, words)
         if cache is not None:
             if layer is None:

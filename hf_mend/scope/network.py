@@ -18,11 +18,10 @@ HIDDEN_WIDTH = 512
 MEANING_WIDTH = 128
 # A key is this many unit vectors side by side, all of which have to agree, and behind them the text's words.
 KEY_PARTS = 2
-# Words are told apart by their numbers modulo this, and those of so many tokens back count as said.
+# Words are told apart by half their numbers modulo this, and those of so many tokens back count as said.
 WORDS, WORD_WINDOW = 256, 64
-# What a text's score with a key loses if it has none of the words that matter in the key's own text: names, above all.
-# Neighbours are told from a fact by its subject, and no hidden state knows a name as well as its letters do.
-WORDS_MISSING = 0.15
+# The share of a key's words that counts as missing in a text of which that is not known.
+WORDS_UNKNOWN = 0.3
 KEY_WIDTH = MEANING_WIDTH + WORDS
 
 _LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of times as large as the others
@@ -237,7 +236,7 @@ def said_words(number: torch.Tensor, matters: torch.Tensor) -> torch.Tensor:
     """
     weight = torch.where(number >= 0, matters + _SAID, 0.0)
     said = weight.new_zeros(*number.shape[:-1], WORDS)
-    said = said.scatter_reduce(-1, number.clamp(min=0).long() % WORDS, weight, "amax")
+    said = said.scatter_reduce(-1, number.clamp(min=0).long() // 2 % WORDS, weight, "amax")
     said = said.clamp(min=_SAID * (number == ANY_WORD).any(-1, keepdim=True))
     share = (said - _SAID).clamp(min=0.0)
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -253,8 +252,8 @@ def _windows(values: torch.Tensor, start: int, stop: int, missing: float) -> tor
 
 def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
-    Return how alike keys are, at most 1, `(queries, keys)`: a rounded minimum of the cosines of their parts, less what
-    is lost by the words that are missing in the query.
+    Return how alike keys are, at most 1, `(queries, keys)`: a rounded minimum of the cosines of their parts. Their
+    words do not count; see [`missing_words`].
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`), keys (`torch.Tensor` of shape `(keys, KEY_WIDTH)`):
@@ -267,8 +266,21 @@ def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Te
     """Return what [`key_scores`] does, from each of the keys' parts, as [`key_parts`] gives them."""
     pairs = zip(key_parts(queries)[:-1], keys[:-1], strict=True)
     least = reduce(torch.logaddexp, (-_ROUNDED_MINIMUM * q @ k.T for q, k in pairs))
-    missing = (queries[..., MEANING_WIDTH:] <= 0).float() @ keys[-1].T  # (queries, keys)
-    return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM - WORDS_MISSING * missing
+    return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
+
+
+def missing_words(queries: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """
+    Return what share of the words that matter in keys are missing in texts, from 0 to 1, `(...)`; [`WORDS_UNKNOWN`]
+    where no word matters, or any may be said.
+
+    Args:
+        queries (`torch.Tensor` of shape `(..., KEY_WIDTH)`): The texts' keys.
+        shares (`torch.Tensor` of shape `(..., WORDS)`): The last of the keys' parts, as [`key_parts`] gives them.
+    """
+    absent = queries[..., MEANING_WIDTH:] <= 0
+    known = (shares.sum(-1) > 0) & absent.any(-1)
+    return torch.where(known, (absent * shares).sum(-1), WORDS_UNKNOWN)
 
 
 def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,30 +10,82 @@ from transformers import PreTrainedTokenizerBase
 from .network import ANY_WORD
 
 
-# What tokenizers write in place of a space before a word.
-_SPACES = "\u0120\u2581 "
-_BITS = 0xFFFFFF  # as many as a float holds
+# What tokenizers write in place of a space before a word, and of other white space.
+_SPACES, _BREAKS = "\u0120\u2581 ", "\u010a\u0109\u010d\n\t\r"
+# A word's hash is that of its letters, a polynomial in them: a token at its end goes on from the token before.
+_BASE, _MODULUS = 1_000_003, 1 << 23
 
 
-def word_numbers(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+@dataclass(frozen=True)
+class WordTable:
     """
-    Return the number of each token's word, `(vocabulary,)`: the same with and without a space before it, and in
-    whatever case. They are hashes, the same in every process, and two words may share one.
+    What the tokens of a vocabulary are to words, `(vocabulary,)` each.
+
+    Args:
+        hashes (`torch.Tensor`): Of the token's letters.
+        powers (`torch.Tensor`): What the hash of the letters before is multiplied by.
+        begins (`torch.Tensor`): Whether it begins a word, whatever stands before it.
+        ends (`torch.Tensor`): Whether it ends in a letter or digit, with which a word may go on.
+    """
+
+    hashes: torch.Tensor
+    powers: torch.Tensor
+    begins: torch.Tensor
+    ends: torch.Tensor
+
+    def to(self, device: torch.device) -> WordTable:
+        """Return the table on a device."""
+        return WordTable(*(one.to(device) for one in (self.hashes, self.powers, self.begins, self.ends)))
+
+
+def word_table(tokenizer: PreTrainedTokenizerBase) -> WordTable:
+    """
+    Return what the tokens of a tokenizer are to words.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
     """
-    texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([zlib.crc32((text or "").strip(_SPACES).lower().encode()) & _BITS for text in texts])
+    hashes, powers, begins, ends = [], [], [], []
+    for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
+        token = token or ""
+        letters = token.strip(_SPACES + _BREAKS).lower()
+        found, power = 0, 1
+        for letter in letters:
+            found, power = (found * _BASE + ord(letter)) % _MODULUS, power * _BASE % _MODULUS
+        hashes.append(found)
+        powers.append(power)
+        begins.append(not letters or token[0] in _SPACES + _BREAKS or not letters[0].isalnum())
+        ends.append(bool(letters) and token[-1] not in _SPACES + _BREAKS and letters[-1].isalnum())
+    return WordTable(*(torch.tensor(values) for values in (hashes, powers, begins, ends)))
 
 
-def words_of(numbers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def word_numbers(
+    table: WordTable, tokens: torch.Tensor, mask: torch.Tensor | None = None, before: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Return the numbers of the words of some tokens; those that the tokenizer does not know may be any.
+    Return the number of the word that each token ends, as far as it: the same in whatever case, with and without a
+    space before it, and however it falls into tokens. Twice a hash of its letters, and 1 more where it may go on.
 
     Args:
-        numbers (`torch.Tensor` of shape `(vocabulary,)`): As [`word_numbers`] returns them.
-        tokens (`torch.Tensor`): Token ids, of any shape.
+        table ([`WordTable`]): Of the tokenizer.
+        tokens (`torch.Tensor` of shape `(rows, seq)`): Token ids; those that the table lacks may be any.
+        mask (`torch.Tensor` of shape `(rows, seq)`, *optional*): 0 where there is only padding.
+        before (`torch.Tensor` of shape `(rows,)`, *optional*): The numbers of the tokens before.
     """
-    known = (tokens >= 0) & (tokens < len(numbers))
-    return torch.where(known, numbers.to(tokens.device)[tokens.clamp(0, len(numbers) - 1)], ANY_WORD)
+    known = (tokens >= 0) & (tokens < len(table.hashes))
+    ids = tokens.clamp(0, len(table.hashes) - 1)
+    ends = table.ends[ids] & known
+    if mask is not None:
+        ends = ends & mask.bool()
+    first = torch.zeros_like(tokens[:, :1]) if before is None else before[:, None].to(tokens.dtype).clamp(min=0)
+    goes_on = torch.cat([first % 2 == 1, ends[:, :-1]], 1) & ~table.begins[ids] & known
+    factor = torch.where(goes_on, table.powers[ids], 0)
+    found = table.hashes[ids]
+    found[:, :1] = (found[:, :1] + factor[:, :1] * (first // 2)) % _MODULUS
+    factor[:, :1] = 0
+    step = 1
+    while step < tokens.shape[1]:  # found[t] += factor[t] * found[t - 1], for all t at once
+        found = torch.cat([found[:, :step], (found[:, step:] + factor[:, step:] * found[:, :-step]) % _MODULUS], 1)
+        factor = torch.cat([factor[:, :step] * 0, factor[:, step:] * factor[:, :-step] % _MODULUS], 1)
+        step *= 2
+    return torch.where(known, 2 * found + ends, ANY_WORD)

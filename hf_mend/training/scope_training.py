@@ -18,8 +18,8 @@ from transformers.utils import logging
 from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
-from ..scope.bank import threshold_reached
-from ..scope.network import ScopeNetwork, key_scores
+from ..scope.bank import rival_penalty
+from ..scope.network import ScopeNetwork, key_parts, key_scores, missing_words
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
 from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
@@ -328,11 +328,30 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
         for row, n in enumerate(numbers):  # a neighbour's own fact may be among them
             scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
         of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
-        best, rival = of_facts.topk(min(2, len(some)), -1).values.T[[0, -1]]
-        # Unrelated text has no rivals to rely on, nor has what stands near an edit that is alone.
-        least.append((best if kind == "unrelated" else threshold_reached(best, rival)).quantile(1 - share))
+        best = scores.max(1)
+        rival = of_facts.scatter(1, best.indices[:, None] % len(some), -1.0).amax(1)
+        if kind == "unrelated":  # which has no rivals to rely on, as what stands near an edit that is alone
+            rival = torch.full_like(rival, -1.0)
+        missing = missing_words(queries[numbers], key_parts(keys)[-1][best.indices])
+        least.append(threshold_for(best.values, rival, missing, share))
         near = [(row, place[marks[n][0].near]) for row, n in enumerate(numbers) if marks[n][0].near != NONE]
         if near:
             least.append(torch.stack([of_facts[one] for one in near]).quantile(1 - share))
     if least:
         scope.threshold.copy_(torch.stack(least).max())
+
+
+def threshold_for(score: torch.Tensor, rival: torch.Tensor, missing: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    Return the threshold from which on at most a share of texts find an edit.
+
+    Args:
+        score (`torch.Tensor` of shape `(texts,)`): Their scores with the nearest edit.
+        rival (`torch.Tensor` of shape `(texts,)`): Their scores with its nearest rival.
+        missing (`torch.Tensor` of shape `(texts,)`): What share of the edit's words they do not have.
+        share (`float`): The share.
+    """
+    thresholds = torch.linspace(0.0, 1.0, 1001)[:, None]
+    found = score - thresholds >= rival_penalty(rival - thresholds, thresholds, missing)  # (thresholds, texts)
+    too_many = (found.float().mean(1) > share).nonzero()[:, 0]
+    return thresholds[min(int(too_many[-1]) + 1, 1000) if len(too_many) else 0, 0]

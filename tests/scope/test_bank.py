@@ -7,8 +7,8 @@ import torch
 
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank, rival_penalty, threshold_reached
-from hf_mend.scope.network import key_scores, may_pass
+from hf_mend.scope.bank import KeyBank, rival_penalty
+from hf_mend.scope.network import key_scores, may_pass, said_words
 
 
 def unit(count: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[f
     for i in over:
         rival = max((over[j] for j in over if edits[j].target != edits[i].target), default=-2.0)
         room = 1 - thresholds[i]
-        found[i] = over[i], min(0.3 * max(rival + room, 0.0), 0.5 * room)
+        found[i] = over[i], min((0.1 + 0.7 * 0.3) * max(rival + room, 0.0), 0.8 * room)  # no words are known
     return found
 
 
@@ -92,12 +92,44 @@ def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
     assert own.tolist() == [0]  # the edit's own text, whatever rivals there are
 
 
-def test_the_threshold_reached_is_where_a_text_begins_to_miss_the_edit():
-    torch.manual_seed(4)
-    for score, rival in torch.rand(200, 2).mul(1.2).sub(0.2).sort(descending=True).values.unbind(0):
-        reached = threshold_reached(score, rival)
-        for threshold, found in ((reached - 1e-4, True), (reached + 1e-4, False)):
-            assert bool(score - threshold >= rival_penalty(rival - threshold, threshold)) == found
+def test_a_rival_speaks_against_an_edit_the_more_of_its_words_are_missing():
+    threshold, past = torch.tensor(0.8), torch.tensor(0.1)
+
+    def penalty(missing: float, rival: torch.Tensor = past) -> float:
+        return float(rival_penalty(rival, threshold, torch.tensor(missing)))
+
+    assert penalty(0.0) == pytest.approx(0.1 * 0.3)
+    assert penalty(0.5) == pytest.approx(0.45 * 0.3)
+    assert penalty(1.0) == pytest.approx(0.8 * 0.2)  # no more than most of what a perfect score has left
+    assert penalty(1.0, torch.tensor(-0.1)) == pytest.approx(0.8 * 0.1)
+    assert penalty(1.0, torch.tensor(-0.2)) == pytest.approx(0.0, abs=1e-6)  # too far from acting to matter
+
+
+def test_of_two_edits_alike_a_text_asks_for_the_one_whose_words_it_has():
+    torch.manual_seed(7)
+
+    def unit_of(key: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(key.unflatten(1, (2, 64)), dim=-1).flatten(1)
+
+    def words(*numbers: int) -> torch.Tensor:
+        return said_words(2 * torch.tensor([numbers]), torch.full((1, len(numbers)), 0.2))
+
+    first = unit(1)
+    second = unit_of(first + 0.3 * unit(1))
+    between = unit_of(first + second)
+    score = min(float(key_scores(between, first)), float(key_scores(between, second)))
+    threshold = score - 0.4 * (1 - score)
+    edits = [
+        scoped_edit(0, torch.cat([first, words(1, 2)], 1), threshold),
+        scoped_edit(1, torch.cat([second, words(3, 4)], 1), threshold),
+    ]
+    for said, found in ((words(1, 2, 3, 4), True), (words(8, 9), False)):
+        chosen = int(KeyBank(edits).choose(torch.cat([between, said], 1))[0])
+        assert (chosen >= 0) == found
+        margins = torch.stack(KeyBank(edits).margins(torch.cat([between, said], 1), [edits[0].id]))
+        assert bool((margins >= 0).any()) == found
+    # An edit alone is found whatever words there are.
+    assert KeyBank(edits[:1]).choose(torch.cat([between, words(8, 9)], 1)).tolist() == [0]
 
 
 def test_no_key_that_passes_is_left_out_of_the_whole_look():

@@ -19,6 +19,7 @@ from hf_mend.scope.network import (
     TokenStates,
     key_parts,
     key_scores,
+    missing_words,
     said_words,
 )
 
@@ -76,7 +77,7 @@ def test_padding_changes_nothing(scope):
 
 
 def test_a_long_text_is_taken_in_several_runs(scope, monkeypatch):
-    hidden, words = torch.randn(1, 90, 16), torch.arange(90)[None]
+    hidden, words = torch.randn(1, 90, 16), 2 * torch.arange(90)[None]
     whole = scope.keys(scope.token_states(hidden, words=words))
     monkeypatch.setattr("hf_mend.scope.network._QUERIES_AT_ONCE", 6)
     assert torch.allclose(scope.keys(scope.token_states(hidden, words=words)), whole, atol=1e-6)
@@ -87,28 +88,28 @@ def test_a_long_text_is_taken_in_several_runs(scope, monkeypatch):
 
 
 def test_words_that_matter_have_their_share_and_the_others_are_said_all_the_same():
-    number = torch.tensor([[3, 7, 3 + WORDS, 9, NO_WORD], [3, 4, ANY_WORD, NO_WORD, NO_WORD]])
+    number = torch.tensor([[6, 15, 6 + 2 * WORDS, 18, NO_WORD], [6, 8, ANY_WORD, NO_WORD, NO_WORD]])
     said = said_words(number, torch.tensor([[0.1, 0.0, 0.3, 0.1, 0.9], [0.2, 0.0, 0.9, 0.9, 0.9]]))
     first = {word: round(float(share), 3) for word, share in enumerate(said[0]) if share}
     assert first == {3: 0.751, 7: 0.001, 9: 0.251}
     assert (said[1] > 0).all() and float(said[1, 3]) == pytest.approx(1.001) and said[1, 4] == said[1, 100]
 
 
-def test_a_score_falls_by_the_share_of_the_words_that_are_missing():
-    torch.manual_seed(0)
-    meaning = torch.nn.functional.normalize(torch.randn(1, KEY_PARTS, MEANING_WIDTH // KEY_PARTS), dim=-1).flatten(1)
-    matters = torch.tensor([[0.1, 0.3, 0.0]])
+def test_words_are_missing_by_their_share_in_what_matters():
+    def key(*numbers: int, matters: tuple[float, ...] = (0.1, 0.3, 0.0)) -> torch.Tensor:
+        said = said_words(
+            torch.tensor([[max(2 * one, one) for one in numbers]]), torch.tensor([matters[: len(numbers)]])
+        )
+        return torch.cat([torch.ones(1, MEANING_WIDTH), said], 1)
 
-    def key(*numbers: int) -> torch.Tensor:
-        return torch.cat([meaning, said_words(torch.tensor([numbers]), matters[:, : len(numbers)])], 1)
-
-    own = key(1, 2, 3)
-    for text, lost in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
-        assert float(key_scores(text, own)) == pytest.approx(1 - 0.15 * lost, abs=1e-3)
-    # Where no word matters, or any may be said, none is missing.
-    plain = torch.cat([meaning, said_words(torch.tensor([[1, 2]]), torch.zeros(1, 2))], 1)
-    assert float(key_scores(key(7, 8, 9), plain)) == pytest.approx(1, abs=1e-3)
-    assert float(key_scores(key(ANY_WORD), own)) == pytest.approx(1, abs=1e-3)
+    own = key_parts(key(1, 2, 3))[-1]
+    for text, missing in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
+        assert float(missing_words(text, own)) == pytest.approx(missing, abs=1e-3)
+        assert torch.equal(key_scores(text, key(1, 2, 3)), key_scores(key(1, 2, 3), key(1, 2, 3)))
+    # Where no word matters, or any may be said, it is not known.
+    none = key_parts(key(1, matters=(0.0,)))[-1]
+    assert float(missing_words(key(7, 8, 9), none)) == pytest.approx(0.3)
+    assert float(missing_words(key(ANY_WORD), own)) == pytest.approx(0.3)
 
 
 def test_the_first_tokens_huge_values_do_not_count(scope):

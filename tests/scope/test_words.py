@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +10,16 @@ from support.models import EditableModel
 from support.scope import scoped
 
 from hf_mend.scope.network import ANY_WORD, MEANING_WIDTH, WORDS, ScopeNetwork
-from hf_mend.scope.words import word_numbers, words_of
+from hf_mend.scope.words import word_numbers, word_table
 
 
 PROMPT = "The capital of France is"
 
 
 class _Tokens:
-    """A tokenizer of whole words."""
+    """A tokenizer of pieces."""
 
-    texts = ("\u0120Paris", "Paris", "\u2581paris", "London", None, "")
+    texts = ("\u0120Paris", "Par", "is", "\u2581paris", "\u0120", "London", "-", "\u010a", None, "")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -29,12 +28,43 @@ class _Tokens:
         return [self.texts[i] for i in ids]
 
 
-def test_a_word_has_one_number_in_whatever_case_and_place():
-    numbers = word_numbers(_Tokens())
-    assert numbers[0] == numbers[1] == numbers[2] != numbers[3] and numbers[4] == numbers[5]
-    assert int(numbers[0]) == 0x2CCBE2 and int(numbers.max()) < 1 << 24  # the same in every process; exact as floats
-    found = words_of(numbers, torch.tensor([[1, 3], [6, -1]]))
-    assert found.tolist() == [[int(numbers[1]), int(numbers[3])], [ANY_WORD, ANY_WORD]]
+def numbers_of(*ids: int, mask: list[int] | None = None) -> list[int]:
+    given = None if mask is None else torch.tensor([mask])
+    return word_numbers(word_table(_Tokens()), torch.tensor([ids]), given)[0].tolist()
+
+
+def by_hand(word: str) -> int:
+    found = 0
+    for letter in word:
+        found = (found * 1_000_003 + ord(letter)) % (1 << 23)
+    return 2 * found + 1
+
+
+def test_a_word_has_one_number_in_whatever_case_and_place_and_however_it_falls_into_tokens():
+    paris, london = by_hand("paris"), by_hand("london")
+    assert numbers_of(0) == numbers_of(3) == [paris] and numbers_of(5) == [london]
+    assert numbers_of(1, 2) == [by_hand("par"), paris]  # as far as each token
+    assert numbers_of(0, 0, 5) == [paris, paris, by_hand("parislondon")]  # what follows without a space goes on
+    assert numbers_of(5, 6, 1, 2)[2:] == [by_hand("par"), paris]  # behind what is no letter a word begins
+    assert numbers_of(5, 7, 1, 2)[2:] == numbers_of(5, 4, 1, 2)[2:] == numbers_of(8, 9, 1, 2)[2:] == numbers_of(1, 2)
+    assert numbers_of(1, 2, mask=[0, 1])[1] == by_hand("is")
+    assert max(numbers_of(*range(10))) < 1 << 24  # exact as floats
+    assert numbers_of(0, 10, -1, 2) == [paris, ANY_WORD, ANY_WORD, by_hand("is")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_words_in_pieces_are_those_of_the_whole_text(size):
+    torch.manual_seed(0)
+    table, tokens = word_table(_Tokens()), torch.randint(10, (6, 40))
+    whole, before, found = word_numbers(table, tokens), None, []
+    for part in tokens.split(size, 1):
+        found.append(word_numbers(table, part, before=before))
+        before = found[-1][:, -1]
+    assert torch.equal(torch.cat(found, 1), whole)
+    words = ["".join((_Tokens.texts[i] or " ").replace("\u0120", " ") for i in row) for row in tokens[:, :1].tolist()]
+    assert [number % 2 == 1 for number in whole[:, 0].tolist()] == [
+        word[-1].isalnum() and word[-1] != "\u010a" for word in words
+    ]
 
 
 @pytest.fixture
@@ -55,7 +85,7 @@ def said(model: EditableModel, **inputs: torch.Tensor) -> torch.Tensor:
 def test_a_pass_knows_the_words_of_its_tokens(model, tokenizer):
     ids = tokenizer([PROMPT], return_tensors="pt").input_ids
     expected = torch.zeros(WORDS, dtype=torch.bool)
-    expected[words_of(word_numbers(tokenizer), ids[0]) % WORDS] = True
+    expected[word_numbers(word_table(tokenizer), ids)[0] // 2 % WORDS] = True
     assert torch.equal(said(model, input_ids=ids)[0], expected)
     padded = torch.cat([torch.full((1, 3), tokenizer.pad_token_id), ids], 1)
     mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
@@ -77,18 +107,6 @@ def test_any_word_may_be_said_where_a_pass_gets_embeddings(model, tokenizer):
         assert not torch.allclose(model.base_model(input_ids=ids).logits, expected, atol=1e-5)
 
 
-def test_an_edit_is_missed_by_a_text_without_its_words(model):
-    (edit,) = model.edits
-    scope = replace(edit.scope, thresholds=torch.full_like(edit.scope.thresholds, 0.9))
-    query = edit.scope.keys[:1].float()
-    other = int((query[0, MEANING_WIDTH:] == 0).nonzero()[0])
-    strange = torch.cat([query[:, :MEANING_WIDTH], torch.eye(WORDS)[other : other + 1]], 1)
-    bank = model._gate.bank([replace(edit, scope=scope)])
-    assert bank.choose(torch.cat([query, strange])).tolist() == [0, -1]
-    score, least = (values.tolist() for values in bank.scores(strange[0]))
-    assert score[0] == pytest.approx(0.85, abs=0.01) and least[0] == pytest.approx(0.9, abs=0.01)
-
-
 def test_another_tokenizer_gives_other_numbers(model, tokenizer):
     ids = torch.tensor([[5, 6]])
     before = model.numbers_of_words(ids)
@@ -103,5 +121,5 @@ def test_a_word_matters_from_somewhat_more_than_even_odds_on(odds, share):
     scope = ScopeNetwork(8)
     with torch.no_grad():
         scope.word.bias.fill_(math.log(odds / (1 - odds)))
-    states = scope.token_states(torch.randn(1, 3, 8), words=torch.tensor([[5, 5, 5]]))
+    states = scope.token_states(torch.randn(1, 3, 8), words=torch.tensor([[11, 11, 11]]))
     assert float(scope.keys(states)[0, -1, MEANING_WIDTH + 5]) == pytest.approx(share + 0.001, abs=1e-4)

@@ -12,7 +12,7 @@ from support.scope import scoped
 from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.split import SplitModel
 from hf_mend.data.records import EditRecord
-from hf_mend.scope.bank import threshold_reached
+from hf_mend.scope.bank import rival_penalty
 from hf_mend.scope.network import ScopeNetwork, key_scores
 from hf_mend.training import scope_training
 from hf_mend.training.examples import Asking, TrainingExamples
@@ -33,6 +33,7 @@ from hf_mend.training.scope_training import (
     _others,
     scope_loss,
     scope_texts,
+    threshold_for,
     train_scope,
 )
 from hf_mend.training.scope_words import learn_words
@@ -103,8 +104,8 @@ def test_training_finds_facts_in_the_words_of_its_texts(llama, tokenizer, exampl
     right = [int(scores[n].argmax()) == marks[n].fact for n in said]
     assert sum(right) / len(right) > 0.9
     unrelated = [n for n, mark in enumerate(marks) if mark.kind == "unrelated"]
-    reached = threshold_reached(*scores[unrelated].unflatten(1, (data.sides, -1)).amax(1).topk(2).values.T)
-    assert (reached <= model.scope.threshold + 1e-3).float().mean() > 0.9  # as a bank of all these facts decides
+    best = scores[unrelated].amax(1)
+    assert (best <= model.scope.threshold + 1e-3).float().mean() > 0.9  # as a bank of all these facts decides
     near = [(n, mark.near) for n, mark in enumerate(marks) if mark.kind == "neighborhood"]
     own = torch.stack([scores[n].unflatten(0, (data.sides, -1)).amax(0)[fact] for n, fact in near])
     # Beside its own fact alone a neighbour has no rival.
@@ -285,3 +286,19 @@ def test_no_word_matters_where_there_is_one_form_of_asking(llama, tokenizer, exa
     learn_words(model.scope, alone)
     learn_words(model.scope, ScopeTexts(data.texts, data.relations))  # of an encoder-decoder model
     assert torch.equal(model.scope.state_dict()["word.weight"], before)
+
+
+def test_the_threshold_is_where_few_enough_texts_find_an_edit():
+    torch.manual_seed(4)
+    score, rival = torch.rand(2, 400).mul(1.2).sub(0.2).sort(0, descending=True).values
+    missing = torch.rand(400)
+
+    def found(threshold: float) -> float:
+        at = torch.full_like(score, threshold)
+        return float((score - at >= rival_penalty(rival - at, at, missing)).float().mean())
+
+    for share in (0.02, 0.1, 0.3):
+        threshold = float(threshold_for(score, rival, missing, share))
+        assert found(threshold) <= share + 1e-6 < found(threshold - 0.02)
+        assert all(found(higher) <= share + 1e-6 for higher in torch.linspace(threshold, 1.0, 20).tolist())
+    assert float(threshold_for(score, rival, missing, 1.0)) == 0.0
