@@ -61,7 +61,14 @@ def test_the_ablations_begin_in_an_empty_folder_and_go_on(script, tmp_path):
         assert "torch" in found["machine"]
 
 
-def test_the_scoped_editor_s_training_goes_on_where_it_was_interrupted(script, tmp_path, monkeypatch):
+@pytest.fixture
+def denormals():
+    """What a script sets for its process goes with its test."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_the_scoped_editor_s_training_goes_on_where_it_was_interrupted(script, tmp_path, monkeypatch, denormals):
     """The weights are those of a run without a break: steps, draws, optimizer and rate went on."""
     editable(build_model("llama"), make_tokenizer()).save_pretrained(tmp_path / "start")
     (tmp_path / "questions.jsonl").write_text((tmp_path / "nq_open_train.jsonl").read_text())
