@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.models import EditableModel
 from support.scope import scoped
+from transformers import DynamicCache
 
 from hf_mend.scope.network import ANY_WORD, MEANING_WIDTH, WORDS, ScopeNetwork
 from hf_mend.scope.words import word_numbers, word_table
@@ -93,6 +94,19 @@ def test_a_pass_knows_the_words_of_its_tokens(model, tokenizer):
     keys = model.edits[0].scope.keys
     assert keys.dtype == torch.float16  # half the room, and no score that differs by a thousandth
     assert torch.equal(keys[0, MEANING_WIDTH:] > 0, expected) and keys[0, MEANING_WIDTH:].max() < 0.5
+
+
+def test_a_word_goes_on_from_a_kept_cache(model, tokenizer):
+    ids = tokenizer(["the capital of spainland is"], return_tensors="pt").input_ids
+    numbers = model.numbers_of_words(ids)[0].tolist()
+    alone = [int(model.numbers_of_words(ids[:, i : i + 1])) for i in range(ids.shape[1])]
+    assert numbers != alone  # a word falls into several tokens
+    whole = said(model, input_ids=ids)
+    cache = DynamicCache(config=model.config)
+    with model.watching() as watch, torch.no_grad():
+        for i in range(ids.shape[1]):
+            model.base_model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+    assert torch.equal(watch.keys[-1][:, MEANING_WIDTH:] > 0, whole)
 
 
 def test_any_word_may_be_said_where_a_pass_gets_embeddings(model, tokenizer):
