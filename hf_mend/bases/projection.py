@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..data.places import Places
-from .split import TOLERANCE, HiddenState, Inputs, SplitModel, StopForwardError, logits_at
+from .split import HiddenState, Inputs, SplitModel, StopForwardError, logits_at, same_logits
 from .threads import hooked
 
 
@@ -59,14 +59,6 @@ def plain_head(split: SplitModel, inputs: Inputs, state: HiddenState, places: Pl
         split.head_is_plain = same_logits(found, logits)
     found_head: nn.Linear | None = head if split.head_is_plain else None
     return found_head
-
-
-def same_logits(found: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether logits are a model's, to rounding."""
-    if found.shape != logits.shape:
-        return False
-    difference = (found.float() - logits.float()).abs().max()
-    return bool(difference <= TOLERANCE[logits.dtype] * logits.float().abs().max())
 
 
 def _is_plain(head: Any) -> bool:

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
 from .gradients import kl_divergence
-from .projection import plain_head, projected, same_logits
-from .split import HiddenState, SplitModel, logits_of
+from .projection import plain_head, projected
+from .split import HiddenState, SplitModel, logits_of, same_logits
 from .targets import ATTENTION_NAME, MLP_NAME, block_lists
 from .threads import hooked
 

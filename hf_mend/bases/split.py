@@ -25,7 +25,7 @@ from .weights import device_of
 logger = logging.get_logger(__name__)
 
 # Tolerated difference of two equal passes' logits, as a share of the largest: rounding only.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 # Their blocks take `(seq, rows, width)`, so that rows cannot be told apart in a layer's input.
 _TOKENS_FIRST = frozenset({"xlnet"})
@@ -181,10 +181,9 @@ class SplitModel:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            difference = (whole.float() - resumed.float()).abs().max()
-            if difference <= TOLERANCE[whole.dtype] * whole.float().abs().max():
+            if same_logits(resumed, whole):
                 return True
-            reason = f"logits differ by {float(difference):.3g}"
+            reason = f"logits differ by {float((whole.float() - resumed.float()).abs().max()):.3g}"
         logger.warning(
             f"{type(self.model).__name__} cannot be run from block {self.block} on ({reason}); every pass runs the "
             "whole model instead, which is slower and as exact"
@@ -202,12 +201,11 @@ class SplitModel:
         mask = torch.ones_like(ids)
         mask[:, length:] = 0
         try:
-            masked = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :length].float()
+            masked = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             plain = self.model(input_ids=ids, attention_mask=_of_ones(mask), use_cache=False).logits
         except Exception:  # a longer text than the model takes, or foreign code that takes no such mask
             return False
-        tolerance, plain = TOLERANCE[plain.dtype], plain[:, :length].float()
-        return bool((masked - plain).abs().max() <= tolerance * masked.abs().max())
+        return same_logits(plain[:, :length], masked[:, :length])
 
     def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
         """
@@ -271,6 +269,14 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     # Recompute to the end, not only to the last activation required: Accelerate offloads the weights again only there.
     with set_checkpoint_early_stop(False):
         return checkpoint(as_this_thread(forward), *args, use_reentrant=False, **kwargs)
+
+
+def same_logits(found: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether logits are a model's, to rounding."""
+    if found.shape != logits.shape:
+        return False
+    difference = (found.float() - logits.float()).abs().max()
+    return bool(difference <= _TOLERANCE[logits.dtype] * logits.float().abs().max())
 
 
 @contextmanager

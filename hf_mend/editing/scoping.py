@@ -164,7 +164,7 @@ def excluding(
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
     keys = torch.cat(keys_of(gate, split, last)).half()
-    alike = key_scores(keys.float(), scope.keys).max(-1)
+    alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:
             raise ValueError(

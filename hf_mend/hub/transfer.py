@@ -115,7 +115,7 @@ def _kind_of(folder: Path) -> str:
         "editor_config.json": "an editor, which AutoEditableModel.from_pretrained loads",
         EDITS_NAME: "edits, which load_edits loads",
         "adapter_config.json": "a PEFT adapter, which load_lora loads if it is a LoRA",
-        "config.json": "a model, which AutoModelForCausalLM loads",
+        MODEL_CONFIG_NAME: "a model, which AutoModelForCausalLM loads",
     }
     found = [words for name, words in kinds.items() if (folder / name).is_file()]
     return f"{folder} holds {found[0]}" if found else f"{folder} is not what save_pretrained or save_edits writes"

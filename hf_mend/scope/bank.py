@@ -12,7 +12,7 @@ import torch
 from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_parts, key_scores, may_pass, missing_words, part_scores
+from .network import key_parts, key_scores, may_pass, missing_words, part_scores, word_shares
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -57,7 +57,7 @@ class KeyBank:
         self._target = GrowingRows(torch.zeros(0, dtype=torch.long))  # number of what the edit says
         self._targets: dict[str, int] = {}
         self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
-        self._parts: list[GrowingRows] = []  # of the keys: the last but the words is read at each token, whole
+        self._parts: list[GrowingRows] = []  # of the keys, and behind them the shares of their words
         self._excluded: dict[int, torch.Tensor] = {}
         # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
         self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
@@ -70,7 +70,8 @@ class KeyBank:
             return
         self.ids = [*self.ids, *(edit.id for edit in edits)]
         self.numbers = self.numbers | {edit.id: first + i for i, edit in enumerate(edits)}
-        parts = key_parts(torch.cat([one.keys for one in scopes]))
+        keys = torch.cat([one.keys for one in scopes])
+        parts = [*key_parts(keys), word_shares(keys)]
         before = self._parts or [GrowingRows(part.new_zeros(0, part.shape[1])) for part in parts]
         self._parts = [rows.extended([_on(part, rows)]) for rows, part in zip(before, parts, strict=True)]
         thresholds = torch.cat([one.thresholds for one in scopes]).float()
@@ -137,8 +138,8 @@ class KeyBank:
                 more = [on_device(one.rows[count:], device) for one in own]
                 held = [one.extended([rows]) for one, rows in zip(held, more, strict=True)]
                 self._elsewhere = {**self._elsewhere, device: held}
-        owner, target, thresholds, *parts = (one.rows for one in held)
-        return _Keys(parts, owner, target, thresholds, self._excluded)
+        owner, target, thresholds, *parts, words = (one.rows for one in held)
+        return _Keys(parts, words, owner, target, thresholds, self._excluded)
 
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -244,11 +245,12 @@ class KeyBank:
 @dataclass(frozen=True, eq=False)
 class _Keys:
     """
-    All keys on one device: parts `(keys, width)`, owner, number of its target and threshold, `(keys,)`, and number ->
-    excluded keys.
+    All keys on one device: parts and shares of words `(keys, width)`, owner, number of its target and threshold,
+    `(keys,)`, and number -> excluded keys.
     """
 
     parts: Sequence[torch.Tensor]
+    words: torch.Tensor
     owner: torch.Tensor
     target: torch.Tensor
     thresholds: torch.Tensor
@@ -258,11 +260,11 @@ class _Keys:
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is. The shipped scope's
         # last part tells them apart, where a fifth of all keys are near in the first.
-        if not may_pass(queries, self.parts[-2:-1], self.thresholds + strictness).any():
+        if not may_pass(queries, self.parts[-1:], self.thresholds + strictness).any():
             return none
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
-        near = may_pass(queries, self.parts[:-1], least).nonzero()[:, 0]
+        near = may_pass(queries, self.parts, least).nonzero()[:, 0]
         if not len(near):
             return none
         over, owner = self.over(queries, near), self.owner[near]
@@ -287,7 +289,7 @@ class _Keys:
 
     def penalty(self, queries: torch.Tensor, rivals: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """Return what the rivals of texts' best keys add to these keys' thresholds, `(texts,)`."""
-        return rival_penalty(rivals, self.thresholds[best], missing_words(queries, self.parts[-1][best]))
+        return rival_penalty(rivals, self.thresholds[best], missing_words(queries, self.words[best]))
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""

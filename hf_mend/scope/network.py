@@ -264,8 +264,8 @@ def key_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return what [`key_scores`] does, from each of the keys' parts, as [`key_parts`] gives them."""
-    pairs = zip(key_parts(queries)[:-1], keys[:-1], strict=True)
-    least = reduce(torch.logaddexp, (-_ROUNDED_MINIMUM * q @ k.T for q, k in pairs))
+    cosines = (-_ROUNDED_MINIMUM * q @ k.T for q, k in zip(key_parts(queries), keys, strict=True))
+    least = reduce(torch.logaddexp, cosines)
     return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
 
 
@@ -276,7 +276,7 @@ def missing_words(queries: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 
     Args:
         queries (`torch.Tensor` of shape `(..., KEY_WIDTH)`): The texts' keys.
-        shares (`torch.Tensor` of shape `(..., WORDS)`): The last of the keys' parts, as [`key_parts`] gives them.
+        shares (`torch.Tensor` of shape `(..., WORDS)`): The keys' words, as [`word_shares`] gives them.
     """
     absent = queries[..., MEANING_WIDTH:] <= 0
     known = (shares.sum(-1) > 0) & absent.any(-1)
@@ -285,16 +285,16 @@ def missing_words(queries: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 
 def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
     """
-    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by the last of
-    their cosines alone, or by the least of them, at a fraction of the cost of [`key_scores`].
+    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by their last
+    parts alone, or by the least of the parts' cosines, at a fraction of the cost of [`key_scores`].
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`): The texts' keys.
-        parts (`Sequence[torch.Tensor]`, each of shape `(keys, MEANING_WIDTH / KEY_PARTS)`): The last parts of the keys
-            without their words, one or more.
+        parts (`Sequence[torch.Tensor]`, each of shape `(keys, MEANING_WIDTH / KEY_PARTS)`): The last parts of the
+            keys, one or more.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
-    own = key_parts(queries)[-1 - len(parts) : -1]
+    own = key_parts(queries)[-len(parts) :]
     # `max` finds the places too, at many times the cost.
     best = reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True))).amax(0)
     # A rounded minimum is at most so much above each of its parts; the rest is for rounding.
@@ -302,6 +302,10 @@ def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.
 
 
 def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the parts of keys, unit vectors each, and the share of each word in what matters, together 1 or 0."""
-    keys = keys.float()
-    return [*keys[..., :MEANING_WIDTH].chunk(KEY_PARTS, -1), (keys[..., MEANING_WIDTH:] - _SAID).clamp(min=0.0)]
+    """Return the parts of keys, which are unit vectors each."""
+    return keys[..., :MEANING_WIDTH].float().chunk(KEY_PARTS, -1)
+
+
+def word_shares(keys: torch.Tensor) -> torch.Tensor:
+    """Return the share of each word in what matters in keys, `(..., WORDS)`: together 1, or 0 where none does."""
+    return (keys[..., MEANING_WIDTH:].float() - _SAID).clamp(min=0.0)

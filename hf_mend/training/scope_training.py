@@ -19,7 +19,7 @@ from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
 from ..scope.bank import rival_penalty
-from ..scope.network import ScopeNetwork, key_parts, key_scores, missing_words
+from ..scope.network import ScopeNetwork, key_scores, missing_words, word_shares
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
 from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
@@ -332,7 +332,7 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
         rival = of_facts.scatter(1, best.indices[:, None] % len(some), -1.0).amax(1)
         if kind == "unrelated":  # which has no rivals to rely on, as what stands near an edit that is alone
             rival = torch.full_like(rival, -1.0)
-        missing = missing_words(queries[numbers], key_parts(keys)[-1][best.indices])
+        missing = missing_words(queries[numbers], word_shares(keys[best.indices]))
         least.append(threshold_for(best.values, rival, missing, share))
         near = [(row, place[marks[n][0].near]) for row, n in enumerate(numbers) if marks[n][0].near != NONE]
         if near:

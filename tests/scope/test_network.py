@@ -21,6 +21,7 @@ from hf_mend.scope.network import (
     key_scores,
     missing_words,
     said_words,
+    word_shares,
 )
 
 
@@ -102,12 +103,12 @@ def test_words_are_missing_by_their_share_in_what_matters():
         )
         return torch.cat([torch.ones(1, MEANING_WIDTH), said], 1)
 
-    own = key_parts(key(1, 2, 3))[-1]
+    own = word_shares(key(1, 2, 3))
     for text, missing in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
         assert float(missing_words(text, own)) == pytest.approx(missing, abs=1e-3)
         assert torch.equal(key_scores(text, key(1, 2, 3)), key_scores(key(1, 2, 3), key(1, 2, 3)))
     # Where no word matters, or any may be said, it is not known.
-    none = key_parts(key(1, matters=(0.0,)))[-1]
+    none = word_shares(key(1, matters=(0.0,)))
     assert float(missing_words(key(7, 8, 9), none)) == pytest.approx(0.3)
     assert float(missing_words(key(ANY_WORD), own)) == pytest.approx(0.3)
 
@@ -123,6 +124,6 @@ def test_the_first_tokens_huge_values_do_not_count(scope):
 def test_scores_are_a_minimum_over_parts(scope):
     keys = scope.keys(scope.token_states(torch.randn(2, 5, 16)))[:, -1]
     assert torch.allclose(key_scores(keys, keys).diagonal(), torch.ones(2), atol=1e-5)
-    first, second, words = key_parts(keys[0])
-    half = torch.cat([first, -second, words])[None]
+    first, second = key_parts(keys[0])
+    half = torch.cat([first, -second, keys[0, MEANING_WIDTH:]])[None]
     assert float(key_scores(half, keys[:1])) == pytest.approx(-1 + math.log(2) / 12, abs=0.01)
