@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from .scope_examples import NONE, Mark, MarkedText
 from .scope_texts import ScopeTexts
 
 
+# Facts that are read, drawn at random: the first ones are of few kinds.
 _FACTS = 4000
 _PASSES, _STEPS, _TOKENS, _LEARNING_RATE = 4, 200, 1024, 3e-3  # at least so many passes and steps
 # Forms of asking for a fact, and texts in which nothing asks for it.
@@ -29,11 +31,11 @@ def learn_words(scope: ScopeNetwork, data: ScopeTexts, seed: int = 0) -> None:
     Args:
         scope ([`ScopeNetwork`]): The scope, which knows what hidden states are ordinary.
         data ([`ScopeTexts`]): The texts of its training.
-        seed (`int`, defaults to 0): Seed of the order.
+        seed (`int`, defaults to 0): Seed of the draw and of the order.
     """
     hidden, wanted = [], []
-    for texts in data.texts[:_FACTS]:
-        for text, mark, shares in _shares(texts, data):
+    for fact in random.Random(seed).sample(range(len(data)), min(_FACTS, len(data))):
+        for text, mark, shares in _shares(data.texts[fact], data):
             assert text.hidden is not None
             hidden.append(text.hidden[: mark.position + 1])
             wanted += shares

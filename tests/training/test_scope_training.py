@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from support.scope import scoped
 from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases.split import SplitModel
 from hf_mend.data.records import EditRecord
-from hf_mend.scope.bank import rival_penalty
+from hf_mend.edits.edit import Edit
+from hf_mend.edits.edit_scope import EditScope
+from hf_mend.scope.bank import KeyBank, rival_penalty
 from hf_mend.scope.network import ScopeNetwork, key_scores
-from hf_mend.training import scope_training
+from hf_mend.training import scope_training, scope_words
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_examples import (
     NONE,
@@ -302,3 +305,54 @@ def test_the_threshold_is_where_few_enough_texts_find_an_edit():
         assert found(threshold) <= share + 1e-6 < found(threshold - 0.02)
         assert all(found(higher) <= share + 1e-6 for higher in torch.linspace(threshold, 1.0, 20).tolist())
     assert float(threshold_for(score, rival, missing, 1.0)) == 0.0
+
+
+def test_the_words_are_learned_from_facts_drawn_at_random(llama, tokenizer, examples, monkeypatch):
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments())
+    seen: list[int] = []
+    monkeypatch.setattr(scope_words, "_shares", lambda texts, _: iter(seen.append(data.texts.index(texts)) or ()))
+    monkeypatch.setattr(scope_words, "_FACTS", 3)
+    for seed in range(4):
+        learn_words(model.scope, data, seed)
+    draws = [tuple(seen[start : start + 3]) for start in range(0, 12, 3)]
+    assert len(seen) == 12 and all(len({*draw}) == 3 for draw in draws) and len({*draws}) > 2
+
+
+def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, tokenizer, examples, monkeypatch):
+    """What is told of each text that must stay decides, at any threshold, as a bank of the same keys does."""
+    model = scoped(llama, tokenizer)
+    data = scope_texts(model, examples, ScopeTrainingArguments())
+    scope = ScopeNetwork(model.scope.width)
+    scope.load_state_dict(model.scope.state_dict())
+    with torch.no_grad():
+        scope.word.bias.fill_(1.0)  # all words matter alike
+    told: list[tuple[torch.Tensor, ...]] = []
+
+    def tell(score, rival, missing, share):
+        told.append((score, rival, missing))
+        return threshold_for(score, rival, missing, share)
+
+    monkeypatch.setattr(scope_training, "threshold_for", tell)
+    scope_training._finish(scope, data, random.Random(0))
+    some = random.Random(0).sample(range(len(data)), len(data))
+    keys = data.bank(scope, some).unflatten(0, (data.sides, -1)).transpose(0, 1)  # (facts, sides, width)
+    texts = [text for fact in some for text in data.texts[fact] if text.marks]
+    near = [replace(text, marks=[mark]) for text in texts for mark in text.marks if mark.kind == "neighborhood"]
+    queries = data.keys(scope, near)
+    score, rival, missing = next(values for values in told if len(values[0]) == len(near))
+    assert len({*missing.tolist()}) > 1
+    plain = torch.tensor([not text.others for text in near])
+    decided = set()
+    for threshold in torch.linspace(2 * float(score.min()) - 1, float(score.max()), 60).tolist():
+        edits = [
+            Edit(
+                str(i), "", str(i), {}, scope=EditScope("s", one, torch.full((len(one),), threshold), ["x"] * len(one))
+            )
+            for i, one in enumerate(keys)
+        ]
+        at = torch.full_like(score, threshold)
+        found = score - at >= rival_penalty(rival - at, at, missing)
+        assert torch.equal(found[plain], (KeyBank(edits).choose(queries) >= 0)[plain])
+        decided.add(tuple(found.tolist()))
+    assert len(decided) > 4
