@@ -15,10 +15,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
+from .by_length import parts_by_length
+from .caches import cache_name, continued, rows_of_cache, takes_positions
+from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
 from .threads import as_this_thread, hooked, present_forward, replaced_forward
-from .unpadded import Unpadded
 from .weights import device_of
 
 
@@ -46,14 +48,23 @@ class HiddenState:
         hidden (`torch.Tensor` of shape `(rows, seq, width)`): The input of that block.
         encoder (`torch.Tensor` of shape `(rows, source, width)`, *optional*): The encoder's output, when the block is
             one of the decoder's.
+        cache (`transformers.Cache`, *optional*): Keys and values of tokens that stand before these, in the blocks from
+            that one on.
+        answers (`tuple[EncodedBatch, HiddenState]`, *optional*): The rows' answers alone, behind what stands before
+            them: see [`~hf_mend.bases.prefix.answers_behind`].
     """
 
     hidden: torch.Tensor
     encoder: torch.Tensor | None = None
+    cache: Any = None
+    answers: tuple[EncodedBatch, HiddenState] | None = None
 
     def rows(self, index: slice | torch.Tensor) -> HiddenState:
         """Return the state of some of the rows."""
-        return HiddenState(self.hidden[index], None if self.encoder is None else self.encoder[index])
+        encoder = None if self.encoder is None else self.encoder[index]
+        cache = None if self.cache is None else rows_of_cache(self.cache, index)
+        answers = None if self.answers is None else (self.answers[0][index], self.answers[1].rows(index))
+        return HiddenState(self.hidden[index], encoder, cache, answers)
 
 
 class SplitModel:
@@ -87,6 +98,9 @@ class SplitModel:
         self._needs_mask = True
         self.readout: Any = None  # of a loss: see bases.readout
         self.head_is_plain: bool | None = None  # not checked yet: see bases.projection
+        self.cache_name = cache_name(model)
+        self.takes_positions = takes_positions(model)
+        self.goes_on: bool | None = None  # from its cache; not checked yet: see bases.prefix
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +114,33 @@ class SplitModel:
         """
         if self._needs_mask or not rows.places.pads_right:
             return rows.inputs
-        return {**rows.inputs, "attention_mask": _of_ones(rows.inputs["attention_mask"])}
+        return {**rows.inputs, "attention_mask": mask_of_ones(rows.inputs["attention_mask"])}
+
+    @torch.no_grad()
+    def state_of(self, rows: EncodedBatch) -> HiddenState:
+        """
+        Return the output of `run_below` for a batch; on a CPU, texts of about the same length run together.
+
+        Args:
+            rows ([`EncodedBatch`]): The texts.
+        """
+        mask, lengths = rows.inputs["attention_mask"], rows.places.lengths
+        apart = set(rows.inputs) == {"input_ids", "attention_mask"} and rows.places.pads_right
+        parts = parts_by_length(lengths if apart and not self.tokens_first else [], mask.device)
+        if len(parts) == 1:
+            return self.run_below(self.inputs_of(rows))
+        if self._resumes is None:
+            self.run_below(rows[:1].inputs)  # which checks; from then on a text runs in the same way
+        found: list[torch.Tensor] = []
+        for part in parts:
+            here = {name: value[part, : lengths[part[0]]] for name, value in rows.inputs.items()}
+            if not self._needs_mask:
+                here["attention_mask"] = mask_of_ones(here["attention_mask"])
+            found.append(self.run_below(here).hidden)
+        hidden = found[0].new_zeros(*mask.shape, found[0].shape[-1])
+        for part, values in zip(parts, found, strict=True):
+            hidden[part, : values.shape[1]] = values
+        return HiddenState(hidden)
 
     @torch.no_grad()
     def run_below_further(self, rows: EncodedBatch) -> tuple[HiddenState, HiddenState | None]:
@@ -113,11 +153,11 @@ class SplitModel:
         """
         further = rows.further
         if further is None or self._resumes is not None and not self._looks_back(rows):
-            return self.run_below(self.inputs_of(rows)), None
-        state = self.run_below(self.inputs_of(further))
+            return self.state_of(rows), None
+        state = self.state_of(further)
         hidden, name = state.hidden, "decoder_input_ids" if self.cuts_decoder_of_two else "input_ids"
         if not self._looks_back(rows) or hidden.shape[1] != further.inputs[name].shape[1]:
-            return self.run_below(self.inputs_of(rows)), None
+            return self.state_of(rows), None
         return HiddenState(hidden[:, : rows.inputs[name].shape[1]], state.encoder), state
 
     def _looks_back(self, rows: EncodedBatch) -> bool:
@@ -202,24 +242,32 @@ class SplitModel:
         mask[:, length:] = 0
         try:
             masked = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            plain = self.model(input_ids=ids, attention_mask=_of_ones(mask), use_cache=False).logits
+            plain = self.model(input_ids=ids, attention_mask=mask_of_ones(mask), use_cache=False).logits
         except Exception:  # a longer text than the model takes, or foreign code that takes no such mask
             return False
         return same_logits(plain[:, :length], masked[:, :length])
 
-    def run_above(self, inputs: Inputs, state: HiddenState) -> Any:
+    @property
+    def resumes(self) -> bool:
+        """Whether a pass from a stored state gives the whole pass's logits, as the first use has found."""
+        return bool(self._resumes)
+
+    def run_above(self, inputs: Inputs, state: HiddenState, into: Any = None) -> Any:
         """
         Return the model's output from the stored hidden state on. Gradients flow if they are enabled.
 
         Args:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments, of the same rows as `state`.
-            state ([`HiddenState`]): Their output of `run_below`.
+            state ([`HiddenState`]): Their output of `run_below`, with the cache to go on from, if any.
+            into (`transformers.Cache`, *optional*): An empty cache, which gets the keys and values.
         """
         if not self._resumes:
             return self.model(**inputs, use_cache=False)
-        return self._resume(inputs, state)
+        if into is None and state.cache is not None:
+            into = continued(state.cache)
+        return self._resume(inputs, state, into)
 
-    def _resume(self, inputs: Inputs, state: HiddenState) -> Any:
+    def _resume(self, inputs: Inputs, state: HiddenState, cache: Any = None) -> Any:
         beside: list[Any] = []
 
         def use_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,7 +281,11 @@ class SplitModel:
         def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states, *beside) if self._returns_tuple else hidden_states
 
-        extra = {} if state.encoder is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=state.encoder)}
+        extra: dict[str, Any] = {"use_cache": cache is not None}
+        if state.encoder is not None:
+            extra["encoder_outputs"] = BaseModelOutput(last_hidden_state=state.encoder)
+        if cache is not None:
+            extra[str(self.cache_name)] = cache
         with ExitStack() as undo:
             # Before other hooks of the block, which are to see the stored state too.
             block = self.blocks[self.block]
@@ -244,11 +296,7 @@ class SplitModel:
                 first_skipped = 1
             for block in self.blocks[first_skipped : self.block]:
                 undo.enter_context(replaced_forward(block, pass_on))
-            return self.model(**inputs, **extra, use_cache=False)
-
-
-def _of_ones(mask: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(mask).as_subclass(Unpadded)
+            return self.model(**inputs, **extra)
 
 
 @contextmanager
@@ -320,7 +368,7 @@ def logits_of(split: SplitModel, rows: EncodedBatch, state: HiddenState | None =
         state ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
     if state is None:
-        state = split.run_below(split.inputs_of(rows))
+        state = split.state_of(rows)
     with logits_at(split.model, rows.places.positions):
         logits: torch.Tensor = split.run_above(split.inputs_of(rows), state).logits[0]
     return logits

@@ -20,6 +20,8 @@ class Places:
         counts (`list[int]`): The number of positions of each row.
         said (`list[list[int]]`): The tokens that each row's positions must predict, -100 where there is none.
         pads_right (`bool`): Whether what is no padding stands at the beginning of each row.
+        spans (`list[tuple[int, int]]`): Of each row the first position, and the token behind the last.
+        lengths (`list[int]`): The tokens of each row that are no padding; none of an encoder-decoder model's.
     """
 
     positions: torch.Tensor
@@ -28,6 +30,8 @@ class Places:
     counts: list[int]
     said: list[list[int]]
     pads_right: bool
+    spans: list[tuple[int, int]]
+    lengths: list[int]
 
     @classmethod
     def of(
@@ -39,7 +43,12 @@ class Places:
         said = [part.tolist() for part in labels.split(counts)]
         read = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero()[:, 0]
         pads_right = mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all())
-        return cls(flat, labels.clamp(min=0), read, counts, said, pads_right).to(device)
+        first = positions.int().argmax(-1)  # 0 where a row has none
+        last = positions.shape[1] - positions.flip(-1).int().argmax(-1)
+        last = torch.where(positions.any(-1), last, 0)
+        spans = [*zip(first.tolist(), last.tolist(), strict=True)]
+        lengths = [] if mask is None else mask.sum(-1).tolist()
+        return cls(flat, labels.clamp(min=0), read, counts, said, pads_right, spans, lengths).to(device)
 
     def to(self, device: torch.device | str) -> Places:
         """Return the places with their tensors on a device."""

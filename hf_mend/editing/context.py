@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..bases.fused import of_one_shape, stacked
 from ..bases.gradients import Factors, trace
+from ..bases.prefix import answers_behind, prefix_of
 from ..bases.projection import is_large, logits_in_parts, projected, read_once
 from ..bases.readout import Slots, narrowed
 from ..bases.split import HiddenState, SplitModel, logits_of
@@ -52,6 +54,30 @@ class EditingContext:
         config = self.method.config
         return config.factor_error if self.scoped and config.factor_dtype == "int4" else None
 
+    @torch.no_grad()
+    def at_answers_alone(
+        self, rows: EncodedBatch, hidden: HiddenState, further: HiddenState | None = None
+    ) -> tuple[HiddenState, HiddenState | None]:
+        """
+        Run what stands before the rows' answers, where edits act at these alone, so that all passes that follow run
+        nothing but the answers' tokens. Otherwise, and where the model cannot, the states are as they were.
+
+        Args:
+            rows ([`EncodedBatch`]): Prompts and targets.
+            hidden ([`HiddenState`]): Their output of `split.run_below`.
+            further ([`HiddenState`], *optional*): That of the rows' `further`.
+
+        Returns:
+            `tuple`: `hidden` and `further`, with the rows' answers alone.
+        """
+        prefix = prefix_of(self.split, rows, hidden) if self.at_answers else None
+        if prefix is None:
+            return hidden, further
+        hidden = replace(hidden, answers=answers_behind(self.split, prefix, rows, hidden))
+        if further is not None and rows.further is not None:
+            further = replace(further, answers=answers_behind(self.split, prefix, rows.further, further))
+        return hidden, further
+
     def trace(
         self,
         rows: EncodedBatch,
@@ -70,6 +96,7 @@ class EditingContext:
                 in this order, as [`~hf_mend.edits.hook.applied`] takes them.
             narrow (`nn.Module`, *optional*): A module that runs at the rows' positions alone, as the last MLP may.
         """
+        rows, hidden, narrow = alone(rows, hidden, narrow)
         factors, logits = self._of_rows(rows, hidden, updates, narrow)
         return self._of_facts(rows, factors), logits
 
@@ -137,6 +164,7 @@ class EditingContext:
         self, rows: EncodedBatch, hidden: HiddenState | None = None, updates: Sequence[Mapping[str, Update]] = ()
     ) -> torch.Tensor:
         """Return the logits at the rows' positions, `(positions, vocab)`. The arguments are those of `trace`."""
+        rows, hidden, _ = alone(rows, hidden)
         split, places = self.split, rows.places
         with self.applied(rows, *updates):
             if is_large(split, places) and not torch.is_grad_enabled():
@@ -173,3 +201,19 @@ class EditingContext:
             return score_and_fetch(rows, self.logits(rows, hidden, updates), further)
         answers, found = score_and_fetch(rows.further, self.logits(rows.further, behind, updates), further)
         return without_following(answers), found
+
+
+State = TypeVar("State", bound=HiddenState | None)
+
+
+def alone(
+    rows: EncodedBatch, hidden: State, narrow: nn.Module | None = None
+) -> tuple[EncodedBatch, State | HiddenState, nn.Module | None]:
+    """
+    Return the rows' answers alone and their state, where that has them, and no module to narrow: all that runs then
+    are positions, and the few tokens between them.
+    """
+    if hidden is None or hidden.answers is None:
+        return rows, hidden, narrow
+    answers, state = hidden.answers
+    return answers, state, None

@@ -50,7 +50,7 @@ class BatchLook:
 
     def places(self, layer: str) -> torch.Tensor:
         side = next(target.side for target in self.context.targets if target.name == layer)
-        rows = self.rows[self.wanted]
+        rows = (self.rows if self.hidden.answers is None else self.hidden.answers[0])[self.wanted]
         last = rows.positions.int().argmax(-1)  # the position that predicts the answer's first token
         if "decoder_input_ids" in rows.inputs:
             if side != "encoder":
@@ -64,7 +64,7 @@ class BatchLook:
     def drift(self, updates: Mapping[str, Update], texts: EncodedBatch) -> Factors:
         split, targets = self.context.split, self.context.targets
         requests = len(next(iter(updates.values()))[0])
-        hidden = split.run_below(split.inputs_of(texts))
+        hidden = split.state_of(texts)
         base = logits_of(split, texts, hidden)  # (positions, vocab)
         every = torch.arange(len(texts)).repeat(requests)
         rows = texts[every]

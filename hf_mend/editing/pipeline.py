@@ -301,7 +301,7 @@ def _trace_missing_keys(call: Call, earlier: Sequence[Edit]) -> None:
     batches = call.batches(requests)
     for batch in tqdm(batches, desc="Inputs of earlier edits", disable=len(batches) <= 1):
         rows = call.encoder([requests[i].query for i in batch]).to(context.split.device)
-        hidden = context.split.run_below(context.split.inputs_of(rows))
+        hidden = context.split.state_of(rows)
         factors, _ = context.trace(rows, hidden)
         look = BatchLook(context, rows, hidden, torch.arange(len(rows)))
         inputs = context.method.key_inputs(factors, look.places)

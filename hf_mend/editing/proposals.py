@@ -149,7 +149,7 @@ class FromGradient(Proposer):
 
     def begin(self, rows: EncodedBatch) -> BatchState:
         context = self.context
-        hidden, further = context.split.run_below_further(rows)
+        hidden, further = context.at_answers_alone(rows, *context.split.run_below_further(rows))
         factors, logits = context.trace(rows, hidden, (self.base_delta,))
         if self.base_delta:
             logits = context.logits(rows, hidden)
@@ -218,8 +218,9 @@ class FromSearch(Proposer):
         return _ROUNDS if self.context.method.joins and self.options.check else 1
 
     def begin(self, rows: EncodedBatch) -> BatchState:
-        hidden, further = self.context.split.run_below_further(rows)
-        batch = self._state(rows, hidden, further, self.context.answers(rows, hidden))
+        context = self.context
+        hidden, further = context.at_answers_alone(rows, *context.split.run_below_further(rows))
+        batch = self._state(rows, hidden, further, context.answers(rows, hidden))
         if not batch.wanted.any():
             self.progress(rows.facts)
         return batch

@@ -77,7 +77,7 @@ def keys_of(
     """
     if hidden is None:
         with gate.suspended():
-            hidden = split.run_below(split.inputs_of(rows))
+            hidden = split.state_of(rows)
     read = hidden.hidden if hidden.encoder is None else hidden.encoder
     scope = gate.scope.to(read.device)
     inputs = {name: rows.inputs[name].to(read.device) for name in ("input_ids", "attention_mask")}

@@ -173,12 +173,11 @@ def _directions(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
     q_in, r_in = torch.linalg.qr(u.transpose(-1, -2))  # (..., d_in, k), (..., k, rank)
     q_out, r_out = torch.linalg.qr(v.transpose(-1, -2))
     left, sizes, right = torch.linalg.svd(r_in @ r_out.transpose(-1, -2), full_matrices=False)
+    u, v = (q_in @ left).transpose(-1, -2), right @ q_out.transpose(-1, -2)
+    # There is a code more below zero than above, so that a direction's sign counts: it is to be always the same.
+    sign = torch.where(u.gather(-1, u.abs().argmax(-1, keepdim=True)) > 0, -1.0, 1.0)
     scale = sizes.sqrt()[..., None]
-    return (
-        scale * (q_in @ left).transpose(-1, -2),
-        scale * (right @ q_out.transpose(-1, -2)),
-        sizes,
-    )
+    return scale * sign * u, scale * sign * v, sizes
 
 
 def _used(sizes: Sequence[torch.Tensor], error: float) -> list[torch.Tensor]:

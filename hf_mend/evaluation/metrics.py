@@ -185,7 +185,7 @@ def measure_records(
         if len(owner) == 0:
             continue
         rows = encoder([query for group in queries for query in group]).to(split.device)
-        state = split.run_below(rows.inputs)
+        state = split.state_of(rows)
         with edited(owner):
             after = logits_of(split, rows, state)
         before = None

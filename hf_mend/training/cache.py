@@ -53,7 +53,7 @@ class HiddenStateCache:
     ```python
     cache = HiddenStateCache(model.split, "~/.cache/states")
     cache.fill(model.encoder, examples.queries(epochs=1))
-    state = cache(rows)  # as model.split.run_below(rows.inputs), to bfloat16's rounding
+    state = cache(rows)  # as model.split.state_of(rows), to bfloat16's rounding
     ```
     """
 
@@ -92,7 +92,7 @@ class HiddenStateCache:
         found = [self._place(_digest(ids)) for ids in token_ids(rows)]
         missing = torch.tensor([place is None for place in found])
         if missing.all():
-            return self.split.run_below(rows.inputs)
+            return self.split.state_of(rows)
         count, device, dtype = len(rows), self.split.device, self.split.model.dtype
         lengths = self._padded_lengths(rows)
         hidden, encoder = (
@@ -104,7 +104,7 @@ class HiddenStateCache:
                 self._read(place, hidden[i], encoder[i])
         hidden, encoder = hidden.to(device, dtype), encoder.to(device, dtype)
         if missing.any():
-            state = self.split.run_below(rows[missing].inputs)
+            state = self.split.state_of(rows[missing])
             hidden[missing.to(device)] = state.hidden.to(device)
             if state.encoder is not None:
                 encoder[missing.to(device)] = state.encoder.to(device)
@@ -208,7 +208,7 @@ class HiddenStateCache:
         if not new:
             return True
         rows = rows[torch.tensor([i for i, _ in new])].to(self.split.device)
-        state = self.split.run_below(rows.inputs)
+        state = self.split.state_of(rows)
         records = []
         offset = states.tell() // self.dtype.itemsize
         for i, ids in enumerate(token_ids(rows)):

@@ -56,7 +56,7 @@ def _best_first_step(model: EditableModel, edits: Sequence[EncodedBatch]) -> flo
     bar = tqdm(total=len(edits) * len(losses), desc="Size of the first step")
     for rows in edits:
         rows = rows.to(model.device)
-        state = model.split.run_below(rows.inputs)
+        state = model.split.state_of(rows)
         base_delta = model.editor.base_delta()
         factors, _ = model.context.trace(rows, state, (base_delta,))
         with torch.no_grad():

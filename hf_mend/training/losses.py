@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..bases.by_length import parts_by_length
 from ..bases.gradients import Factors, row_means
 from ..bases.readout import readout_of
 from ..bases.split import HiddenState
 from ..data.encoding import EncodedBatch
-from ..editing.context import EditingContext
+from ..editing.context import EditingContext, alone
 from ..edits.low_rank import Update, compacted, together
 from .cache import HiddenStateCache
 from .examples import EditBatch
@@ -80,7 +81,7 @@ def editing_loss(
             those before it have left; see [`sequential_loss`]. The other two arguments about edits do not count then.
         decay (`float`, defaults to 0.9): Weight of a call's texts in the loss of the next call.
     """
-    below = run_below or (lambda rows: context.split.run_below(context.split.inputs_of(rows)))
+    below = run_below or (lambda rows: context.split.state_of(rows))
     if calls_per_batch > 1:
         return sequential_loss(context, batch, locality_weights, below, calls_per_batch, decay)
     size = math.gcd(group_size, len(batch))
@@ -102,7 +103,8 @@ def _traced(
     """The factors of the edits' gradients on the model with what it carries; none flows back through them."""
     fixed = [{name: (u.detach(), v.detach()) for name, (u, v) in one.items()} for one in updates]
     mlp = readout_of(context.split, batch.edit, below).mlp
-    factors, _ = context.trace(batch.edit, below(batch.edit), fixed, mlp)
+    state, _ = context.at_answers_alone(batch.edit, below(batch.edit))
+    factors, _ = context.trace(batch.edit, state, fixed, mlp)
     return factors
 
 
@@ -117,12 +119,13 @@ def _loss_under(
     readout = readout_of(context.split, batch.general, below)
 
     def read(rows: EncodedBatch, state: HiddenState, *seen: Mapping[str, Update]) -> torch.Tensor:
-        with context.applied(rows, *seen, narrow=readout.mlp):
+        rows, state, narrow = alone(rows, state, readout.mlp)
+        with context.applied(rows, *seen, narrow=narrow):
             return readout.at(rows, state)
 
     said = [
-        (rows, read(rows, below(rows), *_of_rows(updates, index, len(batch.general))))
-        for index, rows in by_length(batch.general)
+        (rows, read(rows, state, *_of_rows(updates, index, len(batch.general))))
+        for index, rows, state in _passes(context, batch.general, below)
     ]
     values = readout.nll([one for _, one in said], [rows.places.labels for rows, _ in said])
     edit = _mean_of_rows(values, [rows for rows, _ in said])
@@ -130,8 +133,7 @@ def _loss_under(
     edited: list[torch.Tensor] = []
     base: list[torch.Tensor] = []
     for kind, texts in batch.local.items():
-        for index, rows in by_length(texts):
-            state = below(rows)
+        for index, rows, state in _passes(context, texts, below):
             kept = below.unedited(rows) if isinstance(below, HiddenStateCache) else None
             if kept is None:
                 with torch.no_grad():
@@ -145,6 +147,19 @@ def _loss_under(
         locality[kind] = _mean_of_rows([next(divergences) for _ in parts], parts)
         loss = loss + locality_weights.get(kind, 1.0) * locality[kind]
     return EditingLoss(loss, edit, locality)
+
+
+def _passes(
+    context: EditingContext, rows: EncodedBatch, below: Callable[[EncodedBatch], HiddenState]
+) -> Iterator[tuple[torch.Tensor | None, EncodedBatch, HiddenState]]:
+    """The rows and their states, in one pass where it runs the answers alone, by length where it runs whole texts."""
+    if context.at_answers and context.split.goes_on is not False:
+        state, _ = context.at_answers_alone(rows, below(rows))
+        if state.answers is not None:
+            yield None, rows, state
+            return
+    for index, part in by_length(rows):
+        yield index, part, below(part)
 
 
 def _mean_of_rows(values: Sequence[torch.Tensor], parts: Sequence[EncodedBatch]) -> torch.Tensor:
@@ -265,31 +280,17 @@ def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, Encoded
         order, and the part without the padding that it does not need.
     """
     mask = rows.inputs["attention_mask"]
-    # Processes that share a base out have to make the same passes, and a GPU would rather have few.
-    whole = torch.distributed.is_available() and torch.distributed.is_initialized() or mask.device.type != "cpu"
-    if whole or "decoder_input_ids" in rows.inputs or mask.numel() < _FEW_TOKENS:
-        yield None, rows
-        return
-    order = sorted(enumerate(mask.sum(-1).tolist()), key=lambda pair: -pair[1])
-    parts: list[list[tuple[int, int]]] = []
-    for number, length in order:
-        if not parts or length < _SHORTER * parts[-1][0][1] and len(parts[-1]) * parts[-1][0][1] >= _FEW_TOKENS / 4:
-            parts.append([])
-        parts[-1].append((number, length))
+    lengths = rows.places.lengths
+    parts = parts_by_length(lengths, mask.device)
     if len(parts) == 1:
         yield None, rows
         return
     for part in parts:
-        index = torch.tensor(sorted(number for number, _ in part), device=mask.device)
-        width = part[0][1]
+        index = torch.tensor(sorted(part), device=mask.device)
+        width = lengths[part[0]]
         inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
         subjects = None if rows.subjects is None else rows.subjects[index]
         yield index, EncodedBatch(inputs, rows.next_tokens[index, :width], rows.positions[index, :width], subjects)
-
-
-# Batches below this many tokens are one pass; a part begins with a row shorter than this share of the last part's
-# longest.
-_FEW_TOKENS, _SHORTER = 256, 0.75
 
 
 def _of_rows(

@@ -272,7 +272,7 @@ def read_hidden_states(
         with tqdm(total=len(texts), desc="Hidden states", disable=cache is not None) as bar:
             for batch in length_batches(lengths, _ROWS, _TOKENS):
                 rows = encoder.pad([(texts[i].tokens, []) for i in batch]).to(split.device)
-                state = split.run_below(rows.inputs) if cache is None else cache(rows)
+                state = split.state_of(rows) if cache is None else cache(rows)
                 hidden = state.hidden if state.encoder is None else state.encoder
                 for row, i in enumerate(batch):
                     texts[i].hidden = hidden[row, : lengths[i]].to("cpu", torch.bfloat16, copy=True)

@@ -7,7 +7,7 @@ import torch
 from support.counting import Counting
 
 from hf_mend.bases.fused import fetched, largest, of_one_shape, stacked
-from hf_mend.bases.unpadded import Unpadded
+from hf_mend.bases.known_mask import known_mask, mask_of_ones
 
 
 def test_the_parts_of_a_tensor_are_stacked_without_a_copy():
@@ -62,13 +62,17 @@ def test_no_value_that_is_not_finite_is_overlooked(bad, place):
     assert largest({}).isfinite().all()
 
 
-def test_a_mask_of_ones_answers_without_the_device_and_is_else_a_mask():
+def test_masks_that_the_host_knows_answer_without_the_device_and_are_else_masks():
     layer = torch.nn.Linear(3, 2)
     with Counting(layer) as counting:
-        mask = torch.ones(2, 5, dtype=torch.long).to(layer.weight.device).as_subclass(Unpadded)
+        mask = mask_of_ones(torch.ones(2, 5, dtype=torch.long).to(layer.weight.device))
         as_bool = mask.to(dtype=torch.bool)
         assert mask.all() and as_bool.all() and as_bool[:, :3].all() and as_bool.sum() == 10
+        padded = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(layer.weight.device)
+        padded = known_mask(padded, 5)
+        assert not padded.all() and padded.sum() == 5 and not padded.to(dtype=torch.bool)[:, :7].all()
     assert counting.waits == 0
-    for found in (mask.cumsum(-1), mask * 2, 1 - mask, mask.sum(-1), mask[:, None], mask == 0):
+    for found in (mask.cumsum(-1), mask * 2, 1 - mask, mask.sum(-1), mask[:, None], mask == 0, padded[:, 1:]):
         assert type(found) is torch.Tensor
     assert mask.sum(-1).tolist() == [5, 5] and not (mask == 0).any()
+    assert padded.sum(-1).tolist() == [2, 3] and padded[:, 1:].all() and not padded[:, :2].all()

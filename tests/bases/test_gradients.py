@@ -8,9 +8,9 @@ from support.gradients import autograd_gradients, encoder_for, queries
 from support.models import ARCHITECTURES, RECORDS, SEQ2SEQ, build_model, editable, small_config
 
 from hf_mend.bases.gradients import record_inputs, trace
+from hf_mend.bases.known_mask import KnownMask
 from hf_mend.bases.split import SplitModel, logits_of
 from hf_mend.bases.targets import find_targets
-from hf_mend.bases.unpadded import Unpadded
 from hf_mend.data.encoding import EncodedBatch, Query
 
 
@@ -87,7 +87,7 @@ def test_padding_behind_a_text_is_not_masked_where_it_changes_nothing(base, toke
     assert not rows.inputs["attention_mask"].all()
     split.run_below(rows.inputs)
     told = split.inputs_of(rows)["attention_mask"]
-    assert isinstance(told, Unpadded) == (architecture not in ("t5", "bart"))
+    assert isinstance(told, KnownMask) == (architecture not in ("t5", "bart"))
     with torch.no_grad():
         expected = base(**rows.inputs).logits[rows.positions]
         torch.testing.assert_close(base(**split.inputs_of(rows)).logits[rows.positions], expected)

@@ -164,7 +164,7 @@ def test_rows_of_like_length_together_give_the_loss_and_gradient_of_all_at_once(
     batch = EditCollator(model.encoder, longest_input(model.config))([examples[i] for i in range(4)])
     found = []
     for few in (10**9, 8):
-        monkeypatch.setattr("hf_mend.training.losses._FEW_TOKENS", few)
+        monkeypatch.setattr("hf_mend.bases.by_length._FEW_TOKENS", few)
         parts = list(by_length(batch.general))
         assert (len(parts) > 1) == (few == 8)
         assert sum(len(rows) for _, rows in parts) == len(batch.general)

@@ -1,0 +1,34 @@
+"""Texts of about the same length in a pass: forms of asking differ in length ten times, and padding takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+# Texts of fewer tokens, padding and all, are one pass. A part begins with a text shorter than this share of the last
+# part's longest, where that part has a quarter of these tokens: a pass reads all weights again.
+_FEW_TOKENS, _SHORTER = 256, 0.75
+
+
+def parts_by_length(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """
+    Return the numbers of some texts in parts of about the same length, in falling order of it: one part where they are
+    few tokens, and on a GPU, which would rather have few passes. Processes that share a base out have to make the same
+    passes, so that theirs are one part too.
+
+    Args:
+        lengths (`Sequence[int]`): The tokens of each text.
+        device (`torch.device`): Where the passes run.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if device.type != "cpu" or together or len(lengths) * max(lengths, default=0) < _FEW_TOKENS:
+        return [[*range(len(lengths))]]
+    parts: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[parts[-1][0]] if parts else 0
+        if not parts or lengths[number] < _SHORTER * longest and len(parts[-1]) * longest >= _FEW_TOKENS / 4:
+            parts.append([])
+        parts[-1].append(number)
+    return [[*range(len(lengths))]] if len(parts) == 1 else parts

@@ -1,0 +1,236 @@
+"""
+What stands before the answers of a batch, run once and without a gradient: edits that act at answers alone change
+nothing of it, and every further pass runs the answers' few tokens on its keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+from ..data.encoding import EncodedBatch
+from ..data.places import Places, on_device
+from .by_length import parts_by_length
+from .known_mask import known_mask, mask_of_ones
+from .readout import last_mlp
+from .split import HiddenState, SplitModel, StopForwardError, logits_of, same_logits
+from .threads import hooked
+
+
+logger = logging.get_logger(__name__)
+
+# The kinds of a cache's layers that a pass replaces and does not change: the same prefix serves many passes.
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass
+class Prefix:
+    """
+    What stands before the answers of some rows.
+
+    Args:
+        cache (`DynamicCache`): Its keys and values, padded on the left.
+        lengths (`list[int]`): The tokens of each row.
+        mask (`torch.Tensor` of shape `(rows, prefix)`): 1 where a token stands.
+    """
+
+    cache: Any
+    lengths: list[int]
+    mask: torch.Tensor
+
+
+def prefix_of(split: SplitModel, rows: EncodedBatch, state: HiddenState) -> Prefix | None:
+    """
+    Run what stands before the positions of some rows, from their stored hidden state on. Where a model cannot go on
+    from its cache to the same logits, which the first use checks, or no row has a token before its positions, there is
+    nothing to run.
+
+    Args:
+        split ([`SplitModel`]): A causal model.
+        rows ([`EncodedBatch`]): The texts, padded on the right.
+        state ([`HiddenState`]): Their output of `run_below`.
+
+    Returns:
+        [`Prefix`] or `None`.
+    """
+    lengths = [start for start, _ in rows.places.spans]
+    if not max(lengths) or not _goes_on(split, rows):
+        return None
+    return _run(split, rows, state, lengths)
+
+
+def answers_behind(
+    split: SplitModel, prefix: Prefix, rows: EncodedBatch, state: HiddenState
+) -> tuple[EncodedBatch, HiddenState]:
+    """
+    Return the tokens of some rows from the first position on, as a batch and a state that stand for all of them: the
+    answers run as they would behind the whole text.
+
+    Args:
+        split ([`SplitModel`]): The model.
+        prefix ([`Prefix`]): What stands before them.
+        rows ([`EncodedBatch`]): The texts, or the same with further tokens behind.
+        state ([`HiddenState`]): Their output of `run_below`.
+    """
+    spans, device = rows.places.spans, rows.positions.device
+    width = max(end - start for start, end in spans)
+    start = on_device(torch.tensor([first for first, _ in spans]), device)[:, None]
+    numbers = start + torch.arange(width, device=device)  # (rows, width)
+    inside = numbers < on_device(torch.tensor([end for _, end in spans]), device)[:, None]
+    index = numbers.clamp(max=rows.positions.shape[1] - 1)
+    mask = torch.cat([prefix.mask, inside.to(prefix.mask.dtype)], 1)
+    if len({first for first, _ in spans}) == 1:
+        mask = mask_of_ones(mask)  # nothing reads what stands behind an answer's end
+    else:
+        mask = known_mask(mask, sum(end for _, end in spans))
+    inputs = {
+        "input_ids": rows.inputs["input_ids"].gather(1, index),
+        "attention_mask": mask,
+    }
+    if split.takes_positions:
+        inputs["position_ids"] = numbers
+    positions = rows.positions.gather(1, index) & inside
+    next_tokens = rows.next_tokens.gather(1, index).masked_fill(~inside, -100)
+    found = EncodedBatch(inputs, next_tokens, positions, None, rows.forms)
+    found._places = _within(rows.places, width, rows.positions.shape[1])
+    hidden = state.hidden.gather(1, index.to(state.hidden.device)[..., None].expand(-1, -1, state.hidden.shape[-1]))
+    return found, HiddenState(hidden, cache=prefix.cache)
+
+
+def _within(places: Places, width: int, length: int) -> Places:
+    """Return the places of rows whose tokens begin at their first position and are `width`, not `length`."""
+    starts = [start for (start, _), count in zip(places.spans, places.counts, strict=True) for _ in range(count)]
+    row = [i for i, count in enumerate(places.counts) for _ in range(count)]
+    moves = [i * (width - length) - start for i, start in zip(row, starts, strict=True)]
+    moved = torch.tensor(moves, dtype=torch.long)
+    positions = places.positions + on_device(moved, places.positions.device)
+    spans = [(0, end - start) for start, end in places.spans]
+    return replace(places, positions=positions, read=None, spans=spans, lengths=[], pads_right=False)
+
+
+def _run(split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Sequence[int]) -> Prefix:
+    """The prefix of all rows, those of about one length in a pass."""
+    width, count = max(lengths), len(rows)
+    parts = parts_by_length(lengths, split.device)
+    caches = [_cache_of(split, *_before(split, rows, state, [lengths[i] for i in part], part)) for part in parts]
+    cache, order = caches[0], [i for part in parts for i in part]
+    if order != sorted(order):
+        back = torch.tensor(order).argsort()
+        for number, layer in enumerate(cache.layers):
+            if not layer.is_initialized:
+                continue
+            layer.keys, layer.values = (
+                _joined([getattr(one.layers[number], side) for one in caches], back) for side in ("keys", "values")
+            )
+    _fill_below(split, cache, count, width)
+    mask = torch.arange(width) >= width - torch.tensor([*lengths])[:, None]
+    return Prefix(cache, [*lengths], on_device(mask.long(), split.device))
+
+
+def _joined(sides: Sequence[torch.Tensor], back: torch.Tensor) -> torch.Tensor:
+    """Keys or values, `(rows, heads, tokens, width)`, of all parts, padded on the left, in the order of the rows."""
+    longest = max(side.shape[2] for side in sides)
+    padded = [torch.nn.functional.pad(side, (0, 0, longest - side.shape[2], 0)) for side in sides]
+    return torch.cat(padded).index_select(0, back.to(sides[0].device))
+
+
+def _before(
+    split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Sequence[int], part: Sequence[int]
+) -> tuple[dict[str, torch.Tensor], HiddenState]:
+    """Inputs and state of some rows' first tokens, padded on the left."""
+    device = rows.positions.device
+    width = max(lengths)
+    row = on_device(torch.tensor([*part]), device)
+    numbers = torch.arange(width) - (width - torch.tensor([*lengths]))[:, None]  # (rows, width), below 0 for padding
+    mask = on_device((numbers >= 0).long(), device)
+    numbers = on_device(numbers.clamp(min=0), device)
+    ids = rows.inputs["input_ids"].index_select(0, row).gather(1, numbers)
+    inputs = {"input_ids": ids, "attention_mask": known_mask(mask, sum(lengths))}
+    if split.takes_positions:
+        inputs["position_ids"] = numbers
+    hidden = state.hidden.index_select(0, row.to(state.hidden.device))
+    index = numbers.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+    return inputs, HiddenState(hidden.gather(1, index))
+
+
+@torch.no_grad()
+def _cache_of(split: SplitModel, inputs: dict[str, torch.Tensor], state: HiddenState) -> Any:
+    """Keys and values of some tokens in the blocks above the cut. Of the last block nothing else is computed."""
+    cache = DynamicCache(config=split.model.config)
+
+    def stop(module: Any, args: tuple[Any, ...]) -> None:
+        raise StopForwardError
+
+    last = last_mlp(split) or split.model.get_output_embeddings()
+    with hooked(last.register_forward_pre_hook, stop), suppress(StopForwardError):
+        split.run_above(inputs, state, into=cache)
+    return cache
+
+
+def _fill_below(split: SplitModel, cache: Any, rows: int, width: int) -> None:
+    """Let the layers below the cut, which do not run, tell how many tokens there are: models ask the first one."""
+    for layer in cache.layers[: split.block]:
+        if not layer.is_initialized:
+            nothing = torch.zeros(rows, 1, width, 1, device=split.device)
+            layer.update(nothing, nothing)
+
+
+def _goes_on(split: SplitModel, rows: EncodedBatch) -> bool:
+    """Whether the model says the same where it goes on from its cache; checked once."""
+    if split.goes_on is None:
+        reason = _hindrance(split, rows)
+        split.goes_on = not reason
+        if reason:
+            name = type(split.model).__name__
+            logger.info(f"{name} runs whole texts where edits act at answers alone ({reason}): slower, and as exact")
+    return split.goes_on
+
+
+@torch.no_grad()
+def _hindrance(split: SplitModel, rows: EncodedBatch) -> str:
+    """Why a model cannot go on from its cache; nothing where it can."""
+    if split.cuts_decoder_of_two or split.tokens_first or set(rows.inputs) != {"input_ids", "attention_mask"}:
+        return "its inputs are not one text"
+    if not split.cache_name:
+        return "it takes no cache"
+    if not split.resumes:
+        return "it cannot be run from a block on"
+    if any(parameter.is_meta for parameter in split.model.parameters()):
+        return "it is offloaded"
+    if any(type(layer) not in _GROWING for layer in DynamicCache(config=split.model.config).layers):
+        return "its cache holds a state"
+    some = _two_lengths(rows)
+    state = split.run_below(some.inputs)
+    whole = logits_of(split, some, state)
+    try:
+        prefix = _run(split, some, state, [start for start, _ in some.places.spans])
+        if any(type(layer) not in _GROWING or not layer.is_initialized for layer in prefix.cache.layers):
+            return "not all of its blocks have keys and values of their own"
+        for _ in range(2):  # the second pass goes on from the same cache
+            if not same_logits(logits_of(split, *answers_behind(split, prefix, some, state)), whole):
+                return "its logits differ"
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _two_lengths(rows: EncodedBatch) -> EncodedBatch:
+    """A text of the batch without its first tokens, and the same with them, each with two positions at its end."""
+    length = int(rows.inputs["attention_mask"][0].sum())
+    ids = rows.inputs["input_ids"][0, :length]
+    ids = ids.repeat(-(-6 // length)) if length < 6 else ids
+    pair = torch.stack([ids.roll(-2), ids])
+    mask, positions = torch.ones_like(pair), torch.zeros_like(pair, dtype=torch.bool)
+    mask[0, -2:] = 0
+    positions[0, -4:-2] = True
+    positions[1, -2:] = True
+    return EncodedBatch({"input_ids": pair, "attention_mask": mask}, torch.full_like(pair, -100), positions)
