@@ -22,8 +22,7 @@ def parts_by_length(lengths: Sequence[int], device: torch.device) -> list[list[i
         lengths (`Sequence[int]`): The tokens of each text.
         device (`torch.device`): Where the passes run.
     """
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if device.type != "cpu" or together or len(lengths) * max(lengths, default=0) < _FEW_TOKENS:
+    if device.type != "cpu" or in_processes() or len(lengths) * max(lengths, default=0) < _FEW_TOKENS:
         return [[*range(len(lengths))]]
     parts: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -32,3 +31,8 @@ def parts_by_length(lengths: Sequence[int], device: torch.device) -> list[list[i
             parts.append([])
         parts[-1].append(number)
     return [[*range(len(lengths))]] if len(parts) == 1 else parts
+
+
+def in_processes() -> bool:
+    """Whether this is one of several processes, which may share a base out."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
-from .by_length import parts_by_length
+from .by_length import in_processes, parts_by_length
 from .known_mask import known_mask, mask_of_ones
 from .readout import last_mlp
-from .split import HiddenState, SplitModel, StopForwardError, logits_of, same_logits
+from .split import HiddenState, SplitModel, StopForwardError, logits_at, logits_of, same_logits
 from .threads import hooked
 
 
@@ -61,9 +61,22 @@ def prefix_of(split: SplitModel, rows: EncodedBatch, state: HiddenState) -> Pref
         [`Prefix`] or `None`.
     """
     lengths = [start for start, _ in rows.places.spans]
-    if not max(lengths) or not _goes_on(split, rows):
+    tokens = len(rows) * max(lengths)
+    if not tokens or not pays(split.device, tokens, split.parameters) or not _goes_on(split, rows):
         return None
     return _run(split, rows, state, lengths)
+
+
+def pays(device: torch.device, tokens: int, parameters: int) -> bool:
+    """
+    Whether a pass of its own pays for some tokens: on a GPU it is more kernels, which few tokens of a small model take
+    longer to launch than to run. Processes that share a base out have to make the same passes, whatever their tokens.
+    """
+    return device.type == "cpu" or in_processes() or tokens * parameters >= MUCH
+
+
+# A pass's kernels take some two milliseconds to launch, in which a GPU of today makes about so many products.
+MUCH = 4e11
 
 
 def answers_behind(
@@ -98,7 +111,8 @@ def answers_behind(
         inputs["position_ids"] = numbers
     positions = rows.positions.gather(1, index) & inside
     next_tokens = rows.next_tokens.gather(1, index).masked_fill(~inside, -100)
-    found = EncodedBatch(inputs, next_tokens, positions, None, rows.forms)
+    answers = None if rows.answers is None else rows.answers.gather(1, index) & inside
+    found = EncodedBatch(inputs, next_tokens, positions, None, rows.forms, answers=answers)
     found._places = _within(rows.places, width, rows.positions.shape[1])
     hidden = state.hidden.gather(1, index.to(state.hidden.device)[..., None].expand(-1, -1, state.hidden.shape[-1]))
     return found, HiddenState(hidden, cache=prefix.cache)
@@ -168,6 +182,10 @@ def _cache_of(split: SplitModel, inputs: dict[str, torch.Tensor], state: HiddenS
     def stop(module: Any, args: tuple[Any, ...]) -> None:
         raise StopForwardError
 
+    if in_processes():  # whose blocks may be shared out, and have to run to their ends
+        with logits_at(split.model, torch.zeros(1, dtype=torch.long)):
+            split.run_above(inputs, state, into=cache)
+        return cache
     last = last_mlp(split) or split.model.get_output_embeddings()
     with hooked(last.register_forward_pre_hook, stop), suppress(StopForwardError):
         split.run_above(inputs, state, into=cache)

@@ -98,6 +98,7 @@ class SplitModel:
         self._needs_mask = True
         self.readout: Any = None  # of a loss: see bases.readout
         self.head_is_plain: bool | None = None  # not checked yet: see bases.projection
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.cache_name = cache_name(model)
         self.takes_positions = takes_positions(model)
         self.goes_on: bool | None = None  # from its cache; not checked yet: see bases.prefix

@@ -36,6 +36,8 @@ class EncodedBatch:
         forms (`int`, defaults to 1): How many neighbouring rows ask for one fact, each in another form.
         further ([`EncodedBatch`], *optional*): The same texts with the whole answer as input, and one position more:
             that of what follows the answer.
+        answers (`torch.Tensor` of shape `(rows, seq)`, bool, *optional*): The positions that predict the answers,
+            where those are others: of texts that ask for what follows an answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -44,12 +46,18 @@ class EncodedBatch:
     subjects: torch.Tensor | None = None
     forms: int = 1
     further: EncodedBatch | None = None
+    answers: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._places: Places | None = None
 
     def __len__(self) -> int:
         return self.next_tokens.shape[0]
+
+    @property
+    def acting(self) -> torch.Tensor:
+        """Where an edit acts that acts at the tokens alone that predict its target's, `(rows, seq)`, bool."""
+        return self.positions if self.answers is None else self.answers
 
     @property
     def facts(self) -> int:
@@ -62,14 +70,16 @@ class EncodedBatch:
         if self._places is None:
             mask = None if "decoder_input_ids" in self.inputs else self.inputs.get("attention_mask")
             on_host = self.positions.cpu(), self.next_tokens.cpu(), None if mask is None else mask.cpu()
-            self._places = Places.of(*on_host, self.positions.device)
+            answers = None if self.answers is None else self.answers.cpu()
+            self._places = Places.of(*on_host, self.positions.device, answers)
         return self._places
 
     def __getitem__(self, index: slice | torch.Tensor) -> EncodedBatch:
         inputs = {name: value[index] for name, value in self.inputs.items()}
         subjects = None if self.subjects is None else self.subjects[index]
         forms = self.forms if isinstance(index, slice) else 1
-        return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms)
+        answers = None if self.answers is None else self.answers[index]
+        return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms, answers=answers)
 
     def to(self, device: torch.device | str) -> EncodedBatch:
         places = self.places.to(device)
@@ -80,6 +90,7 @@ class EncodedBatch:
         )
         moved._places = places
         moved.further = None if self.further is None else self.further.to(device)
+        moved.answers = None if self.answers is None else on_device(self.answers, device)
         return moved
 
 

@@ -20,7 +20,8 @@ class Places:
         counts (`list[int]`): The number of positions of each row.
         said (`list[list[int]]`): The tokens that each row's positions must predict, -100 where there is none.
         pads_right (`bool`): Whether what is no padding stands at the beginning of each row.
-        spans (`list[tuple[int, int]]`): Of each row the first position, and the token behind the last.
+        spans (`list[tuple[int, int]]`): Of each row the first position, or the first that predicts an answer where
+            what follows it is asked for, and the token behind the last.
         lengths (`list[int]`): The tokens of each row that are no padding; none of an encoder-decoder model's.
     """
 
@@ -35,7 +36,12 @@ class Places:
 
     @classmethod
     def of(
-        cls, positions: torch.Tensor, next_tokens: torch.Tensor, mask: torch.Tensor | None, device: torch.device
+        cls,
+        positions: torch.Tensor,
+        next_tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        device: torch.device,
+        answers: torch.Tensor | None = None,
     ) -> Places:
         """Find the places of a batch that lies in the host's memory."""
         flat = positions.reshape(-1).nonzero()[:, 0]
@@ -43,9 +49,9 @@ class Places:
         said = [part.tolist() for part in labels.split(counts)]
         read = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero()[:, 0]
         pads_right = mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all())
-        first = positions.int().argmax(-1)  # 0 where a row has none
-        last = positions.shape[1] - positions.flip(-1).int().argmax(-1)
-        last = torch.where(positions.any(-1), last, 0)
+        some = positions if answers is None else positions | answers
+        first = some.int().argmax(-1)  # 0 where a row has none
+        last = torch.where(some.any(-1), some.shape[1] - some.flip(-1).int().argmax(-1), 0)
         spans = [*zip(first.tolist(), last.tolist(), strict=True)]
         lengths = [] if mask is None else mask.sum(-1).tolist()
         return cls(flat, labels.clamp(min=0), read, counts, said, pads_right, spans, lengths).to(device)

@@ -144,10 +144,12 @@ class EditingContext:
         self, rows: EncodedBatch, *updates: Mapping[str, Update], narrow: nn.Module | None = None
     ) -> Iterator[None]:
         """
-        Add updates to the layers' outputs within the context, at `rows.positions` alone where they act so; `narrow` is
+        Add updates to the layers' outputs within the context, at `rows.acting` alone where they act so; `narrow` is
         as for `trace`.
         """
-        where = rows.positions if self.at_answers else None
+        where = rows.acting if self.at_answers else None
+        if where is not None and rows.answers is not None:
+            narrow = None  # which would run where the answers are not
         inside = self._inside(narrow)
         wide = [target for target in self.targets if target.name not in inside]
         within = [target for target in self.targets if target.name in inside]

@@ -29,6 +29,8 @@ _LEAST = {
     "scope_further_facts": 0,
 }
 
+_MAY_BE_NONE = ("micro_batch_size", "continuation_tokens")
+
 # Schedulers that wait for the metric of the best model to get better, and take it for a loss.
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -68,11 +70,12 @@ class EditorTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of the KL on what follows the target, so that the model then stops."}
     )
     continuation_rows: int = field(default=1, metadata={"help": "Texts per edit and step for which that is asked."})
-    continuation_tokens: int = field(
-        default=8,
+    continuation_tokens: int | None = field(
+        default=None,
         metadata={
             "help": "How many tokens the un-edited model goes on with behind a target, greedily and before the first "
-            "step. With 0 other text stands there in its place, which costs nothing."
+            "step. With 0 other text stands there in its place, which costs nothing: the default with a scope, where "
+            "an edit no longer acts there. Without a scope the default is 8."
         },
     )
     forms: dict[str, float] | None = field(
@@ -147,7 +150,7 @@ class EditorTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value, may_be_none = getattr(self, name), name == "micro_batch_size"
+            value, may_be_none = getattr(self, name), name in _MAY_BE_NONE
             if not (type(value) is int and value >= least or may_be_none and value is None):
                 expected = f"a whole number of at least {least}" + (", or None" if may_be_none else "")
                 raise ValueError(f"{name} is {value!r}, expected {expected}")

@@ -21,6 +21,7 @@ from ..bases.readout import narrowed, readout_of
 from ..bases.split import HiddenState, SplitModel
 from ..bases.targets import block_lists
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
+from ..editing.budget import free_memory
 from .token_ids import token_ids
 from .unedited import UneditedOutputs
 
@@ -40,7 +41,8 @@ class HiddenStateCache:
     The name of a cache's folder is a hash of the cut and the weights below it, so that another model's states are
     never read. The key of a text is its token ids. States are bfloat16 (float16 for a float16 model). They are written
     before their index entry, so that the cache stays usable if the process is killed. Each has a checksum, which is
-    compared when the state is first used: one that was altered on the disk is computed anew.
+    compared when the state is first used: one that was altered on the disk is computed anew. Where all of them take no
+    more than a quarter of a GPU's free memory, they stay there.
 
     Args:
         split ([`SplitModel`]): The model and its cut.
@@ -68,6 +70,7 @@ class HiddenStateCache:
         self._checked: set[bytes] = set()
         self._widths = (0, 0)
         self._states = torch.zeros(0, dtype=self.dtype)
+        self._at_hand: torch.Tensor | None = None
         with self._lock():
             self._open()
 
@@ -94,14 +97,14 @@ class HiddenStateCache:
         if missing.all():
             return self.split.state_of(rows)
         count, device, dtype = len(rows), self.split.device, self.split.model.dtype
-        lengths = self._padded_lengths(rows)
+        lengths, states = self._padded_lengths(rows), self._states_for(device)
         hidden, encoder = (
-            torch.zeros(count, length, width, dtype=self.dtype)
+            torch.zeros(count, length, width, dtype=self.dtype, device=states.device)
             for length, width in zip(lengths, self._widths, strict=True)
         )
         for i, place in enumerate(found):
             if place is not None:
-                self._read(place, hidden[i], encoder[i])
+                self._read(place, states, hidden[i], encoder[i])
         hidden, encoder = hidden.to(device, dtype), encoder.to(device, dtype)
         if missing.any():
             state = self.split.state_of(rows[missing])
@@ -258,13 +261,20 @@ class HiddenStateCache:
         self._checked.add(digest)
         return place
 
-    def _read(self, place: _Place, hidden: torch.Tensor, encoder: torch.Tensor) -> None:
+    def _states_for(self, device: torch.device) -> torch.Tensor:
+        """Return all states, in a GPU's own memory where they fit there."""
+        if self._at_hand is None:
+            fits = device.type != "cpu" and may_stay(self.nbytes, free_memory(device))
+            self._at_hand = self._states.to(device) if fits else self._states
+        return self._at_hand
+
+    def _read(self, place: _Place, states: torch.Tensor, hidden: torch.Tensor, encoder: torch.Tensor) -> None:
         offset, first, second, _ = place
         middle = offset + first * self._widths[0]
-        hidden[:first] = self._states[offset:middle].view(first, self._widths[0])
+        hidden[:first] = states[offset:middle].view(first, self._widths[0])
         if second:
             end = middle + second * self._widths[1]
-            encoder[:second] = self._states[middle:end].view(second, self._widths[1])
+            encoder[:second] = states[middle:end].view(second, self._widths[1])
 
     def _open(self) -> None:
         """Read the index and map the states; truncate what an interrupted process left beyond the index."""
@@ -294,12 +304,27 @@ class HiddenStateCache:
             if path.stat().st_size != size:
                 with open(path, "r+b") as file:
                     file.truncate(size)
-        self._states = torch.zeros(0, dtype=self.dtype)
+        self._states, self._at_hand = torch.zeros(0, dtype=self.dtype), None
         if end:
             self._states = torch.from_file(str(states), shared=True, size=end, dtype=self.dtype)
 
     def _lock(self) -> FileLock:
         return FileLock(self.folder / "lock")
+
+
+def may_stay(nbytes: int, free: int | None) -> bool:
+    """
+    Whether the states may stay in a GPU's memory, which training needs too.
+
+    Args:
+        nbytes (`int`): Their bytes.
+        free (`int`, *optional*): The bytes that are free there; `None` where nobody knows.
+    """
+    return free is not None and nbytes <= _SHARE * free
+
+
+# Of a GPU's free memory, what states may take.
+_SHARE = 0.25
 
 
 def _digest(ids: tuple[Sequence[int], Sequence[int]]) -> bytes:

@@ -119,7 +119,8 @@ def _to_end(ids: list[int], ends: Sequence[int | None]) -> tuple[int, ...]:
 
 
 def _key(query: Query) -> str:
-    return json.dumps([query.prompt, query.answer, query.chat, query.context, query.turns, query.system, query.after])
+    named = [query.prompt, query.answer, query.chat, query.context, query.turns, query.system, query.after]
+    return json.dumps([*named, *(["ends"] if query.ends else [])])
 
 
 def _read(path: Path) -> dict[str, tuple[int, ...]]:

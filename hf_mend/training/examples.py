@@ -154,6 +154,7 @@ class TrainingExamples(Dataset[TrainingExample]):
         self.continuations: dict[Query, tuple[int, ...]] = {}
         self.seed = seed
         self.epoch = 0
+        self._scoped = False
         prompts: dict[str | None, list[str]] = {}
         asked: dict[str | None, list[int]] = {}
         for number, record in enumerate(records):
@@ -192,9 +193,18 @@ class TrainingExamples(Dataset[TrainingExample]):
                 for queries in self.draw(index, epoch).local.values():
                     yield from queries
 
-    def leave_out_what_stays(self) -> None:
-        """Draw no text that must stay: in a model with a scope, edits do not act there."""
-        self.neighborhood_rows = self.unrelated_rows = self.same_subject_rows = self.continuation_rows = 0
+    def for_a_scope(self, continuations: bool = True) -> None:
+        """
+        Draw what an editor learns from in a model with a scope: no text in which no edit acts, and of what follows a
+        target what follows it in plain text, behind the token that ends it.
+
+        Args:
+            continuations (`bool`, defaults to `True`): Whether edits act at their targets' tokens alone, so that what
+                follows is another matter.
+        """
+        self.neighborhood_rows = self.unrelated_rows = self.same_subject_rows = 0
+        self.continuation_rows = self.continuation_rows if continuations else 0
+        self._scoped = True
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose draws `__getitem__` makes."""
@@ -246,7 +256,7 @@ class TrainingExamples(Dataset[TrainingExample]):
             [stays(Query(prompt, answer)) for prompt, answer in unrelated],
             [stays(Query(text)) for text in same_subject],
             [
-                replace(said[i % len(said)], after=self._surroundings.tail(form, record.prompt))
+                replace(self._to_go_on(said[i % len(said)]), after=self._surroundings.tail(form, record.prompt))
                 for i in range(self.continuation_rows)
             ],
         )
@@ -265,6 +275,10 @@ class TrainingExamples(Dataset[TrainingExample]):
         if form.random() < rate:
             query = replace(query, context=self._surroundings.context(form, record.prompt))
         return query
+
+    def _to_go_on(self, query: Query) -> Query:
+        """A query, as a text behind which something follows: with a scope a chat's answer is its end."""
+        return replace(query, chat=False, turns=(), system=None, ends=True) if self._scoped else query
 
     def _stays(self, form: random.Random, record: EditRecord, query: Query) -> Query:
         """A query whose answer must stay, in a form that is drawn; now and then the edit's own fact stands before."""
@@ -337,7 +351,21 @@ class EditCollator:
         return self._rows([query for one in forms for query in one], len(forms[0]))
 
     def _rows(self, queries: Sequence[Query], forms: int = 1) -> EncodedBatch:
-        return self.encoder([self.encoder.shortened(query, self.longest) for query in queries], forms)
+        queries = [self.encoder.shortened(query, self.longest) for query in queries]
+        rows = self.encoder(queries, forms)
+        if self.scoped and not self.encoder.is_encoder_decoder and any(query.after is not None for query in queries):
+            rows.answers = self._answers(queries, rows.positions)
+        return rows
+
+    def _answers(self, queries: Sequence[Query], positions: torch.Tensor) -> torch.Tensor:
+        """Where the answers are predicted behind which something follows, or which are asked for themselves."""
+        found = positions.clone()
+        for row, query in enumerate(queries):
+            if query.after is not None:
+                prompt, answer = self.encoder.tokens(replace(query, after=None))
+                found[row] = False
+                found[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
+        return found
 
 
 def _drawn(draw: random.Random, forms: Mapping[str, float]) -> str:

@@ -290,7 +290,9 @@ def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, Encoded
         width = lengths[part[0]]
         inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
         subjects = None if rows.subjects is None else rows.subjects[index]
-        yield index, EncodedBatch(inputs, rows.next_tokens[index, :width], rows.positions[index, :width], subjects)
+        answers = None if rows.answers is None else rows.answers[index, :width]
+        next_tokens, positions = rows.next_tokens[index, :width], rows.positions[index, :width]
+        yield index, EncodedBatch(inputs, next_tokens, positions, subjects, answers=answers)
 
 
 def _of_rows(

@@ -45,6 +45,8 @@ from .soundness import FiniteGradients, check_loss, checkpoint_to_resume
 logger = logging.get_logger(__name__)
 
 _LOGARITHMS = ("log_step", "log_ridge")
+# How many tokens of the un-edited model's follow a target, where edits act everywhere and none are named.
+_CONTINUATION_TOKENS = 8
 
 
 class EditorTrainer(PushesCheckpoints, Trainer):
@@ -107,7 +109,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
             )
         scoped = model.scope is not None
         if scoped and examples is not None:
-            examples.leave_out_what_stays()
+            examples.for_a_scope(continuations=not model.config.is_encoder_decoder)
         kwargs.setdefault("data_collator", EditCollator(model.encoder, longest_input(model.config), scoped))
         super().__init__(
             model=model,
@@ -160,7 +162,7 @@ class EditorTrainer(PushesCheckpoints, Trainer):
         model = self.editable_model
         if self.examples is not None and not model.editor.is_calibrated:
             calibrate(model, self.examples, self.args.statistics_edits, self.args.per_device_train_batch_size)
-        if self.examples is not None and self.examples.continuation_rows and self.args.continuation_tokens:
+        if self.examples is not None and self.examples.continuation_rows and self._continuation_tokens:
             self._continue_texts(self.examples)
         if self.examples is not None and self.args.hidden_states_dir:
             with self.args.main_process_first(local=False):
@@ -211,10 +213,15 @@ class EditorTrainer(PushesCheckpoints, Trainer):
                 examples,
                 self.editable_model,
                 self._epochs(len(examples)),
-                self.args.continuation_tokens,
+                self._continuation_tokens,
                 file=file,
                 progress=not self.args.disable_tqdm,
             )
+
+    @property
+    def _continuation_tokens(self) -> int:
+        chosen = self.args.continuation_tokens
+        return chosen if chosen is not None else 0 if self.editable_model.scope is not None else _CONTINUATION_TOKENS
 
     def _epochs(self, facts: int) -> int:
         """Return the number of epochs of the training; the last may be incomplete."""

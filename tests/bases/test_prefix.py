@@ -8,7 +8,7 @@ from support.architectures import CAUSAL, SEQ2SEQ, build
 from support.models import RECORDS, editable, initialize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_mend.bases import by_length
+from hf_mend.bases import by_length, prefix
 from hf_mend.data.encoding import EncodedBatch, Query
 from hf_mend.editing.context import EditingContext
 
@@ -93,6 +93,21 @@ def test_some_of_the_rows_and_parts_by_length_are_as_all_at_once(tokenizer, name
         torch.testing.assert_close(torch.einsum("rto,rti->roi", delta, x), want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_texts_of_unlike_lengths_run_apart_to_the_same_states(tokenizer, name, monkeypatch):
+    context, rows = context_of(build(name), tokenizer)
+    split = context.split
+    whole = split.run_below(rows.inputs).hidden
+    tokens: list[int] = []
+    split.blocks[0].register_forward_hook(lambda _, args, output: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    monkeypatch.setattr(by_length, "_FEW_TOKENS", 8)
+    found = split.state_of(rows).hidden
+    lengths = rows.places.lengths
+    assert len(tokens) > 1 and sum(lengths) <= sum(tokens) < len(lengths) * max(lengths)
+    here = rows.inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[here], whole[here], rtol=1e-4, atol=1e-5)
+
+
 def test_answers_run_their_own_tokens_and_no_more(tokenizer):
     base = build("llama")
     context, rows = context_of(base, tokenizer)
@@ -173,3 +188,11 @@ def test_memory_that_runs_out_in_the_check_is_not_taken_for_a_model_that_cannot(
         context.at_answers_alone(rows, state)
     handle.remove()
     assert context.at_answers_alone(rows, state)[0].answers is not None
+
+
+def test_a_gpu_runs_whole_texts_where_launching_kernels_is_what_takes_time():
+    """So 16 short edits of a 135M model; not one edit of an 8B model, nor a training step of the small one."""
+    small, large, gpu = 135_000_000, 8_000_000_000, torch.device("cuda")
+    assert not prefix.pays(gpu, 16 * 2 * 35, small)
+    assert prefix.pays(gpu, 2 * 40, large) and prefix.pays(gpu, 80 * 60, small)
+    assert prefix.pays(torch.device("cpu"), 1, small)

@@ -54,6 +54,25 @@ def test_what_the_grid_has_comes_back_exactly_and_zeros_stay_zeros():
     assert torch.equal(from_four_bits(to_four_bits(rows)), rows)
 
 
+def test_codes_do_not_depend_on_the_signs_of_a_decomposition():
+    """The same update as other pairs: signs turned, rows in another order, and rows of zeros beside them."""
+    updates = some_updates()
+    other = {}
+    for name, (u, v) in updates.items():
+        sign = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])[None, :, None]
+        order = torch.tensor([4, 2, 0, 1, 3])
+        u, v = (torch.nn.functional.pad((side * sign)[:, order], (0, 0, 1, 2)) for side in (u, v))
+        other[name] = (u, v)
+    for one, same in zip(in_four_bits(updates, 0.01), in_four_bits(other, 0.01), strict=True):
+        for name in one:
+            whole, again = (v.T @ u for u, v in (one[name], same[name]))
+            # A value between two codes may go to either, by rounding; turned signs would move every second one.
+            differs = (whole - again).abs() > 1e-4 * whole.abs().max()
+            assert float(differs.float().mean()) < 0.2 and torch.allclose(
+                whole, again, atol=0.02 * float(whole.abs().max())
+            )
+
+
 def test_the_smallest_directions_of_all_layers_together_are_left_out():
     updates, error = some_updates(), 0.001
     for row, edit in enumerate(in_four_bits(updates, error)):

@@ -174,3 +174,17 @@ def test_a_state_that_was_altered_on_the_disk_is_computed_anew(tokenizer, tmp_pa
     here = rows.inputs["attention_mask"].bool()  # nothing reads what padding is
     torch.testing.assert_close(kept[here], model.split.run_below(rows.inputs).hidden[here], atol=0.01, rtol=0.01)
     assert len(altered) == 1
+
+
+def test_states_stay_in_a_gpus_memory_where_they_fit(tokenizer, tmp_path, monkeypatch):
+    """Another device than the host's, in whose memory there is room for them four times, or not."""
+    model = make(tokenizer)
+    cache = HiddenStateCache(model.split, tmp_path)
+    cache.fill(model.encoder, [Query("the capital of peru is", "tokyo")], progress=False)
+    elsewhere = torch.device("meta")
+    for free, where in ((4 * cache.nbytes, "meta"), (4 * cache.nbytes - 1, "cpu"), (None, "cpu")):
+        monkeypatch.setattr("hf_mend.training.cache.free_memory", lambda device, free=free: free)
+        cache.fill(model.encoder, [Query("the capital of peru is", "tokyo")], progress=False)  # looks again
+        assert cache._states_for(elsewhere).device.type == where
+        assert cache._states_for(elsewhere).shape == (cache.nbytes // 2,)
+    assert cache(model.encoder([Query("the capital of peru is", "tokyo")])).hidden.device.type == "cpu"

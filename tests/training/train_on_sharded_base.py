@@ -24,9 +24,9 @@ from hf_mend.training.examples import EditCollator, TrainingExamples
 from hf_mend.training.objective import EditingObjective
 
 
-def build(architecture: str) -> EditableModel:
+def build(architecture: str, scope: bool) -> EditableModel:
     torch.manual_seed(0)
-    return get_editable_model(build_model(architecture), small_config(), make_tokenizer())
+    return get_editable_model(build_model(architecture), small_config(scope=scope), make_tokenizer())
 
 
 def share_out(objective: EditingObjective) -> None:
@@ -48,10 +48,12 @@ def share_out(objective: EditingObjective) -> None:
     fully_shard(objective)
 
 
-def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[str, float]:
+def loss_and_gradients(architecture: str, scope: bool, sharded: bool, folder: Path) -> dict[str, float]:
     """The loss of one batch and the norm of each gradient of the editor, which is saved and loaded on the way."""
-    model = build(architecture)
-    examples = TrainingExamples(RECORDS[:4], QUESTIONS)
+    model = build(architecture, scope)
+    examples = TrainingExamples(RECORDS[:4], QUESTIONS, continuation_rows=1)
+    if scope:
+        examples.for_a_scope()
     calibrate(model, examples, 4, 4)
     objective = EditingObjective(model)
     if sharded:
@@ -64,9 +66,10 @@ def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[s
             for parameter in model.editor.parameters():
                 parameter.zero_()
         model.load_editor(folder / architecture / "editor.safetensors")
-    batch = EditCollator(model.encoder)([examples[i] for i in range(4)])
+    batch = EditCollator(model.encoder, scoped=scope)([examples[i] for i in range(4)])
     loss = objective(batch).loss
     loss.backward()
+    assert model.split.goes_on is (True if scope else None)  # on the keys and values of what stands before answers
     found = {"loss": float(loss)}
     for name, parameter in model.editor.named_parameters():
         assert isinstance(parameter, DTensor) == sharded
@@ -78,11 +81,11 @@ def loss_and_gradients(architecture: str, sharded: bool, folder: Path) -> dict[s
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     found = {
-        architecture: {
-            name: loss_and_gradients(architecture, sharded, folder)
+        f"{architecture} {scope}": {
+            name: loss_and_gradients(architecture, scope, sharded, folder)
             for name, sharded in (("whole", False), ("sharded", True))
         }
-        for architecture in ("llama", "t5")
+        for architecture, scope in (("llama", False), ("llama", True), ("t5", False))
     }
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
