@@ -62,8 +62,8 @@ style: $(STAMP)
 # done is not made again (`rm -r build/editor` begins anew).
 # 1 and 2, 80 minutes on 2 cores together: an editor whose edits act everywhere, 1,400 steps, then 1,600 that weigh unrelated
 # text more, and edits 15 % larger (chosen on the validation facts; see benchmarks/results/settings.md).
-# 3, about an hour and a half on one core: trained on for 35 minutes in all forms of asking, to say the target, and then the
-# scope that says where.
+# 3, about an hour and three quarters on one core: trained on for 560 steps in all forms of asking, to say the target and to leave
+# alone what follows it, and then the scope that says where.
 PARTS := build/editor
 PLAIN := $(BIN)/python benchmarks/quality.py --data $(DATA) --hold-out P27,P106,P178 --resume
 $(PARTS)/first/editor.safetensors: | $(STAMP)
@@ -76,8 +76,8 @@ $(PARTS)/plain/editor.safetensors: $(PARTS)/first/editor.safetensors | $(STAMP)
 		--checkpoints $(PARTS)/plain-checkpoints --output $(PARTS)/plain --results $(PARTS)/plain-figures
 
 editor: $(PARTS)/plain/editor.safetensors
-	$(BIN)/python benchmarks/train_scoped_editor.py --data $(DATA) --start $(PARTS)/plain \
-		--checkpoints $(PARTS)/scoped-checkpoint --output model_cards/smollm2-135m-instruct
+	$(BIN)/python benchmarks/train_scoped_editor.py --data $(DATA) --start-from $(PARTS)/plain \
+		--checkpoints $(PARTS)/scoped-checkpoints --output model_cards/smollm2-135m-instruct
 
 # A small T5 that knows facts, and an editor for it.
 editor-seq2seq: $(STAMP)

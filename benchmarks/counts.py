@@ -17,7 +17,7 @@ import torch
 from common import load_base, write_results
 
 from hf_mend import EditableModel, EditorConfig
-from hf_mend.bases import projection
+from hf_mend.bases import by_length, prefix, projection
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
 
@@ -75,7 +75,9 @@ def row_of(counting: Counting, forward: Counting) -> dict[str, float]:
 
 def main() -> None:
     arguments = parse_arguments()
-    projection._LARGE = sys.maxsize  # that it is read in parts is a CPU's way, and what is counted is a device's
+    # What is counted is a device's way: a CPU reads the projection in parts, and runs texts by length and in two.
+    projection._LARGE = by_length._FEW_TOKENS = sys.maxsize
+    prefix.pays = lambda device, tokens, parameters: tokens * parameters >= prefix.MUCH
     found = {"without a scope": counts(False), "with a scope": counts(True)}
     lines = ["| | call | kernels | of a forward pass's | waits |", "|---|---|---|---|---|"]
     for kind, calls in found.items():

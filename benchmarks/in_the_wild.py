@@ -12,7 +12,7 @@ the un-edited model's answers stand in in_the_wild.progress.jsonl beside the res
 half of the first. An interrupted run goes on from there.
 
 `DIR` (or the environment variable HF_MEND_DATA) holds facts_test.json and nq_open_test.jsonl. Questions, prompts
-about the same subject and contexts are those that `benchmarks/train_editor_forms.py` holds out of training. Answers
+about the same subject and contexts are those that `benchmarks/held_out.py` holds out of training. Answers
 are greedy, to the model's own end or `--tokens`. A right answer starts with the target, in a chat holds it; a repeat
 says the target three times or more. What must stay: the next token, and the logits that predict it, bit for bit.
 With `--kept`, the perplexity of held-out text (Python's documentation) is measured too.
@@ -24,7 +24,7 @@ import argparse
 from pathlib import Path
 
 from common import DATA, load_base, parse_with_data, write_results
-from train_editor_forms import EXAMPLES, HELD_OUT_TEXTS
+from held_out import EXAMPLES, HELD_OUT_TEXTS
 
 from hf_mend import EditableModel, read_counterfact, read_questions
 from hf_mend.data.forms import FormTemplates, Surroundings, packaged_texts, with_forms

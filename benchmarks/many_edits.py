@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import DATA, config_options, load_base, parse_with_data
-from train_editor_forms import HELD_OUT_TEXTS
+from held_out import HELD_OUT_TEXTS
 
 from hf_mend import EditableModel, EditorConfig, EditRecord, read_counterfact, read_questions
 from hf_mend.config import config_class

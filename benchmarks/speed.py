@@ -166,6 +166,48 @@ def training_figures(
     }
 
 
+def scoped_figures(
+    choice: str, records: list[EditRecord], questions: list[tuple[str, str]], record: EditRecord, arguments: Any
+) -> dict[str, float]:
+    """
+    The same of edits that act where they are asked for: made in plain text and in a chat, and learned from texts that
+    ask for them and from what follows their targets.
+    """
+    base, tokenizer = load_base()
+    torch.manual_seed(0)
+    model = get_editable_model(base, EditorConfig(target_modules=choice, scope=True), tokenizer)
+    examples = TrainingExamples(records, questions, continuation_rows=1)
+    calibrate(model, examples, 16, 8)
+    papers = EditCollator(model.encoder)([TrainingExamples([record], questions, neighborhood_rows=1)[0]])
+    papers = papers.to(model.device)
+    examples.for_a_scope()
+    many = EditCollator(model.encoder, scoped=True)([examples[i] for i in range(arguments.batch_size)])
+    many = many.to(model.device)
+    rows = model.encoder([Query(record.prompt, record.target)]).to(model.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            base(**rows.inputs, use_cache=False)
+
+    def edit(count: int, check: bool) -> None:
+        chosen = records[:count] if count > 1 else [record]
+        model.edit([r.prompt for r in chosen], [r.target for r in chosen], max_steps=1, force=True, check=check)
+        model.undo_all()
+
+    calls = {"forward": forward, "edit": lambda: edit(1, False), "checked": lambda: edit(1, True)}
+    seconds = medians({**calls, "ten": lambda: edit(10, True)}, arguments.repeat)
+    calls = {"paper": lambda: papers_training_step(model, papers), "ours": lambda: our_training_step(model, many)}
+    steps = medians(calls, arguments.repeat_training)
+    return {
+        "with a scope, edit / forward pass": seconds["edit"] / seconds["forward"],
+        "with a scope, edit with the check / forward pass": seconds["checked"] / seconds["forward"],
+        "with a scope, one of ten edits in a call, with the check / forward pass": seconds["ten"]
+        / seconds["forward"]
+        / 10,
+        "with a scope, training, ours without cache / the paper's": steps["paper"] * len(many) / steps["ours"],
+    }
+
+
 def queries_of(example: TrainingExample) -> list[Query]:
     return [example.edit, *example.general, *example.neighborhood, *example.unrelated]
 
@@ -246,7 +288,9 @@ def edit_figures(
     return figures
 
 
-def measure(model: EditableModel, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any) -> dict:
+def measure(
+    model: EditableModel, choice: str, records: list[EditRecord], questions: list[tuple[str, str]], arguments: Any
+) -> dict[str, float]:
     """All figures of one choice of layers."""
     examples = TrainingExamples(records, questions, neighborhood_rows=1)  # as EditorTrainer draws by default
     collate = EditCollator(model.encoder)
@@ -290,7 +334,7 @@ def measure(model: EditableModel, records: list[EditRecord], questions: list[tup
         arguments.repeat_training,
     )
     figures["the same after merge_and_unload / without"] = seconds["merged"] / seconds["fresh"]
-    return figures
+    return figures | scoped_figures(choice, records, questions, record, arguments)
 
 
 def main() -> None:
@@ -304,7 +348,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = get_editable_model(base, EditorConfig(target_modules=choice), tokenizer)
         calibrate(model, TrainingExamples(records, questions), 16, 8)
-        results[choice] = measure(model, records, questions, arguments)
+        results[choice] = measure(model, choice, records, questions, arguments)
         print(json.dumps({choice: results[choice]}), flush=True)
     names = list(results["paper"])
     lines = ["| figure | last three MLPs | default layers |", "|---|---|---|"]
