@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,12 +75,22 @@ def row_of(counting: Counting, forward: Counting) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    # What is counted is a device's way: a CPU reads the projection in parts, and runs texts by length and in two.
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """A CPU reads the projection in parts, and runs texts by length and in two parts; not so within the context."""
+    before = projection._LARGE, by_length._FEW_TOKENS, prefix.pays
     projection._LARGE = by_length._FEW_TOKENS = sys.maxsize
     prefix.pays = lambda device, tokens, parameters: tokens * parameters >= prefix.MUCH
-    found = {"without a scope": counts(False), "with a scope": counts(True)}
+    try:
+        yield
+    finally:
+        projection._LARGE, by_length._FEW_TOKENS, prefix.pays = before
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with as_on_a_device():
+        found = {"without a scope": counts(False), "with a scope": counts(True)}
     lines = ["| | call | kernels | of a forward pass's | waits |", "|---|---|---|---|---|"]
     for kind, calls in found.items():
         for name, one in calls.items():

@@ -157,7 +157,9 @@ def test_kernels_and_waits_are_counted_without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["counts", "--results", str(tmp_path / "counts")])
     monkeypatch.setattr(module, "TARGET", "rome")
     monkeypatch.setattr(module, "PROMPT", "the capital of france is")
+    before = module.projection._LARGE, module.by_length._FEW_TOKENS, module.prefix.pays
     module.main()
+    assert before == (module.projection._LARGE, module.by_length._FEW_TOKENS, module.prefix.pays)
     found = json.loads((tmp_path / "counts.json").read_text())["counts"]
     for calls in found.values():
         forward, edit, checked, *_ = calls.values()
