@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from ..data.encoding import EncodedBatch
 
 
 # Texts of fewer tokens, padding and all, are one pass. A part begins with a text shorter than this share of the last
@@ -31,6 +33,30 @@ def parts_by_length(lengths: Sequence[int], device: torch.device) -> list[list[i
             parts.append([])
         parts[-1].append(number)
     return [[*range(len(lengths))]] if len(parts) == 1 else parts
+
+
+def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, EncodedBatch]]:
+    """
+    The rows in parts of about the same length, where they are many tokens and would be padding for the greater part:
+    forms of asking differ in length ten times.
+
+    Yields:
+        `tuple[torch.Tensor | None, EncodedBatch]`: The numbers of the part's rows, `None` for all of them in their
+        order, and the part without the padding that it does not need.
+    """
+    lengths, device = rows.places.lengths, rows.positions.device
+    parts = parts_by_length(lengths, device)
+    if len(parts) == 1:
+        yield None, rows
+        return
+    for part in parts:
+        index = torch.tensor(sorted(part), device=device)
+        width = lengths[part[0]]
+        inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
+        subjects = None if rows.subjects is None else rows.subjects[index]
+        answers = None if rows.answers is None else rows.answers[index, :width]
+        next_tokens, positions = rows.next_tokens[index, :width], rows.positions[index, :width]
+        yield index, EncodedBatch(inputs, next_tokens, positions, subjects, answers=answers)
 
 
 def in_processes() -> bool:

@@ -37,12 +37,10 @@ class Prefix:
 
     Args:
         cache (`DynamicCache`): Its keys and values, padded on the left.
-        lengths (`list[int]`): The tokens of each row.
         mask (`torch.Tensor` of shape `(rows, prefix)`): 1 where a token stands.
     """
 
     cache: Any
-    lengths: list[int]
     mask: torch.Tensor
 
 
@@ -103,10 +101,7 @@ def answers_behind(
         mask = mask_of_ones(mask)  # nothing reads what stands behind an answer's end
     else:
         mask = known_mask(mask, sum(end for _, end in spans))
-    inputs = {
-        "input_ids": rows.inputs["input_ids"].gather(1, index),
-        "attention_mask": mask,
-    }
+    inputs = {"input_ids": rows.inputs["input_ids"].gather(1, index), "attention_mask": mask}
     if split.takes_positions:
         inputs["position_ids"] = numbers
     positions = rows.positions.gather(1, index) & inside
@@ -120,10 +115,8 @@ def answers_behind(
 
 def _within(places: Places, width: int, length: int) -> Places:
     """Return the places of rows whose tokens begin at their first position and are `width`, not `length`."""
-    starts = [start for (start, _), count in zip(places.spans, places.counts, strict=True) for _ in range(count)]
-    row = [i for i, count in enumerate(places.counts) for _ in range(count)]
-    moves = [i * (width - length) - start for i, start in zip(row, starts, strict=True)]
-    moved = torch.tensor(moves, dtype=torch.long)
+    moves = [i * (width - length) - start for i, (start, _) in enumerate(places.spans)]
+    moved = torch.tensor(moves).repeat_interleave(torch.tensor(places.counts))
     positions = places.positions + on_device(moved, places.positions.device)
     spans = [(0, end - start) for start, end in places.spans]
     return replace(places, positions=positions, read=None, spans=spans, lengths=[], pads_right=False)
@@ -134,9 +127,9 @@ def _run(split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Seq
     width, count = max(lengths), len(rows)
     parts = parts_by_length(lengths, split.device)
     caches = [_cache_of(split, *_before(split, rows, state, [lengths[i] for i in part], part)) for part in parts]
-    cache, order = caches[0], [i for part in parts for i in part]
-    if order != sorted(order):
-        back = torch.tensor(order).argsort()
+    cache = caches[0]
+    if len(parts) > 1:
+        back = torch.tensor([i for part in parts for i in part]).argsort()
         for number, layer in enumerate(cache.layers):
             if not layer.is_initialized:
                 continue
@@ -145,7 +138,7 @@ def _run(split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Seq
             )
     _fill_below(split, cache, count, width)
     mask = torch.arange(width) >= width - torch.tensor([*lengths])[:, None]
-    return Prefix(cache, [*lengths], on_device(mask.long(), split.device))
+    return Prefix(cache, on_device(mask.long(), split.device))
 
 
 def _joined(sides: Sequence[torch.Tensor], back: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from ..data.encoding import EncodedBatch
-from .by_length import parts_by_length
+from .by_length import by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
@@ -125,22 +125,18 @@ class SplitModel:
         Args:
             rows ([`EncodedBatch`]): The texts.
         """
-        mask, lengths = rows.inputs["attention_mask"], rows.places.lengths
-        apart = set(rows.inputs) == {"input_ids", "attention_mask"} and rows.places.pads_right
-        parts = parts_by_length(lengths if apart and not self.tokens_first else [], mask.device)
+        apart = (
+            set(rows.inputs) == {"input_ids", "attention_mask"} and rows.places.pads_right and not self.tokens_first
+        )
+        parts = [*by_length(rows)] if apart else [(None, rows)]
         if len(parts) == 1:
             return self.run_below(self.inputs_of(rows))
         if self._resumes is None:
             self.run_below(rows[:1].inputs)  # which checks; from then on a text runs in the same way
-        found: list[torch.Tensor] = []
-        for part in parts:
-            here = {name: value[part, : lengths[part[0]]] for name, value in rows.inputs.items()}
-            if not self._needs_mask:
-                here["attention_mask"] = mask_of_ones(here["attention_mask"])
-            found.append(self.run_below(here).hidden)
-        hidden = found[0].new_zeros(*mask.shape, found[0].shape[-1])
-        for part, values in zip(parts, found, strict=True):
-            hidden[part, : values.shape[1]] = values
+        states = [(index, self.run_below(self.inputs_of(part)).hidden) for index, part in parts]
+        hidden = states[0][1].new_zeros(*rows.positions.shape, states[0][1].shape[-1])
+        for index, values in states:
+            hidden[index, : values.shape[1]] = values
         return HiddenState(hidden)
 
     @torch.no_grad()

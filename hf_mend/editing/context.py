@@ -171,7 +171,7 @@ class EditingContext:
         with self.applied(rows, *updates):
             if is_large(split, places) and not torch.is_grad_enabled():
                 inputs = split.inputs_of(rows)
-                hidden = split.run_below(inputs) if hidden is None else hidden
+                hidden = split.state_of(rows) if hidden is None else hidden
                 head = read_once(split, inputs, hidden, places)
                 if head is not None:
                     return logits_in_parts(projected(split, inputs, hidden, places, head), head)

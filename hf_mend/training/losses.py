@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.by_length import parts_by_length
+from ..bases.by_length import by_length
 from ..bases.gradients import Factors, row_means
 from ..bases.readout import readout_of
 from ..bases.split import HiddenState
@@ -268,31 +268,6 @@ def _mean_loss(losses: Sequence[EditingLoss], weights: Sequence[float]) -> Editi
 
     locality = {kind: mean([loss.locality[kind] for loss in losses]) for kind in losses[0].locality}
     return EditingLoss(mean([loss.loss for loss in losses]), mean([loss.edit for loss in losses]), locality)
-
-
-def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, EncodedBatch]]:
-    """
-    The rows in parts of about the same length, where they are many tokens and would be padding for the greater part:
-    forms of asking differ in length ten times.
-
-    Yields:
-        `tuple[torch.Tensor | None, EncodedBatch]`: The numbers of the part's rows, `None` for all of them in their
-        order, and the part without the padding that it does not need.
-    """
-    mask = rows.inputs["attention_mask"]
-    lengths = rows.places.lengths
-    parts = parts_by_length(lengths, mask.device)
-    if len(parts) == 1:
-        yield None, rows
-        return
-    for part in parts:
-        index = torch.tensor(sorted(part), device=mask.device)
-        width = lengths[part[0]]
-        inputs = {name: value[index, :width] for name, value in rows.inputs.items()}
-        subjects = None if rows.subjects is None else rows.subjects[index]
-        answers = None if rows.answers is None else rows.answers[index, :width]
-        next_tokens, positions = rows.next_tokens[index, :width], rows.positions[index, :width]
-        yield index, EncodedBatch(inputs, next_tokens, positions, subjects, answers=answers)
 
 
 def _of_rows(

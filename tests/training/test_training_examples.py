@@ -13,12 +13,13 @@ from support.models import RECORDS
 from support.training import QUESTIONS, arguments, fresh, losses
 
 from hf_mend import EditorTrainer
+from hf_mend.bases.by_length import by_length
 from hf_mend.bases.limits import longest_input
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import CHAT_FORMS, DEFAULT_FORMS
 from hf_mend.training.continuations import with_continuations
 from hf_mend.training.examples import LOCAL_KINDS, Asking, EditCollator, TrainingExamples
-from hf_mend.training.losses import by_length, editing_loss
+from hf_mend.training.losses import editing_loss
 
 
 FACTS = [
