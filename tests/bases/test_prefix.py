@@ -56,6 +56,8 @@ def test_answers_alone_have_the_logits_and_gradients_of_whole_texts(tokenizer, n
     context, rows = context_of(base, tokenizer)
     hidden, _ = context.at_answers_alone(rows, context.split.run_below(rows.inputs))
     assert hidden.answers is not None
+    alone, _ = hidden.answers
+    assert alone.next_tokens[alone.next_tokens != -100].tolist() == rows.next_tokens[rows.next_tokens != -100].tolist()
     expected, logits = by_autograd(base, context.targets, rows)
     for _ in range(2):  # what a pass leaves is not in the next
         factors, found = context.trace(rows, hidden)

@@ -15,6 +15,7 @@ from hf_mend.bases.limits import longest_input
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import DEFAULT_FORMS
 from hf_mend.training.calibration import calibrate
+from hf_mend.training.continuations import with_continuations
 from hf_mend.training.examples import Asking, EditCollator, TrainingExamples
 from hf_mend.training.losses import editing_loss
 
@@ -127,3 +128,18 @@ def test_a_training_with_a_scope_keeps_what_follows_a_target_in_plain_text(token
         assert len(draw.continuation) == (architecture == "llama")
         for query in draw.continuation:
             assert query.ends and not query.chat and not query.turns and query.after is not None
+
+
+def test_a_kept_continuation_is_that_of_its_own_text(tokenizer, tmp_path):
+    """Behind a target, and behind the token that ends it: a file that has the first is not read for the second."""
+    model, _ = a_model(tokenizer, "llama")
+    kept = tmp_path / "continuations.jsonl"
+    lines = []
+    for scoped in (False, True):
+        examples = TrainingExamples(RECORDS, QUESTIONS, 1, 0, 0, 0, Asking({"prompt": 1.0}), 0, 1)
+        if scoped:
+            examples.for_a_scope()
+        with_continuations(examples, model, tokens=2, file=kept, progress=False)
+        assert {query.ends for query in examples.continuations} == {scoped}
+        lines.append(len(kept.read_text().splitlines()))
+    assert lines[1] == 2 * lines[0] > 0
