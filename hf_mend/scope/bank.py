@@ -12,7 +12,7 @@ import torch
 from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_parts, key_scores, may_pass, missing_words, part_scores, word_shares
+from .network import key_parts, key_scores, key_words, may_ask, may_pass, missing_words, part_scores
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -20,26 +20,35 @@ _SCORES_AT_ONCE = 1 << 24
 # Less than any score is past any threshold.
 _OUT = -2.0
 # An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
-# edited, a neighbour that none is about is about as near to several of them. A rival counts from as far below its
-# threshold on as a perfect score is above it, and a share of what it has above that is added to what the best has to
-# reach: a small one where the text has the words that matter in the edit's, its subject's name above all, and a large
-# one where it has none of them. It is no more than most of what a perfect score has left.
-RIVAL_SHARE, RIVAL_MISSING, RIVAL_MOST = 0.1, 0.7, 0.8
+# edited, a neighbour that none is about is about as near to several of them. The nearest rival counts from as far
+# below its threshold on as a perfect score is above it, and a share of what it has above that is added to what the
+# best has to reach: the larger, the more the words that matter in the text and in the edit's differ, the subject's
+# name above all, and the more rivals are at most a part of that room short of acting. It is no more than most of what
+# a perfect score has left.
+RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.25, 0.8
 
 
-def rival_penalty(rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+def rival_penalty(
+    rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
     """
-    Return what is added to an edit's threshold because of its nearest rival.
+    Return what is added to an edit's threshold because of its rivals.
 
     Args:
-        rival (`torch.Tensor`): How far the text is past the rival's threshold, or short of it.
+        rival (`torch.Tensor`): How far the text is past the nearest rival's threshold, or short of it.
         threshold (`torch.Tensor` of the same shape): The edit's.
-        missing (`torch.Tensor` of the same shape): What share of the edit's words the text does not have
+        missing (`torch.Tensor` of the same shape): How much the words of the edit and of the text differ
             ([`~hf_mend.scope.network.missing_words`]).
+        count (`torch.Tensor` of the same shape): How many of the rivals' keys are near ([`least_near`]).
     """
     room = (1.0 - threshold).clamp(min=0.0)
-    share = RIVAL_SHARE + RIVAL_MISSING * missing
+    share = RIVAL_MISSING * missing * (1.0 + RIVAL_MANY * (1.0 + count).log2())
     return torch.minimum(share * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
+
+
+def least_near(threshold: torch.Tensor) -> torch.Tensor:
+    """Return how far past a rival key's threshold, or short of it, a text has to be for the key to count as near."""
+    return RIVAL_NEAR * (threshold - 1.0)
 
 
 class KeyBank:
@@ -57,7 +66,7 @@ class KeyBank:
         self._target = GrowingRows(torch.zeros(0, dtype=torch.long))  # number of what the edit says
         self._targets: dict[str, int] = {}
         self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
-        self._parts: list[GrowingRows] = []  # of the keys, and behind them the shares of their words
+        self._parts: list[GrowingRows] = []  # of the keys, and behind them their words
         self._excluded: dict[int, torch.Tensor] = {}
         # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
         self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
@@ -71,7 +80,7 @@ class KeyBank:
         self.ids = [*self.ids, *(edit.id for edit in edits)]
         self.numbers = self.numbers | {edit.id: first + i for i, edit in enumerate(edits)}
         keys = torch.cat([one.keys for one in scopes])
-        parts = [*key_parts(keys), word_shares(keys)]
+        parts = [*key_parts(keys), key_words(keys)]
         before = self._parts or [GrowingRows(part.new_zeros(0, part.shape[1])) for part in parts]
         self._parts = [rows.extended([_on(part, rows)]) for rows, part in zip(before, parts, strict=True)]
         thresholds = torch.cat([one.thresholds for one in scopes]).float()
@@ -191,8 +200,7 @@ class KeyBank:
                 (over.masked_fill(is_own, _OUT), True),
             ):
                 best = group.max(-1)
-                rivals = held.rivals(over, best.indices, held.target)
-                penalty = held.penalty(part, rivals, best.indices)
+                penalty = held.penalty(part, over, best.indices, slice(None))
                 pair.append(best.values - penalty if penalised else best.values)
             found.append(pair)
         own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
@@ -221,7 +229,12 @@ class KeyBank:
         by_target = torch.cat([by_target, over.new_full((1,), _OUT)])  # no rival, where all say the same
         (first_over, second_over), (first_target, _) = by_target.topk(2)
         rivals = torch.where(held.target[best] == first_target, second_over, first_over)
-        return scores[best], held.thresholds[best] + held.penalty(query, rivals, best)
+        near = (acting > least_near(held.thresholds)).to(over)
+        same = over.new_zeros(len(self._targets)).index_add(0, held.target, near)[held.target[best]]
+        missing = missing_words(query, held.words[best])
+        return scores[best], held.thresholds[best] + rival_penalty(
+            rivals, held.thresholds[best], missing, near.sum() - same
+        )
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
@@ -245,7 +258,7 @@ class KeyBank:
 @dataclass(frozen=True, eq=False)
 class _Keys:
     """
-    All keys on one device: parts and shares of words `(keys, width)`, owner, number of its target and threshold,
+    All keys on one device: parts and words `(keys, width)`, owner, number of its target and threshold,
     `(keys,)`, and number -> excluded keys.
     """
 
@@ -260,8 +273,21 @@ class _Keys:
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is. The shipped scope's
         # last part tells them apart, where a fifth of all keys are near in the first.
-        if not may_pass(queries, self.parts[-1:], self.thresholds + strictness).any():
+        needed = self.thresholds + strictness
+        passing = may_pass(queries, self.parts[-1:], needed).nonzero()[:, 0]
+        if not len(passing):
             return none
+        if len(queries) > 1:  # of a prompt's tokens few may ask for anything
+            asking = may_ask(queries, [self.parts[-1][passing]], needed[passing]).nonzero()[:, 0]
+            if not len(asking):
+                return none
+            chosen = self._choose(queries[asking], None if only is None else only[asking], strictness)
+            return none.index_copy(0, asking, chosen)
+        return self._choose(queries, only, strictness)
+
+    def _choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
+        """Return the number of the edit that each text asks for, by a look at all keys that are near to any."""
+        none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
         near = may_pass(queries, self.parts, least).nonzero()[:, 0]
@@ -271,25 +297,26 @@ class _Keys:
         if only is not None:
             over = over.masked_fill(owner != only[:, None], _OUT)
         best = over.max(-1)
-        rivals = self.rivals(over, best.indices, self.target[near])
-        past = best.values - self.penalty(queries, rivals, near[best.indices])
+        past = best.values - self.penalty(queries, over, best.indices, near)
         return torch.where(past >= strictness, owner[best.indices], -1)
 
-    @staticmethod
-    def rivals(over: torch.Tensor, best: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def penalty(
+        self, queries: torch.Tensor, over: torch.Tensor, best: torch.Tensor, keys: slice | torch.Tensor
+    ) -> torch.Tensor:
         """
-        Return how far texts are past the threshold of the best key's nearest rival, an edit that says something else.
+        Return what rivals, edits that say something else, add to the thresholds of texts' best keys, `(texts,)`.
 
         Args:
+            queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
             over (`torch.Tensor` of shape `(texts, keys)`): As [`over`] returns them.
-            best (`torch.Tensor` of shape `(texts,)`): The number of the best key.
-            target (`torch.Tensor` of shape `(keys,)`): The keys' targets.
+            best (`torch.Tensor` of shape `(texts,)`): The place of the best key among these.
+            keys (`slice` or `torch.Tensor`): Which keys these are.
         """
-        return over.masked_fill(target == target[best][:, None], _OUT).amax(-1)
-
-    def penalty(self, queries: torch.Tensor, rivals: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """Return what the rivals of texts' best keys add to these keys' thresholds, `(texts,)`."""
-        return rival_penalty(rivals, self.thresholds[best], missing_words(queries, self.words[best]))
+        target, thresholds = self.target[keys], self.thresholds[keys]
+        rivals = over.masked_fill(target == target[best][:, None], _OUT)
+        count = (rivals > least_near(thresholds)).sum(-1)
+        missing = missing_words(queries, self.words[keys][best])
+        return rival_penalty(rivals.amax(-1), thresholds[best], missing, count)
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""

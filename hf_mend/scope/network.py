@@ -20,8 +20,9 @@ MEANING_WIDTH = 128
 KEY_PARTS = 2
 # Words are told apart by half their numbers modulo this, and those of so many tokens back count as said.
 WORDS, WORD_WINDOW = 256, 64
-# The share of a key's words that counts as missing in a text of which that is not known.
-WORDS_UNKNOWN = 0.3
+# The share of a key's words that counts as missing in a text of which that is not known, and how much a word counts
+# that the text has and the key does not.
+WORDS_UNKNOWN, STRANGE_WORDS = 0.3, 0.3
 KEY_WIDTH = MEANING_WIDTH + WORDS
 
 _LARGEST = 5.0  # of a standardised input: a text's first token is hundreds of times as large as the others
@@ -32,6 +33,8 @@ NO_WORD, ANY_WORD = -2, -1
 _WORD_MATTERS = 0.55
 _SAID = 1e-3  # the weight of a word that is said and does not matter
 _ROUNDED_MINIMUM = 12.0  # sharpness of the minimum over the parts of a key
+# A score is at most so much above each of its parts; the rest is for rounding.
+_ABOVE_PARTS = math.log(KEY_PARTS) / _ROUNDED_MINIMUM + 1e-4
 _QUERIES_AT_ONCE = 512
 # The share of a hidden state's components that a training step leaves out.
 _DROPOUT = 0.1
@@ -269,16 +272,23 @@ def part_scores(queries: torch.Tensor, keys: Sequence[torch.Tensor]) -> torch.Te
     return (math.log(KEY_PARTS) - least) / _ROUNDED_MINIMUM
 
 
-def missing_words(queries: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def missing_words(queries: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """
-    Return what share of the words that matter in keys are missing in texts, from 0 to 1, `(...)`; [`WORDS_UNKNOWN`]
-    where no word matters, or any may be said.
+    Return how much the words of texts and keys differ, from 0 to 1, `(...)`: the share of those that matter in keys
+    that are missing in the texts, and a part of the share of those that matter in the texts that are missing in the
+    keys, as other things may stand before a question.
 
     Args:
         queries (`torch.Tensor` of shape `(..., KEY_WIDTH)`): The texts' keys.
-        shares (`torch.Tensor` of shape `(..., WORDS)`): The keys' words, as [`word_shares`] gives them.
+        words (`torch.Tensor` of shape `(..., WORDS)`): The words of the keys, as [`key_words`] gives them.
     """
-    absent = queries[..., MEANING_WIDTH:] <= 0
+    said = key_words(queries)
+    return (_missing(said, words) + STRANGE_WORDS * _missing(words, said)).clamp(max=1.0)
+
+
+def _missing(said: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return what share of some words that matter is not said; [`WORDS_UNKNOWN`] where none does or any may be."""
+    shares, absent = (words - _SAID).clamp(min=0.0), said <= 0
     known = (shares.sum(-1) > 0) & absent.any(-1)
     return torch.where(known, (absent * shares).sum(-1), WORDS_UNKNOWN)
 
@@ -294,11 +304,19 @@ def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.
             keys, one or more.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
-    own = key_parts(queries)[-len(parts) :]
     # `max` finds the places too, at many times the cost.
-    best = reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True))).amax(0)
-    # A rounded minimum is at most so much above each of its parts; the rest is for rounding.
-    return best + math.log(KEY_PARTS) / _ROUNDED_MINIMUM + 1e-4 >= least
+    return _least_cosine(queries, parts).amax(0) + _ABOVE_PARTS >= least
+
+
+def may_ask(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
+    """Return which queries may have such a score with one of the keys, `(queries,)`, bool; as for [`may_pass`]."""
+    return (_least_cosine(queries, parts) + _ABOVE_PARTS >= least).any(1)
+
+
+def _least_cosine(queries: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the least of the cosines of some of the last parts, `(queries, keys)`."""
+    own = key_parts(queries)[-len(parts) :]
+    return reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True)))
 
 
 def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -306,6 +324,6 @@ def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:
     return keys[..., :MEANING_WIDTH].float().chunk(KEY_PARTS, -1)
 
 
-def word_shares(keys: torch.Tensor) -> torch.Tensor:
-    """Return the share of each word in what matters in keys, `(..., WORDS)`: together 1, or 0 where none does."""
-    return (keys[..., MEANING_WIDTH:].float() - _SAID).clamp(min=0.0)
+def key_words(keys: torch.Tensor) -> torch.Tensor:
+    """Return the words of keys, `(..., WORDS)`, as [`said_words`] gives them."""
+    return keys[..., MEANING_WIDTH:].float()

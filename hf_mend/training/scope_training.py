@@ -18,8 +18,8 @@ from transformers.utils import logging
 from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
-from ..scope.bank import rival_penalty
-from ..scope.network import ScopeNetwork, key_scores, missing_words, word_shares
+from ..scope.bank import least_near, rival_penalty
+from ..scope.network import ScopeNetwork, key_scores, key_words, missing_words
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
 from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
@@ -329,11 +329,11 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
             scores[row, [i for i, fact in enumerate(some * data.sides) if fact in marks[n][1]]] = -1.0
         of_facts = scores.unflatten(1, (data.sides, -1)).amax(1)  # (texts, facts)
         best = scores.max(1)
-        rival = of_facts.scatter(1, best.indices[:, None] % len(some), -1.0).amax(1)
+        of_rivals = scores.masked_fill(torch.arange(len(keys)) % len(some) == best.indices[:, None] % len(some), -1.0)
         if kind == "unrelated":  # which has no rivals to rely on, as what stands near an edit that is alone
-            rival = torch.full_like(rival, -1.0)
-        missing = missing_words(queries[numbers], word_shares(keys[best.indices]))
-        least.append(threshold_for(best.values, rival, missing, share))
+            of_rivals = torch.full_like(of_rivals, -1.0)
+        missing = missing_words(queries[numbers], key_words(keys[best.indices]))
+        least.append(threshold_for(best.values, of_rivals, missing, share))
         near = [(row, place[marks[n][0].near]) for row, n in enumerate(numbers) if marks[n][0].near != NONE]
         if near:
             least.append(torch.stack([of_facts[one] for one in near]).quantile(1 - share))
@@ -341,17 +341,21 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
         scope.threshold.copy_(torch.stack(least).max())
 
 
-def threshold_for(score: torch.Tensor, rival: torch.Tensor, missing: torch.Tensor, share: float) -> torch.Tensor:
+def threshold_for(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tensor, share: float) -> torch.Tensor:
     """
     Return the threshold from which on at most a share of texts find an edit.
 
     Args:
         score (`torch.Tensor` of shape `(texts,)`): Their scores with the nearest edit.
-        rival (`torch.Tensor` of shape `(texts,)`): Their scores with its nearest rival.
+        rivals (`torch.Tensor` of shape `(texts, keys)`): Their scores with its rivals' keys; less than any where there
+            is none.
         missing (`torch.Tensor` of shape `(texts,)`): What share of the edit's words they do not have.
         share (`float`): The share.
     """
     thresholds = torch.linspace(0.0, 1.0, 1001)[:, None]
-    found = score - thresholds >= rival_penalty(rival - thresholds, thresholds, missing)  # (thresholds, texts)
+    in_order = rivals.sort(1).values
+    from_there = (thresholds + least_near(thresholds)).T.expand(len(rivals), -1).contiguous()
+    count = (rivals.shape[1] - torch.searchsorted(in_order, from_there, right=True)).T  # (thresholds, texts)
+    found = score - thresholds >= rival_penalty(in_order[:, -1] - thresholds, thresholds, missing, count)
     too_many = (found.float().mean(1) > share).nonzero()[:, 0]
     return thresholds[min(int(too_many[-1]) + 1, 1000) if len(too_many) else 0, 0]

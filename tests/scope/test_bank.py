@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
 from hf_mend.scope.bank import KeyBank, rival_penalty
-from hf_mend.scope.network import key_scores, may_pass, said_words
+from hf_mend.scope.network import key_scores, may_ask, may_pass, said_words
 
 
 def unit(count: int) -> torch.Tensor:
@@ -25,8 +27,8 @@ def scoped_edit(
 
 
 def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[float, float]]:
-    """Number of edit -> how far the text is past its threshold, and what its nearest rival adds to it."""
-    over, thresholds = {}, {}
+    """Number of edit -> how far the text is past its threshold, and what its rivals add to it."""
+    over, thresholds, every = {}, {}, {}
     for i, edit in enumerate(edits):
         kept_out = edit.scope.excluded if len(edit.scope.excluded) else torch.zeros(0, 128)
         nearest = max([float(key_scores(query[None], one[None])) for one in kept_out], default=-1.0)
@@ -35,13 +37,17 @@ def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[f
             score - float(threshold) if score > nearest else -2.0
             for score, threshold in zip(scores, edit.scope.thresholds, strict=True)
         ]
+        every[i] = [*zip(margins, edit.scope.thresholds.tolist(), strict=True)]
         over[i] = max(margins)
         thresholds[i] = float(edit.scope.thresholds[margins.index(over[i])])
     found = {}
     for i in over:
-        rival = max((over[j] for j in over if edits[j].target != edits[i].target), default=-2.0)
+        rivals = [j for j in over if edits[j].target != edits[i].target]
+        rival = max((over[j] for j in rivals), default=-2.0)
         room = 1 - thresholds[i]
-        found[i] = over[i], min((0.1 + 0.7 * 0.3) * max(rival + room, 0.0), 0.8 * room)  # no words are known
+        near = sum(margin > -(1 - threshold) / 4 for j in rivals for margin, threshold in every[j])
+        share = 0.5 * (0.3 + 0.3 * 0.3) * (1 + 0.2 * math.log2(1 + near))  # no words are known
+        found[i] = over[i], min(share * max(rival + room, 0.0), 0.8 * room)
     return found
 
 
@@ -92,17 +98,36 @@ def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
     assert own.tolist() == [0]  # the edit's own text, whatever rivals there are
 
 
-def test_a_rival_speaks_against_an_edit_the_more_of_its_words_are_missing():
+def test_rivals_speak_against_an_edit_the_more_of_its_words_are_missing_and_the_more_there_are():
     threshold, past = torch.tensor(0.8), torch.tensor(0.1)
 
-    def penalty(missing: float, rival: torch.Tensor = past) -> float:
-        return float(rival_penalty(rival, threshold, torch.tensor(missing)))
+    def penalty(missing: float, rival: torch.Tensor = past, count: int = 0) -> float:
+        return float(rival_penalty(rival, threshold, torch.tensor(missing), torch.tensor(count)))
 
-    assert penalty(0.0) == pytest.approx(0.1 * 0.3)
-    assert penalty(0.5) == pytest.approx(0.45 * 0.3)
-    assert penalty(1.0) == pytest.approx(0.8 * 0.2)  # no more than most of what a perfect score has left
-    assert penalty(1.0, torch.tensor(-0.1)) == pytest.approx(0.8 * 0.1)
+    assert penalty(0.0) == penalty(0.0, count=100) == 0.0
+    assert penalty(0.5) == pytest.approx(0.25 * 0.3)
+    assert penalty(0.2, count=1) == pytest.approx(0.1 * 1.2 * 0.3)
+    assert penalty(0.2, count=7) == pytest.approx(0.1 * 1.6 * 0.3)
+    assert penalty(1.0, count=3) == pytest.approx(0.8 * 0.2)  # no more than most of what a perfect score has left
+    assert penalty(1.0, torch.tensor(-0.1)) == pytest.approx(0.5 * 0.1)
     assert penalty(1.0, torch.tensor(-0.2)) == pytest.approx(0.0, abs=1e-6)  # too far from acting to matter
+
+
+def test_many_rivals_nearly_as_near_keep_an_edit_out_that_one_does_not():
+    torch.manual_seed(3)
+
+    def unit_of(key: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(key.unflatten(1, (2, 64)), dim=-1).flatten(1)
+
+    key = unit(1)
+    text = unit_of(key + 0.3 * unit(1))
+    score = float(key_scores(text, key))
+    rivals = [unit_of(text + 0.4 * unit(1)) for _ in range(12)]
+    edits = [scoped_edit(0, key, score - 0.4 * (1 - score))]
+    edits += [scoped_edit(i, one, float(key_scores(text, one)) + 0.005) for i, one in enumerate(rivals, 1)]
+    chosen = [int(KeyBank(edits[:count]).choose(text)[0]) for count in range(1, 14)]
+    assert chosen[0] == chosen[1] == 0 and chosen[-1] == -1
+    assert sorted(chosen, reverse=True) == chosen
 
 
 def test_of_two_edits_alike_a_text_asks_for_the_one_whose_words_it_has():
@@ -139,6 +164,12 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
     for parts in (keys.chunk(2, 1)[1:], keys.chunk(2, 1)):
         assert may_pass(queries, parts, scores).all()
         assert not may_pass(queries, parts, torch.full((200,), 0.9)).any()
+    best = key_scores(queries, keys).max(1).values
+    for parts in (keys.chunk(2, 1)[1:], keys.chunk(2, 1)):
+        for query, score in zip(queries, best.tolist(), strict=True):
+            assert may_ask(query[None], parts, torch.full((200,), score)).all()
+        assert may_ask(queries, parts, torch.full((200,), float(best.median())))[best >= best.median()].all()
+        assert not may_ask(queries, parts, torch.full((200,), 0.9)).any()
     first, both = (may_pass(queries, keys.chunk(2, 1)[-n:], scores + 0.1).sum() for n in (1, 2))
     assert both < first / 2  # one look more leaves far fewer
 

@@ -19,9 +19,9 @@ from hf_mend.scope.network import (
     TokenStates,
     key_parts,
     key_scores,
+    key_words,
     missing_words,
     said_words,
-    word_shares,
 )
 
 
@@ -103,14 +103,20 @@ def test_words_are_missing_by_their_share_in_what_matters():
         )
         return torch.cat([torch.ones(1, MEANING_WIDTH), said], 1)
 
-    own = word_shares(key(1, 2, 3))
-    for text, missing in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
+    own = key_words(key(1, 2, 3))
+    # What the text has and the key does not counts three tenths.
+    for text, missing in (
+        (key(3, 2, 1), 0.0),
+        (key(2, 5, 6), 0.25 + 0.3 * 0.75),
+        (key(1, 9, 3), 0.75 + 0.3 * 0.75),
+        (key(7, 8, 9), 1.0),
+    ):
         assert float(missing_words(text, own)) == pytest.approx(missing, abs=1e-3)
         assert torch.equal(key_scores(text, key(1, 2, 3)), key_scores(key(1, 2, 3), key(1, 2, 3)))
     # Where no word matters, or any may be said, it is not known.
-    none = word_shares(key(1, matters=(0.0,)))
-    assert float(missing_words(key(7, 8, 9), none)) == pytest.approx(0.3)
-    assert float(missing_words(key(ANY_WORD), own)) == pytest.approx(0.3)
+    none = key_words(key(1, matters=(0.0,)))
+    assert float(missing_words(key(7, 8, 9), none)) == pytest.approx(0.3 + 0.3 * 1.0, abs=1e-3)
+    assert float(missing_words(key(ANY_WORD), own)) == pytest.approx(0.3 + 0.3 * 0.3)
 
 
 def test_the_first_tokens_huge_values_do_not_count(scope):

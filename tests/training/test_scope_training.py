@@ -291,20 +291,26 @@ def test_no_word_matters_where_there_is_one_form_of_asking(llama, tokenizer, exa
     assert torch.equal(model.scope.state_dict()["word.weight"], before)
 
 
+def _finds(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Whether each text finds an edit, all keys having one threshold."""
+    over, at = rivals - threshold, torch.full_like(score, threshold)
+    near = (over > 0.25 * (threshold - 1)).sum(1)
+    return score - at >= rival_penalty(over.amax(1), at, missing, near)
+
+
 def test_the_threshold_is_where_few_enough_texts_find_an_edit():
     torch.manual_seed(4)
-    score, rival = torch.rand(2, 400).mul(1.2).sub(0.2).sort(0, descending=True).values
-    missing = torch.rand(400)
+    score, *rest = torch.rand(6, 400).mul(1.2).sub(0.2).sort(0, descending=True).values
+    missing, rivals = torch.rand(400), torch.stack(rest, 1)[:, torch.randperm(5)]
 
     def found(threshold: float) -> float:
-        at = torch.full_like(score, threshold)
-        return float((score - at >= rival_penalty(rival - at, at, missing)).float().mean())
+        return float(_finds(score, rivals, missing, threshold).float().mean())
 
     for share in (0.02, 0.1, 0.3):
-        threshold = float(threshold_for(score, rival, missing, share))
+        threshold = float(threshold_for(score, rivals, missing, share))
         assert found(threshold) <= share + 1e-6 < found(threshold - 0.02)
         assert all(found(higher) <= share + 1e-6 for higher in torch.linspace(threshold, 1.0, 20).tolist())
-    assert float(threshold_for(score, rival, missing, 1.0)) == 0.0
+    assert float(threshold_for(score, rivals, missing, 1.0)) == 0.0
 
 
 def test_the_words_are_learned_from_facts_drawn_at_random(llama, tokenizer, examples, monkeypatch):
@@ -329,9 +335,9 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
         scope.word.bias.fill_(1.0)  # all words matter alike
     told: list[tuple[torch.Tensor, ...]] = []
 
-    def tell(score, rival, missing, share):
-        told.append((score, rival, missing))
-        return threshold_for(score, rival, missing, share)
+    def tell(score, rivals, missing, share):
+        told.append((score, rivals, missing))
+        return threshold_for(score, rivals, missing, share)
 
     monkeypatch.setattr(scope_training, "threshold_for", tell)
     scope_training._finish(scope, data, random.Random(0))
@@ -340,7 +346,7 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
     texts = [text for fact in some for text in data.texts[fact] if text.marks]
     near = [replace(text, marks=[mark]) for text in texts for mark in text.marks if mark.kind == "neighborhood"]
     queries = data.keys(scope, near)
-    score, rival, missing = next(values for values in told if len(values[0]) == len(near))
+    score, rivals, missing = next(values for values in told if len(values[0]) == len(near))
     assert len({*missing.tolist()}) > 1
     plain = torch.tensor([not text.others for text in near])
     decided = set()
@@ -351,8 +357,7 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
             )
             for i, one in enumerate(keys)
         ]
-        at = torch.full_like(score, threshold)
-        found = score - at >= rival_penalty(rival - at, at, missing)
+        found = _finds(score, rivals, missing, threshold)
         assert torch.equal(found[plain], (KeyBank(edits).choose(queries) >= 0)[plain])
         decided.add(tuple(found.tolist()))
     assert len(decided) > 4
