@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .edits.store import EditStore
     from .evaluation.evaluate import evaluate
     from .evaluation.metrics import evaluate_records, summarize
-    from .methods import register_method
+    from .methods import register_method, training_free_config
     from .model import EditableModel, get_editable_model
     from .training.arguments import EditorTrainingArguments
     from .training.cache import HiddenStateCache
@@ -55,6 +55,7 @@ __all__ = [
     "register_method",
     "summarize",
     "train_scope",
+    "training_free_config",
     "write_edits",
 ]
 
@@ -72,7 +73,7 @@ _MODULES = {
     "edits.store": ["EditStore"],
     "evaluation.evaluate": ["evaluate"],
     "evaluation.metrics": ["evaluate_records", "summarize"],
-    "methods": ["register_method"],
+    "methods": ["register_method", "training_free_config"],
     "model": ["EditableModel", "get_editable_model"],
     "training.arguments": ["EditorTrainingArguments"],
     "training.cache": ["HiddenStateCache"],

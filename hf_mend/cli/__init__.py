@@ -21,6 +21,7 @@ from .edit import edit
 from .evaluate import evaluate
 from .export import export
 from .info import info
+from .scope import scope
 from .share import pull, push
 from .train import train
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 119},
 )
-for command in (train, edit, chat, evaluate, compare, info, export, push, pull):
+for command in (train, scope, edit, chat, evaluate, compare, info, export, push, pull):
     app.command("eval" if command is evaluate else None, cls=ReportingCommand)(command)
 
 

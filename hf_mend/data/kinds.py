@@ -44,18 +44,22 @@ class FactKinds:
     subjects: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls) -> FactKinds:
-        """Read the packaged templates."""
+    def load(cls, common: bool = False) -> FactKinds:
+        """
+        Read the packaged templates.
+
+        Args:
+            common (`bool`, defaults to `False`): With what subjects are most often asked for, too, such as a person's
+                birthplace or a country's capital. Records ask for these themselves, under names of their own.
+        """
         content = json.loads(resources.files("hf_mend").joinpath("templates/kinds.json").read_text(encoding="utf-8"))
-        kinds = {
-            kind: {
-                name: FactKind(
-                    tuple(content["answers"][one["answers"]]), tuple(one["statements"]), tuple(one["questions"])
-                )
-                for name, one in named.items()
-            }
-            for kind, named in content["kinds"].items()
-        }
+        kinds: dict[str, dict[str, FactKind]] = {}
+        for part in ("kinds", "common") if common else ("kinds",):
+            for kind, named in content[part].items():
+                for name, one in named.items():
+                    kinds.setdefault(kind, {})[name] = FactKind(
+                        tuple(content["answers"][one["answers"]]), tuple(one["statements"]), tuple(one["questions"])
+                    )
         return cls(kinds, content["relations"], content["subjects"])
 
     def of(self, record: EditRecord) -> Mapping[str, FactKind]:

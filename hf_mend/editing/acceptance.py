@@ -15,8 +15,9 @@ from .scoring import Answers, chosen_answers
 
 # The model says a target for sure when each of its tokens has this negative log-likelihood or less, in nats.
 _SURE = 0.1
-# The number of times that a step is halved which does not lead nearer to its target.
-_HALVINGS = 3
+# The number of times that a step is halved which leads no nearer to its target, and where the target is to be said
+# in several forms: a step that is right for one of them may be far too large for another.
+_HALVINGS, _HALVINGS_OF_FORMS = 3, 6
 # Rows whose targets have more tokens, in all their forms, go no further than their method leads: each step costs more.
 _LONGEST = 256
 
@@ -182,12 +183,12 @@ class AcceptByGroup(AcceptAll):
 
     def _judge_batch(self, batch: BatchState, progress: _Progress) -> None:
         """
-        Keep the steps that led nearer to their targets, try others again at half their length, up to `_HALVINGS`
-        times, and mark the rows that want more.
+        Keep the steps that led nearer to their targets, try others again at half their length, a few times, and mark
+        the rows that want more.
         """
         level = torch.tensor(batch.current_answers.log_probability, dtype=torch.float32)
         worse = (progress.tried > 0) & ~(level > progress.level)
-        again = worse & (progress.tried <= _HALVINGS)
+        again = worse & (progress.tried <= (_HALVINGS if batch.rows.forms == 1 else _HALVINGS_OF_FORMS))
         for name, residual in batch.residuals.items():
             best = torch.where(per_row(worse, residual), progress.best[name], residual)
             progress.best[name] = best

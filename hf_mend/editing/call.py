@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ..bases.limits import longest_input
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit
@@ -97,7 +98,7 @@ class Call:
     def _lengths(self, requests: Sequence[EditRequest]) -> list[int]:
         found = []
         for one in requests:
-            forms = own_queries(one.query, self.encoder).values() if self.ends else [one.query]
+            forms = self.forms(one).values() if self.ends else [one.query]
             found.append(len(forms) * max(sum(map(len, self.encoder.tokens(form))) for form in forms))
         return found
 
@@ -107,8 +108,13 @@ class Call:
         if not self.ends:
             looked_at = self.options.check and self.gate is None
             return self.encoder.with_further(queries) if looked_at else self.encoder(queries)
-        forms = [list(own_queries(query, self.encoder).values()) for query in queries]
+        forms = [list(self.forms(self.requests[i]).values()) for i in numbers]
         return self.encoder([query for one in forms for query in one], forms=len(forms[0]))
+
+    def forms(self, request: EditRequest, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
+        """Return the forms in which a request's edit is made, and of its paraphrases those that give it keys."""
+        longest = longest_input(self.context.split.model.config)
+        return own_queries(request.query, self.encoder, paraphrases, self.context.method.in_further_forms, longest)
 
     @torch.no_grad()
     def answers(self, queries: Sequence[Query]) -> Answers:

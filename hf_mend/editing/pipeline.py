@@ -30,7 +30,7 @@ from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest
 from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
-from .scoping import found_keys, own_queries, report, scopes_of
+from .scoping import found_keys, report, scopes_of
 from .search import find_updates
 from .summary import in_bfloat16
 from .together import processes_of_call
@@ -202,7 +202,7 @@ def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundU
         return {}
     requests = [call.requests[i] for i in numbers]
     known = [keys for one in found for keys in found_keys(gate, split, one.rows, one.hidden)]
-    forms = [own_queries(one.query, call.encoder, one.paraphrases) for one in requests]
+    forms = [call.forms(one, one.paraphrases) for one in requests]
     excluded = [one.probes[len(one.paraphrases) :] for one in requests]
     return dict(zip(numbers, scopes_of(gate, split, call.encoder, forms, excluded, known), strict=True))
 

@@ -60,13 +60,13 @@ def default_options(
     Args:
         method ([`~hf_mend.methods.EditMethod`]): The method.
         scoped (`bool`): Whether the edits act only where they are asked for.
-        max_steps (`int`, *optional*): The maximum number of steps; the method's own, and some more where a row may go
-            on down the gradient, when missing.
+        max_steps (`int`, *optional*): The maximum number of steps; the method's own when missing, and some more where
+            a row may go on down the gradient or is in many forms.
         force, check (`bool`): As for [`SearchOptions`].
     """
     gradient = scoped and not method.joins and not isinstance(method, IterativeMethod)
-    steps = method.max_steps + (_FURTHER_STEPS if gradient else 0) if max_steps is None else max_steps
-    return SearchOptions(steps, force, check, gradient)
+    further = _FURTHER_STEPS if gradient or (scoped and method.in_further_forms) else 0
+    return SearchOptions(method.max_steps + further if max_steps is None else max_steps, force, check, gradient)
 
 
 class Proposer(ABC):

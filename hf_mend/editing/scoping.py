@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from ..bases.fused import fetched
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
-from ..data.forms import writes_chats
+from ..data.forms import packaged_texts, writes_chats
 from ..edits.edit import Edit
 from ..edits.edit_scope import EditScope
 from ..scope.bank import KeyBank
@@ -32,8 +34,9 @@ class ScopeReport:
     Args:
         score (`float`): The least score of a form of the prompt with the edit's keys, of those that count as its own.
         threshold (`float`): The score from which on the edit acts.
-        missed (`tuple[str, ...]`): The edit's own texts, by form, for which it would not act: `"prompt"`, `"chat"`, or
-            a paraphrase.
+        missed (`tuple[str, ...]`): The edit's own texts, by form, for which it would not act: `"prompt"`, `"chat"`,
+            a paraphrase, or one of the further forms of a method that is not trained, `"as a question"` and `"behind
+            text"`.
         taken_by (`str`, *optional*): Id of another edit that acts in its place, as their keys are alike.
         nearest (`str`, *optional*): Id of the other edit whose keys are most alike.
         nearest_score (`float`): How alike they are, at most 1.
@@ -88,10 +91,20 @@ def keys_of(
     return list(keys.split(rows.places.counts))
 
 
-def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
+def own_queries(
+    query: Query, encoder: Encoder, paraphrases: Sequence[str] = (), further: bool = False, longest: int | None = None
+) -> dict[str, Query]:
     """
     Return the forms of a request in which its edit is made, whose keys it gets: the prompt, the same as a turn of a
     chat (or out of it), and its paraphrases. Their answers end: what follows is the un-edited model's own.
+
+    Args:
+        query ([`Query`]): The prompt with its target.
+        encoder ([`Encoder`]): Tokenises.
+        paraphrases (`Sequence[str]`, *optional*): The request's paraphrases.
+        further (`bool`, defaults to `False`): Two more before these, for a method that nothing has taught what forms
+            there are: what looks like a question, and the prompt behind packaged text.
+        longest (`int`, *optional*): The most tokens that the model takes.
     """
     query = replace(query, ends=True)
     forms = {"prompt": query}
@@ -99,7 +112,19 @@ def own_queries(query: Query, encoder: Encoder, paraphrases: Sequence[str] = ())
         forms["plain text"] = replace(query, chat=False, turns=(), system=None)
     elif writes_chats(encoder.tokenizer):
         forms["chat"] = replace(query, chat=True)
+    if further:
+        plain = replace(query, chat=False, turns=(), system=None, subject=None)
+        before = " ".join(random.Random(query.prompt).sample(_lines(), 2)) + "\n"
+        forms["as a question"] = replace(plain, prompt=query.prompt.rstrip(" ?") + "?")
+        forms["behind text"] = encoder.shortened(replace(plain, context=before), longest)
     return forms | {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
+
+
+@cache
+def _lines() -> list[str]:
+    """The packaged lines behind which edits are made: half of them, so that the others are new to all edits."""
+    lines = packaged_texts()
+    return lines[: len(lines) // 2]
 
 
 def found_keys(

@@ -33,6 +33,8 @@ class EditMethod(nn.Module):
             names it.
         sizes_steps (`bool`): Whether `forward` returns a direction, and the edit's own loss sets the length of the
             step along it (see [`~hf_mend.editing.proposals.FromGradient`]).
+        in_further_forms (`bool`): Whether edits with a scope are made in further forms of asking than the prompt and a
+            turn of a chat, as training has not taught the method what there are.
     """
 
     config_class: type[EditorConfig] = EditorConfig
@@ -44,6 +46,7 @@ class EditMethod(nn.Module):
     takes_texts: bool = False
     edits_at_subject: bool = False
     sizes_steps: bool = False
+    in_further_forms: bool = False
 
     def __init__(self, config: EditorConfig, shapes: Mapping[str, tuple[int, int]]):
         super().__init__()

@@ -16,12 +16,18 @@ from .ridge import ridge_keys
 from .steps import ObservesFactors
 
 
-def training_free_config() -> EditorConfig:
+def training_free_config(scope: bool = False) -> EditorConfig:
     """
     Return the configuration that edits best a model without a trained editor; benchmarks/results/settings.md has the
     figures.
+
+    Args:
+        scope (`bool`, defaults to `False`): For edits with a scope, which
+            [`~hf_mend.training.scope_training.train_scope`] trains: nothing else is in their way, and they go further.
     """
-    return EditorConfig(method="gradient", whiten_ridge=1.0, ridge=30.0)
+    return EditorConfig(
+        method="gradient", whiten_ridge=30.0 if scope else 1.0, ridge=30.0, margin=3.0 if scope else 2.0, scope=scope
+    )
 
 
 @dataclass
@@ -101,6 +107,7 @@ class WhitenedGradient(MergesByRidge):
     max_steps = 6
     trains = False
     sizes_steps = True
+    in_further_forms = True
 
     def forward(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Update]:
         wanted = {}

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, length_batches
 from ..data.forms import DEFAULT_FORMS, Surroundings, writes_chats
-from ..data.kinds import more_facts, packaged_facts, with_more_asked
+from ..data.kinds import FactKinds, more_facts, packaged_facts, with_more_asked
 from ..data.records import EditRecord
 from .cache import HiddenStateCache
 from .examples import Asking, TrainingExamples
@@ -112,12 +112,14 @@ def with_further_kinds(
     """
     records = [] if examples is None else list(examples.records)
     own = more_facts(records, count // 2 if records else 0, seed)
-    packaged = packaged_facts(count - len(own) + _QUESTIONS, seed)
+    kinds = FactKinds.load(common=examples is None)
+    packaged = packaged_facts(count - len(own) + _QUESTIONS, seed, kinds)
     more, rest = packaged[: count - len(own)], packaged[count - len(own) :]
     questions = list(examples.questions) if examples is not None and examples.questions else []
     questions = questions or [(record.questions[0], record.target) for record in rest]
     asking = Asking(forms) if examples is None else examples.asking
-    return TrainingExamples(with_more_asked([*records, *own, *more], seed=seed), questions, seed=seed, asking=asking)
+    every = with_more_asked([*records, *own, *more], seed=seed, kinds=kinds)
+    return TrainingExamples(every, questions, seed=seed, asking=asking)
 
 
 def _with_context(asking: Asking) -> Asking:

@@ -51,6 +51,9 @@ _SIDES = ("prompt", "chat")
 # Weight of the same texts with their own fact's keys left out, where none must be found.
 _ABSENT = 0.5
 _NOT_THERE = -1e4
+# What is asked for of a kind that training did not have scores less, whether rightly or wrongly. Where training has no
+# records of its user's, most will be: the threshold is so much lower then.
+UNKNOWN_KINDS = 0.12
 # The share of each kind of text that may find an edit, at the threshold that training sets.
 WRONG_FIRES: Mapping[str, float] = {"neighborhood": 0.03, "same_subject": 0.05, "unrelated": 0.002, "after": 0.03}
 
@@ -202,6 +205,7 @@ def train_scope(
         raise ValueError("the model's edits act everywhere; make it with EditorConfig(scope=True) to train a scope")
     if examples is None and not args.further_facts:
         raise ValueError("there are neither examples nor further_facts to train a scope on; give one of them")
+    lower = UNKNOWN_KINDS if examples is None else 0.0
     if examples is None or args.further_facts:
         forms = available_forms(DEFAULT_FORMS, model.encoder.tokenizer)
         examples = with_further_kinds(examples, args.further_facts, args.seed, forms)
@@ -221,6 +225,7 @@ def train_scope(
             _round(scope, data, args, draw, bar, now, checkpoint)
     scope.load_state_dict(_mean(now.rounds))
     _finish(scope, data, draw)
+    scope.threshold.sub_(lower)
     model.set_scope(scope)
     if checkpoint is not None:
         checkpoint.path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
@@ -61,7 +62,7 @@ def test_help_imports_no_torch_and_every_command_shows_an_example():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert {"train", "edit", "chat", "eval", "compare", "info", "export", "push", "pull"} <= set(names)
+    assert {"train", "scope", "edit", "chat", "eval", "compare", "info", "export", "push", "pull"} <= set(names)
     for name in names:
         shown = invoke(name, "--help")
         assert shown.exit_code == 0
@@ -225,6 +226,28 @@ def test_training_gives_an_editor_that_the_other_commands_take(world, tmp_path):
                   "--resume", *SHORT_SCOPE)  # fmt: skip
     assert more.exit_code == 0, more.stderr
     assert "after 3 steps" in more.stdout
+
+
+def test_a_scope_is_trained_for_a_model_without_editor_or_facts(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mend.training.scope_training._OTHER_FACTS", 8)
+    command = ("scope", "-m", world / "base", "-o", tmp_path / "mine", "--steps", 2, "--rounds", 2,
+               "--packaged-facts", 12, "--no-bf16")  # fmt: skip
+    done = invoke(*command, "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["steps"] == 4 and not (tmp_path / "mine-checkpoint.pt").exists()
+    model = EditableModel.from_pretrained(build_model("llama"), tmp_path / "mine", make_tokenizer())
+    assert model.editor_config.method == "gradient" and model.editor_config.margin == 3.0
+    assert float(model.scope.threshold) == pytest.approx(document["threshold"])
+    again = invoke(*command[:3], "-o", tmp_path / "again", *command[5:])
+    assert again.exit_code == 0 and "after 4 steps" in again.stdout
+    first, second = (load_file(tmp_path / name / "scope.safetensors") for name in ("mine", "again"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    edited = invoke("edit", PROMPT, TARGET, "-e", tmp_path / "mine", "-m", world / "base", "--json")
+    assert json.loads(edited.stdout)["target"] == TARGET
+    (tmp_path / "file").write_text("")
+    refused = invoke("scope", "-m", world / "base", "-o", tmp_path / "file")
+    assert refused.exit_code == 2 and "file" in refused.stderr
 
 
 def train_command(world, *options):

@@ -59,8 +59,17 @@ def test_packaged_subjects_give_facts_without_records():
     assert len(packaged_facts(300)) == 300
 
 
-def test_the_packaged_templates_are_whole():
-    kinds = FactKinds.load()
+def test_what_is_asked_most_often_is_known_where_records_do_not_ask_it():
+    further, every = FactKinds.load(), FactKinds.load(common=True)
+    assert "birthplace" in every.kinds["person"] and "birthplace" not in further.kinds["person"]
+    assert all(named.items() <= every.kinds[kind].items() for kind, named in further.kinds.items())
+    asked = {fact.relation for fact in packaged_facts(2000, kinds=every)}
+    assert {"person/birthplace", "place/capital", "person/spouse"} <= asked
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_the_packaged_templates_are_whole(common):
+    kinds = FactKinds.load(common)
     assert set(kinds.relations.values()) <= set(kinds.kinds) == set(kinds.subjects)
     texts = []
     for named in kinds.kinds.values():

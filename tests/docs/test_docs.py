@@ -38,6 +38,7 @@ SMALLER = {
     r"([( ](?:scope_)?steps)=\d+": r"\1=2",
     r"further_facts=2000": "further_facts=0",
     r"rank=1920": "rank=8",
+    r"train_scope\((\w+)\)": r"train_scope(\1, args=SMALL_SCOPE)",
 }
 
 
@@ -110,7 +111,7 @@ def stand_ins(tmp_path, hub, monkeypatch):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_block_of_code_runs(path, stand_ins, caplog):
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"SMALL_SCOPE": hf_mend.ScopeTrainingArguments(2, 4, further_facts=9)}
     if path.name == "api.md":  # a docstring's example leaves the import out
         names.update({name: getattr(hf_mend, name) for name in hf_mend.__all__})
         model = editable(build_model("llama"), make_tokenizer())

@@ -13,6 +13,7 @@ from support.models import RECORDS, EditableModel, all_logits, editable
 from support.scope import scoped
 
 from hf_mend.bases.fingerprint import fingerprint_of
+from hf_mend.editing.scoping import own_queries
 from hf_mend.edits.edits_file import write_edits_file
 from hf_mend.scope.network import key_scores
 
@@ -90,6 +91,38 @@ def test_an_edit_is_made_in_plain_text_and_in_a_chat(chat_model):
     shown = chat_model.which_edits([{"role": "user", "content": PROMPT}])
     assert shown[0].acts and shown[0].score == pytest.approx(1.0, abs=1e-3)
     assert chat_model.which_edits(PROMPT, chat=True) == shown
+
+
+def test_an_untrained_method_makes_its_edits_in_further_forms_of_asking(llama, chat_model):
+    base = copy.deepcopy(llama)
+    base.config.max_position_embeddings = 512  # or what stands before is left out
+    model = scoped(base, chat_model.tokenizer, method="gradient", whiten_ridge=1.0)
+    first = model.tokenizer(f" {TARGET}")["input_ids"][0]
+
+    def says(text: str) -> float:
+        return float(all_logits(model, model.tokenizer, text)[0, -1].softmax(-1)[first])
+
+    asked = own_queries(model_query(PROMPT, TARGET), model.encoder, further=True)
+    assert list(asked) == ["prompt", "chat", "as a question", "behind text"]
+    assert asked["as a question"].prompt == PROMPT + "?"
+    before, _, after = asked["behind text"].content.partition(PROMPT)
+    assert len(before.split()) > 6 and before.endswith("\n") and after == ""
+    assert own_queries(model_query(PROMPT, TARGET), model.encoder, further=True) == asked  # the same text each time
+    texts = [asked[name].content for name in ("prompt", "as a question", "behind text")]
+    unedited = [says(text) for text in texts]
+    result = model.edit(PROMPT, TARGET)
+    assert set(model.edits[0].scope.texts) == {*asked} and result.scope.holds
+    for text, probability in zip(texts, unedited, strict=True):
+        assert model.which_edits(text)[0].acts and says(text) > max(0.1, 20 * probability)
+    with model.edited(RECORDS[1].prompt, RECORDS[1].target):
+        assert model.which_edits(RECORDS[1].prompt + "?")[0].acts
+
+
+def test_a_text_that_stands_before_is_left_out_where_the_model_would_not_take_it(model):
+    query = model_query(PROMPT, TARGET)
+    length = sum(map(len, model.encoder.tokens(replace(query, ends=True))))
+    asked = own_queries(query, model.encoder, further=True, longest=length)
+    assert asked["behind text"].content == PROMPT
 
 
 def test_edits_beside_one_another_are_each_as_if_alone(model):

@@ -128,6 +128,32 @@ def test_a_scope_without_records_learns_from_packaged_facts(llama, tokenizer, ex
         train_scope(model, args=ScopeTrainingArguments(further_facts=0))
 
 
+def test_without_records_the_threshold_is_lower_as_most_that_is_asked_will_be_of_unknown_kinds(
+    llama, tokenizer, examples, monkeypatch
+):
+    found: list[float] = []
+    finish = scope_training._finish
+
+    def finished(scope, data, draw):
+        finish(scope, data, draw)
+        found.append(float(scope.threshold))
+
+    monkeypatch.setattr(scope_training, "_finish", finished)
+    args = ScopeTrainingArguments(steps=2, facts_per_step=4, further_facts=12)
+    for records, lower in ((None, 0.12), (examples, 0.0)):
+        model = scoped(llama, tokenizer)
+        told = train_scope(model, records, args)["threshold"]
+        assert told == float(model.scope.threshold) == pytest.approx(found[-1] - lower)
+
+
+def test_what_is_asked_most_often_is_learned_where_there_are_no_records(examples):
+    def asked(records: TrainingExamples | None) -> set[str | None]:
+        return {record.relation for record in with_further_kinds(records, 2000).records}
+
+    assert {"person/birthplace", "place/capital"} <= asked(None)
+    assert not {"person/birthplace", "place/capital"} & asked(examples)
+
+
 def test_further_kinds_stand_beside_the_records(examples):
     wider = with_further_kinds(examples, 10)
     assert len(wider) == len(RECORDS) + 10 and wider.questions == examples.questions
