@@ -92,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--continuation-weight", type=float, default=1.0, help="of what follows the target")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--scope-steps", type=int, default=1000)
+    parser.add_argument("--scope-steps", type=int, default=1000, help="0 leaves the scope as it is")
     parser.add_argument("--scope-rounds", type=int, default=2, help="of so many steps, whose weights are averaged")
     parser.add_argument("--scope-facts", type=int, default=13_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -104,9 +104,12 @@ def main() -> None:
     base, tokenizer = load_base()
     start = arguments.start_from
     config = EditorConfig() if start is None else EditorConfig.from_pretrained(start)
-    model = EditableModel(base, replace(config, scope=True), tokenizer).eval()
-    if start is not None:
-        model.load_editor(start / "editor.safetensors")
+    if start is not None and config.scope:
+        model = EditableModel.from_pretrained(base, start, tokenizer=tokenizer).eval()
+    else:
+        model = EditableModel(base, replace(config, scope=True), tokenizer).eval()
+        if start is not None:
+            model.load_editor(start / "editor.safetensors")
     train_editor(model, examples, arguments)
     if arguments.scope_steps:
         options = ScopeTrainingArguments(
