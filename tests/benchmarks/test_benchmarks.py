@@ -119,7 +119,11 @@ def test_the_scoped_editor_s_training_goes_on_where_it_was_interrupted(script, t
     start = load_file(tmp_path / "start" / "editor.safetensors")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     assert any(not torch.equal(value.float(), start[name].float()) for name, value in whole.items())
-    assert (tmp_path / "kept" / "scope.safetensors").is_file()
+    scope = load_file(tmp_path / "kept" / "scope.safetensors")
+    # Gone on from, and without steps for it, an editor keeps its scope.
+    train("further", "--start-from", str(tmp_path / "kept"), "--scope-steps", "0", "--steps", "1")
+    further = load_file(tmp_path / "further" / "scope.safetensors")
+    assert all(torch.equal(further[name], value) for name, value in scope.items())
 
 
 def test_quality_trains_and_measures(script, tmp_path):

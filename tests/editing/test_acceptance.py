@@ -99,6 +99,19 @@ def test_a_step_that_leads_no_nearer_is_halved_three_times_and_then_taken_back()
     assert not acceptance.progress[0].tried.any()
 
 
+@pytest.mark.parametrize(("forms", "last"), [(1, 3), (2, 6)])
+def test_a_step_is_halved_more_often_where_a_target_is_to_be_said_in_several_forms(forms, last):
+    batch, acceptance = by_group(1)
+    batch.rows.forms = forms
+    acceptance.accept(0, (asked(1, 64.0), [1]))
+    seen = []
+    for _ in range(last + 1):
+        batch.answers = made_up([-6.0], [False])
+        acceptance.judge()
+        seen.append(float(batch.residuals["layer"]))
+    assert seen == [*(64.0 / 2**n for n in range(1, last + 1)), 0.0]
+
+
 def test_halving_starts_from_the_steps_before():
     batch, acceptance = by_group(1)
     acceptance.accept(0, (asked(1, 8.0), [1]))

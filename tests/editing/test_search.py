@@ -9,14 +9,32 @@ import torch
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
 from support.training import perturbed
 
+from hf_mend import EditorConfig, training_free_config
 from hf_mend.data.encoding import Query
 from hf_mend.editing.calibration_text import observe_calibration_text
-from hf_mend.editing.proposals import SearchOptions
+from hf_mend.editing.proposals import SearchOptions, default_options
 from hf_mend.editing.search import find_updates
 from hf_mend.edits.low_rank import dense
+from hf_mend.methods import new_method
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
+
+
+def test_an_edit_with_a_scope_may_take_further_steps_where_its_method_is_not_trained_or_goes_down_the_gradient():
+    shapes = {"layer": (4, 6)}
+    steps = {
+        name: [default_options(new_method(EditorConfig(method=name), shapes), scoped).max_steps for scoped in (0, 1)]
+        for name in ("mend", "gradient", "malmen", "rome")
+    }
+    assert steps == {"mend": [3, 15], "gradient": [6, 18], "malmen": [3, 3], "rome": [50, 50]}
+
+
+def test_the_values_of_a_model_without_an_editor():
+    without, scoped = training_free_config(), training_free_config(scope=True)
+    assert (without.method, without.whiten_ridge, without.ridge, without.margin) == ("gradient", 1.0, 30.0, 2.0)
+    assert (scoped.method, scoped.whiten_ridge, scoped.ridge, scoped.margin) == ("gradient", 30.0, 30.0, 3.0)
+    assert scoped.scope and not without.scope
 
 
 def test_steps_go_on_until_the_edit_takes_and_no_longer(llama, tokenizer):
