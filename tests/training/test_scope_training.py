@@ -339,6 +339,17 @@ def test_the_threshold_is_where_few_enough_texts_find_an_edit():
     assert float(threshold_for(score, rivals, missing, 1.0)) == 0.0
 
 
+def test_the_threshold_counts_how_many_rivals_are_near():
+    torch.manual_seed(6)
+    score = torch.rand(300) * 0.5 + 0.5
+    rivals, missing = score[:, None] - 0.02 * torch.rand(300, 30), torch.full((300,), 0.3)
+    steps = torch.linspace(0.0, 1.0, 1001)
+    shares = torch.tensor([float(_finds(score, rivals, missing, float(at)).float().mean()) for at in steps])
+    by_hand = steps[int((shares > 0.1).nonzero()[-1]) + 1]
+    assert float(threshold_for(score, rivals, missing, 0.1)) == pytest.approx(float(by_hand), abs=1.5e-3)
+    assert float(threshold_for(score, rivals[:, :1], missing, 0.1)) > float(by_hand) + 0.01, "one is not many"
+
+
 def test_the_words_are_learned_from_facts_drawn_at_random(llama, tokenizer, examples, monkeypatch):
     model = scoped(llama, tokenizer)
     data = scope_texts(model, examples, ScopeTrainingArguments())
