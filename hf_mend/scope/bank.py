@@ -200,7 +200,7 @@ class KeyBank:
                 (over.masked_fill(is_own, _OUT), True),
             ):
                 best = group.max(-1)
-                penalty = held.penalty(part, over, best.indices, slice(None))
+                penalty = held.penalty(part, over, best.indices)
                 pair.append(best.values - penalty if penalised else best.values)
             found.append(pair)
         own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
@@ -301,7 +301,7 @@ class _Keys:
         return torch.where(past >= strictness, owner[best.indices], -1)
 
     def penalty(
-        self, queries: torch.Tensor, over: torch.Tensor, best: torch.Tensor, keys: slice | torch.Tensor
+        self, queries: torch.Tensor, over: torch.Tensor, best: torch.Tensor, keys: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
         Return what rivals, edits that say something else, add to the thresholds of texts' best keys, `(texts,)`.
@@ -310,12 +310,15 @@ class _Keys:
             queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
             over (`torch.Tensor` of shape `(texts, keys)`): As [`over`] returns them.
             best (`torch.Tensor` of shape `(texts,)`): The place of the best key among these.
-            keys (`slice` or `torch.Tensor`): Which keys these are.
+            keys (`torch.Tensor` of shape `(keys,)`, *optional*): Which keys these are; all when missing.
         """
-        target, thresholds = self.target[keys], self.thresholds[keys]
+        target, thresholds = self.target, self.thresholds
+        number = best if keys is None else keys[best]
+        if keys is not None:
+            target, thresholds = target[keys], thresholds[keys]
         rivals = over.masked_fill(target == target[best][:, None], _OUT)
         count = (rivals > least_near(thresholds)).sum(-1)
-        missing = missing_words(queries, self.words[keys][best])
+        missing = missing_words(queries, self.words[number])
         return rival_penalty(rivals.amax(-1), thresholds[best], missing, count)
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
