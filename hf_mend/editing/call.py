@@ -104,8 +104,8 @@ class Call:
 
     def rows(self, numbers: Sequence[int]) -> EncodedBatch:
         """Return the texts by which some of the requests' edits are made."""
-        queries = [self.requests[i].query for i in numbers]
         if not self.ends:
+            queries = [self.requests[i].query for i in numbers]
             looked_at = self.options.check and self.gate is None
             return self.encoder.with_further(queries) if looked_at else self.encoder(queries)
         forms = [list(self.forms(self.requests[i]).values()) for i in numbers]

@@ -111,8 +111,8 @@ def with_further_kinds(
         forms (`Mapping[str, float]`): The forms of asking where no examples have theirs.
     """
     records = [] if examples is None else list(examples.records)
-    own = more_facts(records, count // 2 if records else 0, seed)
     kinds = FactKinds.load(common=examples is None)
+    own = more_facts(records, count // 2 if records else 0, seed, kinds)
     packaged = packaged_facts(count - len(own) + _QUESTIONS, seed, kinds)
     more, rest = packaged[: count - len(own)], packaged[count - len(own) :]
     questions = list(examples.questions) if examples is not None and examples.questions else []

@@ -354,7 +354,7 @@ def threshold_for(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tens
         score (`torch.Tensor` of shape `(texts,)`): Their scores with the nearest edit.
         rivals (`torch.Tensor` of shape `(texts, keys)`): Their scores with its rivals' keys; less than any where there
             is none.
-        missing (`torch.Tensor` of shape `(texts,)`): What share of the edit's words they do not have.
+        missing (`torch.Tensor` of shape `(texts,)`): How much their words and the edit's differ.
         share (`float`): The share.
     """
     thresholds = torch.linspace(0.0, 1.0, 1001)[:, None]
