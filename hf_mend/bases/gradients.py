@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
 from .fused import Pair, of_one_shape, stacked
 from .projection import projected, read_once, swept
 from .quantized import gradients_pass
-from .split import HiddenState, Inputs, SplitModel, _recomputed_if_offloaded, logits_at
-from .targets import Target
-from .threads import hooked
+from .split import HiddenState, Inputs, SplitModel, logits_at
+from .targets import Target, block_lists
+from .threads import as_this_thread, hooked, present_forward, replaced_forward
 
 
 class Factors(dict[str, tuple[torch.Tensor, torch.Tensor]]):
@@ -266,3 +268,23 @@ def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     edited_log = nn.functional.log_softmax(edited.float(), -1)
     base_log = nn.functional.log_softmax(base.float(), -1)
     return nn.functional.kl_div(edited_log, base_log, reduction="none", log_target=True).sum(-1)
+
+
+@contextmanager
+def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
+    """
+    Recompute the blocks of an offloaded model in backward passes within the context, in place of keeping their
+    weights: otherwise all weights above the first target would be in memory at once.
+    """
+    with ExitStack() as undo:
+        for block_list in block_lists(model):
+            for block in block_list.blocks:
+                if any(parameter.is_meta for parameter in block.parameters()):
+                    undo.enter_context(replaced_forward(block, partial(_recomputed, present_forward(block))))
+        yield
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # Recompute to the end, not only to the last activation required: Accelerate offloads the weights again only there.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(as_this_thread(forward), *args, use_reentrant=False, **kwargs)

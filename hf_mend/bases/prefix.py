@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from ..data.encoding import EncodedBatch
+from ..data.encoding import IGNORE, EncodedBatch
 from ..data.places import Places, on_device
+from .beginnings import Group, expanded, groups_of
 from .by_length import in_processes, parts_by_length
 from .known_mask import known_mask, mask_of_ones
 from .readout import last_mlp
@@ -62,7 +63,10 @@ def prefix_of(split: SplitModel, rows: EncodedBatch, state: HiddenState) -> Pref
     tokens = len(rows) * max(lengths)
     if not tokens or not pays(split.device, tokens, split.parameters) or not _goes_on(split, rows):
         return None
-    return _run(split, rows, state, lengths)
+    groups = [Group([*range(len(rows))])]
+    if split.begins_alike:
+        groups = groups_of(rows.inputs["input_ids"], [n - 1 for n in lengths])
+    return _run(split, rows, state, lengths, groups)
 
 
 def pays(device: torch.device, tokens: int, parameters: int) -> bool:
@@ -122,42 +126,88 @@ def _within(places: Places, width: int, length: int) -> Places:
     return replace(places, positions=positions, read=None, spans=spans, lengths=[], pads_right=False)
 
 
-def _run(split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Sequence[int]) -> Prefix:
-    """The prefix of all rows, those of about one length in a pass."""
-    width, count = max(lengths), len(rows)
-    parts = parts_by_length(lengths, split.device)
-    caches = [_cache_of(split, *_before(split, rows, state, [lengths[i] for i in part], part)) for part in parts]
-    cache = caches[0]
-    if len(parts) > 1:
-        back = torch.tensor([i for part in parts for i in part]).argsort()
-        for number, layer in enumerate(cache.layers):
-            if not layer.is_initialized:
-                continue
-            layer.keys, layer.values = (
-                _joined([getattr(one.layers[number], side) for one in caches], back) for side in ("keys", "values")
-            )
-    _fill_below(split, cache, count, width)
-    mask = torch.arange(width) >= width - torch.tensor([*lengths])[:, None]
-    return Prefix(cache, on_device(mask.long(), split.device))
+def _run(
+    split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Sequence[int], groups: Sequence[Group]
+) -> Prefix:
+    """The prefix of all rows, those of about one length in a pass, and what a group begins with in one of its own."""
+    found: list[Prefix] = []
+    order: list[int] = []
+    for group in groups:
+        before = _beginning(split, rows, state, group)
+        for part in parts_by_length([lengths[i] - group.tokens for i in group.rows], split.device):
+            numbers = [group.rows[k] for k in part]
+            found.append(_of_part(split, rows, state, [lengths[i] for i in numbers], numbers, before))
+            order += numbers
+    prefix = found[0]
+    if len(found) > 1:
+        prefix = _joined(found, torch.tensor(order).argsort())
+    _fill_below(split, prefix.cache, len(rows), prefix.mask.shape[1])
+    return prefix
 
 
-def _joined(sides: Sequence[torch.Tensor], back: torch.Tensor) -> torch.Tensor:
-    """Keys or values, `(rows, heads, tokens, width)`, of all parts, padded on the left, in the order of the rows."""
-    longest = max(side.shape[2] for side in sides)
-    padded = [torch.nn.functional.pad(side, (0, 0, longest - side.shape[2], 0)) for side in sides]
-    return torch.cat(padded).index_select(0, back.to(sides[0].device))
+def _beginning(split: SplitModel, rows: EncodedBatch, state: HiddenState, group: Group) -> Any:
+    """The keys and values of what some rows begin with, one row's; nothing where each runs its own."""
+    if not group.tokens:
+        return None
+    first = group.rows[:1]
+    cache = _cache_of(split, *_before(split, rows, state, [group.tokens], first))
+    _fill_below(split, cache, 1, group.tokens)
+    return cache
+
+
+def _of_part(
+    split: SplitModel,
+    rows: EncodedBatch,
+    state: HiddenState,
+    lengths: Sequence[int],
+    part: Sequence[int],
+    before: Any,
+) -> Prefix:
+    """The prefix of some rows, in one pass behind what they begin with, if that is known."""
+    start = 0 if before is None else before.get_seq_length()
+    inputs, hidden = _before(split, rows, state, lengths, part, start)
+    cache = _cache_of(split, inputs, hidden, None if before is None else expanded(before, len(part)))
+    for number, layer in enumerate(cache.layers[: split.block]):
+        if start and layer.keys.shape[2] == start:  # a block that does not run, and told how long the beginning is
+            cache.layers[number] = DynamicLayer()
+    return Prefix(cache, inputs["attention_mask"].as_subclass(torch.Tensor))
+
+
+def _joined(parts: Sequence[Prefix], back: torch.Tensor) -> Prefix:
+    """The prefixes of all parts, padded on the left, in the order of the rows."""
+    cache = parts[0].cache
+
+    def joined(sides: Sequence[torch.Tensor], dim: int) -> torch.Tensor:  # each (rows, ..., tokens, ...)
+        behind, longest = sides[0].dim() - 1 - dim, max(side.shape[dim] for side in sides)
+        padded = [torch.nn.functional.pad(x, (0, 0) * behind + (longest - x.shape[dim], 0)) for x in sides]
+        return torch.cat(padded).index_select(0, back.to(sides[0].device))
+
+    for number, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            layers = [one.cache.layers[number] for one in parts]
+            layer.keys = joined([one.keys for one in layers], 2)
+            layer.values = joined([one.values for one in layers], 2)
+    return Prefix(cache, joined([one.mask for one in parts], 1))
 
 
 def _before(
-    split: SplitModel, rows: EncodedBatch, state: HiddenState, lengths: Sequence[int], part: Sequence[int]
+    split: SplitModel,
+    rows: EncodedBatch,
+    state: HiddenState,
+    lengths: Sequence[int],
+    part: Sequence[int],
+    start: int = 0,
 ) -> tuple[dict[str, torch.Tensor], HiddenState]:
-    """Inputs and state of some rows' first tokens, padded on the left."""
+    """
+    Inputs and state of some rows' first tokens from `start` on, padded on the left: between what stands before them,
+    which the mask tells of too, and them.
+    """
     device = rows.positions.device
-    width = max(lengths)
+    width = max(lengths) - start
     row = on_device(torch.tensor([*part]), device)
-    numbers = torch.arange(width) - (width - torch.tensor([*lengths]))[:, None]  # (rows, width), below 0 for padding
-    mask = on_device((numbers >= 0).long(), device)
-    numbers = on_device(numbers.clamp(min=0), device)
+    numbers = torch.arange(width) - (width + start - torch.tensor([*lengths]))[:, None]  # below 0 for padding
+    mask = on_device(torch.cat([torch.ones(len(part), start), numbers >= 0], 1).long(), device)
+    numbers = on_device(numbers.clamp(min=0) + start, device)  # (rows, width)
     ids = rows.inputs["input_ids"].index_select(0, row).gather(1, numbers)
     inputs = {"input_ids": ids, "attention_mask": known_mask(mask, sum(lengths))}
     if split.takes_positions:
@@ -168,9 +218,12 @@ def _before(
 
 
 @torch.no_grad()
-def _cache_of(split: SplitModel, inputs: dict[str, torch.Tensor], state: HiddenState) -> Any:
-    """Keys and values of some tokens in the blocks above the cut. Of the last block nothing else is computed."""
-    cache = DynamicCache(config=split.model.config)
+def _cache_of(split: SplitModel, inputs: dict[str, torch.Tensor], state: HiddenState, cache: Any = None) -> Any:
+    """
+    Keys and values of some tokens in the blocks above the cut, behind those of a cache. Of the last block nothing else
+    is computed.
+    """
+    cache = DynamicCache(config=split.model.config) if cache is None else cache
 
     def stop(module: Any, args: tuple[Any, ...]) -> None:
         raise StopForwardError
@@ -198,6 +251,7 @@ def _goes_on(split: SplitModel, rows: EncodedBatch) -> bool:
     if split.goes_on is None:
         reason = _hindrance(split, rows)
         split.goes_on = not reason
+        split.begins_alike = split.goes_on and split.shares(rows) and _begins_alike(split, rows)
         if reason:
             name = type(split.model).__name__
             logger.info(f"{name} runs whole texts where edits act at answers alone ({reason}): slower, and as exact")
@@ -221,7 +275,7 @@ def _hindrance(split: SplitModel, rows: EncodedBatch) -> str:
     state = split.run_below(some.inputs)
     whole = logits_of(split, some, state)
     try:
-        prefix = _run(split, some, state, [start for start, _ in some.places.spans])
+        prefix = _run(split, some, state, [start for start, _ in some.places.spans], [Group([0, 1])])
         if any(type(layer) not in _GROWING or not layer.is_initialized for layer in prefix.cache.layers):
             return "not all of its blocks have keys and values of their own"
         for _ in range(2):  # the second pass goes on from the same cache
@@ -244,4 +298,18 @@ def _two_lengths(rows: EncodedBatch) -> EncodedBatch:
     mask[0, -2:] = 0
     positions[0, -4:-2] = True
     positions[1, -2:] = True
-    return EncodedBatch({"input_ids": pair, "attention_mask": mask}, torch.full_like(pair, -100), positions)
+    return EncodedBatch({"input_ids": pair, "attention_mask": mask}, torch.full_like(pair, IGNORE), positions)
+
+
+@torch.no_grad()
+def _begins_alike(split: SplitModel, rows: EncodedBatch) -> bool:
+    """Whether two texts say the same behind what they begin with, run once, with padding between that and the rest."""
+    ids = _two_lengths(rows).inputs["input_ids"][1:].repeat(2, 1)
+    mask, positions = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, -1] = 0
+    positions[0, -3:-1] = True
+    positions[1, -2:] = True
+    some = EncodedBatch({"input_ids": ids, "attention_mask": mask}, torch.full_like(ids, IGNORE), positions)
+    state, groups = split.run_below(some.inputs), [Group([0, 1], ids.shape[1] - 4)]
+    prefix = _run(split, some, state, [start for start, _ in some.places.spans], groups)
+    return same_logits(logits_of(split, *answers_behind(split, prefix, some, state)), logits_of(split, some, state))

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from ..data.encoding import EncodedBatch
-from .by_length import by_length
+from ..data.encoding import IGNORE, EncodedBatch
+from .beginnings import Group, empty_cache, expanded, groups_of, inputs_behind
+from .by_length import in_processes, parts_by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
-from .threads import as_this_thread, hooked, present_forward, replaced_forward
+from .threads import hooked, replaced_forward
 from .weights import device_of
 
 
@@ -102,6 +102,8 @@ class SplitModel:
         self.cache_name = cache_name(model)
         self.takes_positions = takes_positions(model)
         self.goes_on: bool | None = None  # from its cache; not checked yet: see bases.prefix
+        self._shares: bool | None = None  # not checked yet
+        self.begins_alike = False  # may texts share what they begin with from the cut on, too? See bases.prefix
 
     @property
     def device(self) -> torch.device:
@@ -120,24 +122,96 @@ class SplitModel:
     @torch.no_grad()
     def state_of(self, rows: EncodedBatch) -> HiddenState:
         """
-        Return the output of `run_below` for a batch; on a CPU, texts of about the same length run together.
+        Return the output of `run_below` for a batch; on a CPU, what texts begin with alike runs once, and texts of
+        about the same length run together.
 
         Args:
             rows ([`EncodedBatch`]): The texts.
         """
-        apart = (
-            set(rows.inputs) == {"input_ids", "attention_mask"} and rows.places.pads_right and not self.tokens_first
-        )
-        parts = [*by_length(rows)] if apart else [(None, rows)]
-        if len(parts) == 1:
+        apart = set(rows.inputs) == {"input_ids", "attention_mask"} and rows.places.pads_right
+        if not apart or self.tokens_first:
             return self.run_below(self.inputs_of(rows))
         if self._resumes is None:
             self.run_below(rows[:1].inputs)  # which checks; from then on a text runs in the same way
-        states = [(index, self.run_below(self.inputs_of(part)).hidden) for index, part in parts]
-        hidden = states[0][1].new_zeros(*rows.positions.shape, states[0][1].shape[-1])
-        for index, values in states:
-            hidden[index, : values.shape[1]] = values
+        lengths = rows.places.lengths
+        # A token is left to each text.
+        groups = groups_of(rows.inputs["input_ids"], [n - 1 for n in lengths]) if self.shares(rows) else []
+        groups = groups or [Group([*range(len(rows))])]
+        parts = [
+            (group, parts_by_length([lengths[i] - group.tokens for i in group.rows], self.device)) for group in groups
+        ]
+        if len(parts) == 1 and len(parts[0][1]) == 1 and not groups[0].tokens:
+            return self.run_below(self.inputs_of(rows))
+        hidden: torch.Tensor | None = None
+        for group, of_group in parts:
+            beginning = self._beginning_below(rows, group)
+            for part in of_group:
+                index = torch.tensor(sorted(group.rows[k] for k in part), device=rows.positions.device)
+                values = self._behind(rows, index, max(lengths[group.rows[k]] for k in part), beginning)
+                if hidden is None:
+                    hidden = values.new_zeros(*rows.positions.shape, values.shape[-1])
+                hidden[index, : values.shape[1]] = values
+        assert hidden is not None
         return HiddenState(hidden)
+
+    def _beginning_below(self, rows: EncodedBatch, group: Group) -> tuple[torch.Tensor, Any] | None:
+        """Run what some texts begin with below the cut: its hidden states `(1, tokens, width)`, and a cache."""
+        if not group.tokens:
+            return None
+        first = torch.tensor(group.rows[:1], device=rows.positions.device)
+        inputs = inputs_behind(rows.inputs, first, 0, group.tokens, False, False)
+        cache = DynamicCache(config=self.model.config)
+        return self.run_below(inputs, cache).hidden, cache
+
+    def _behind(
+        self, rows: EncodedBatch, index: torch.Tensor, width: int, beginning: tuple[torch.Tensor, Any] | None
+    ) -> torch.Tensor:
+        """The hidden states of some texts, `(texts, width, ...)`, of what they begin with those that are known."""
+        start = 0 if beginning is None else beginning[0].shape[1]
+        inputs = inputs_behind(rows.inputs, index, start, width, self._needs_mask, self.takes_positions)
+        if beginning is None:
+            return self.run_below(inputs).hidden
+        known, cache = beginning
+        own = self.run_below(inputs, expanded(cache, len(index))).hidden
+        return torch.cat([known.expand(len(index), -1, -1), own], 1)
+
+    def shares(self, rows: EncodedBatch) -> bool:
+        """
+        Whether texts may go on from what they begin with, run once: on a CPU, where the blocks below the cut then give
+        the same hidden states, which the first use checks.
+
+        Args:
+            rows ([`EncodedBatch`]): Texts, of which the first is tried.
+        """
+        if self.device.type != "cpu" or in_processes() or not self.block:
+            return False
+        if self._shares is None:
+            self._shares = self._may_share(rows)
+        return self._shares
+
+    def _may_share(self, rows: EncodedBatch) -> bool:
+        if self.cuts_decoder_of_two or not self.cache_name or any(p.is_meta for p in self.model.parameters()):
+            return False
+        length = int(rows.inputs["attention_mask"][0].sum())
+        ids = rows.inputs["input_ids"][:1, :length].repeat(2, -(-6 // length))
+        mask = torch.ones_like(ids)
+        mask[0, -2:] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        tried = EncodedBatch(inputs, torch.full_like(ids, IGNORE), mask.bool())
+        start = ids.shape[1] // 2
+        try:
+            if empty_cache(self.model.config) is None:
+                return False
+            with torch.autocast(self.device.type, enabled=False):
+                whole = self.run_below(inputs).hidden[:, start:]
+                beginning = self._beginning_below(tried, Group([0, 1], start))
+                found = self._behind(tried, torch.arange(2), ids.shape[1], beginning)[:, start:]
+        except (
+            Exception
+        ):  # foreign code that takes no such cache; memory that runs out here does so in the pass itself
+            return False
+        here = mask.bool()[:, start:]
+        return same_logits(found[here], whole[here])
 
     @torch.no_grad()
     def run_below_further(self, rows: EncodedBatch) -> tuple[HiddenState, HiddenState | None]:
@@ -162,12 +236,13 @@ class SplitModel:
         return "decoder_input_ids" in rows.inputs or not self._needs_mask
 
     @torch.no_grad()
-    def run_below(self, inputs: Inputs) -> HiddenState:
+    def run_below(self, inputs: Inputs, into: Any = None) -> HiddenState:
         """
         Run the blocks that no edit changes, without a gradient.
 
         Args:
             inputs (`Mapping[str, torch.Tensor]`): The model's arguments.
+            into (`transformers.Cache`, *optional*): A cache to go on from, which gets these blocks' keys and values.
 
         Raises:
             ValueError: The model does not run that block on text.
@@ -191,7 +266,7 @@ class SplitModel:
             if self.cuts_decoder_of_two:
                 hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
             with suppress(StopForwardError):
-                self.model(**inputs, use_cache=False)
+                self.model(**inputs, **self._with_cache(into))
         if "hidden" not in found:
             raise ValueError(
                 f"{type(self.model).__name__} does not run its edited block {self.block} on text; name others in "
@@ -264,6 +339,10 @@ class SplitModel:
             into = continued(state.cache)
         return self._resume(inputs, state, into)
 
+    def _with_cache(self, cache: Any) -> dict[str, Any]:
+        """The arguments by which a pass goes on from a cache, and fills it; without one it keeps none."""
+        return {"use_cache": False} if cache is None else {"use_cache": True, str(self.cache_name): cache}
+
     def _resume(self, inputs: Inputs, state: HiddenState, cache: Any = None) -> Any:
         beside: list[Any] = []
 
@@ -278,11 +357,9 @@ class SplitModel:
         def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states, *beside) if self._returns_tuple else hidden_states
 
-        extra: dict[str, Any] = {"use_cache": cache is not None}
+        extra = self._with_cache(cache)
         if state.encoder is not None:
             extra["encoder_outputs"] = BaseModelOutput(last_hidden_state=state.encoder)
-        if cache is not None:
-            extra[str(self.cache_name)] = cache
         with ExitStack() as undo:
             # Before other hooks of the block, which are to see the stored state too.
             block = self.blocks[self.block]
@@ -294,26 +371,6 @@ class SplitModel:
             for block in self.blocks[first_skipped : self.block]:
                 undo.enter_context(replaced_forward(block, pass_on))
             return self.model(**inputs, **extra)
-
-
-@contextmanager
-def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
-    """
-    Recompute the blocks of an offloaded model in backward passes within the context, in place of keeping their
-    weights: otherwise all weights above the first target would be in memory at once.
-    """
-    with ExitStack() as undo:
-        for block_list in block_lists(model):
-            for block in block_list.blocks:
-                if any(parameter.is_meta for parameter in block.parameters()):
-                    undo.enter_context(replaced_forward(block, partial(_recomputed, present_forward(block))))
-        yield
-
-
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # Recompute to the end, not only to the last activation required: Accelerate offloads the weights again only there.
-    with set_checkpoint_early_stop(False):
-        return checkpoint(as_this_thread(forward), *args, use_reentrant=False, **kwargs)
 
 
 def same_logits(found: torch.Tensor, logits: torch.Tensor) -> bool:

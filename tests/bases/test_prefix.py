@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.architectures import CAUSAL, SEQ2SEQ, build
 from support.models import RECORDS, editable, initialize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_mend.bases import by_length, prefix
-from hf_mend.data.encoding import EncodedBatch, Query
+from hf_mend.bases import beginnings, by_length, prefix
+from hf_mend.bases.beginnings import Group, groups_of
+from hf_mend.bases.targets import block_lists
+from hf_mend.data.encoding import EncodedBatch, Encoder, Query
 from hf_mend.editing.context import EditingContext
 
 
@@ -198,3 +202,81 @@ def test_a_gpu_runs_whole_texts_where_launching_kernels_is_what_takes_time():
     assert not prefix.pays(gpu, 16 * 2 * 35, small)
     assert prefix.pays(gpu, 2 * 40, large) and prefix.pays(gpu, 80 * 60, small)
     assert prefix.pays(torch.device("cpu"), 1, small)
+
+
+# What a chat template would write before each of them, and texts that begin otherwise.
+BEGINNING = " ".join(record.prompt for record in RECORDS[:4])
+ALIKE = [replace(query, prompt=f"{BEGINNING} {query.prompt}") for query in QUERIES] + QUERIES[:2]
+
+
+def blocks_tokens(base, number: int) -> list[int]:
+    """The tokens that a block will run in each of its passes, filled while it does."""
+    tokens: list[int] = []
+    block = next(one for one in block_lists(base) if one.kind == "decoder").blocks[number]
+    block.register_forward_hook(lambda _, args, output: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    return tokens
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_texts_begin_with_runs_once_to_the_same_logits_and_gradients(tokenizer, name, monkeypatch):
+    monkeypatch.setattr(beginnings, "_SAVED", 1)
+    base = build(name)
+    context, _ = context_of(base, tokenizer)
+    rows = Encoder(tokenizer)(ALIKE)
+    split, here = context.split, rows.inputs["attention_mask"].bool()
+    whole = split.run_below(rows.inputs)
+    state = split.state_of(rows)
+    torch.testing.assert_close(state.hidden[here], whole.hidden[here], rtol=1e-3, atol=1e-4)
+    hidden, _ = context.at_answers_alone(rows, state)
+    factors, found = context.trace(rows, hidden)
+    expected, logits = by_autograd(base, context.targets, rows)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    for layer, (x, delta) in factors.items():
+        gradient = torch.einsum("rto,rti->roi", delta, x)
+        torch.testing.assert_close(gradient, expected[layer], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gpt_neox", "qwen3"])
+def test_what_texts_begin_with_is_not_run_again(tokenizer, name, monkeypatch):
+    monkeypatch.setattr(beginnings, "_SAVED", 1)
+    base = build(name)
+    context, _ = context_of(base, tokenizer)
+    rows = Encoder(tokenizer)(ALIKE)
+    split, lengths = context.split, rows.places.lengths
+    context.at_answers_alone(rows, split.state_of(rows))  # the first use checks
+    below, above = blocks_tokens(base, 0), blocks_tokens(base, split.block)
+    state = split.state_of(rows)
+    shared = len(tokenizer(BEGINNING)["input_ids"])
+    (group, rest) = groups_of(rows.inputs["input_ids"], [n - 1 for n in lengths])
+    assert group.rows == [*range(len(QUERIES))] and group.tokens >= shared and rest == Group([7, 8])
+    assert sum(below) < len(rows) * max(lengths) - shared * (len(QUERIES) - 2) and below[0] == group.tokens
+    del above[:]
+    context.at_answers_alone(rows, state)
+    assert above[0] == group.tokens and sum(above) < len(rows) * max(lengths) - shared * (len(QUERIES) - 2)
+
+
+def test_some_of_rows_that_begin_alike_are_as_all_at_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(beginnings, "_SAVED", 1)
+    monkeypatch.setattr(by_length, "_FEW_TOKENS", 0)
+    context, _ = context_of(build("llama"), tokenizer)
+    rows = Encoder(tokenizer)(ALIKE)
+    state = context.split.state_of(rows)
+    hidden, _ = context.at_answers_alone(rows, state)
+    _, logits = context.trace(rows, hidden)
+    index = torch.tensor([8, 5, 0])
+    _, found = context.trace(rows[index], hidden.rows(index))
+    parts = logits.split(rows.places.counts)
+    torch.testing.assert_close(found, torch.cat([parts[i] for i in index]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_beginning_runs_by_itself_where_that_saves_enough():
+    ids = torch.arange(40).repeat(5, 1)
+    ids[3:, 0] = 7
+    assert groups_of(ids, [39] * 5) == [Group([0, 1, 2, 3, 4])], "78 tokens and 39 saved"
+    assert groups_of(torch.cat([ids, ids[:1]]), [39] * 6) == [Group([0, 1, 2, 5], 39), Group([3, 4])]
+    ids[1, 30] = 0
+    assert groups_of(ids[:3].repeat(2, 1), [39] * 6) == [Group([*range(6)], 30)]
+    assert groups_of(ids[:3].repeat(2, 1), [39] * 5 + [7])[1] == Group([5]), (
+        "a text shorter than what tells them apart"
+    )
+    assert groups_of(ids[:3].repeat(2, 1), [39] * 5 + [20]) == [Group([*range(6)], 20)]
