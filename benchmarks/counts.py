@@ -20,6 +20,7 @@ from common import load_base, write_results
 
 from hf_mend import EditableModel, EditorConfig
 from hf_mend.bases import by_length, prefix, projection
+from hf_mend.bases.split import SplitModel
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
 
@@ -77,14 +78,20 @@ def row_of(counting: Counting, forward: Counting) -> dict[str, float]:
 
 @contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """A CPU reads the projection in parts, and runs texts by length and in two parts; not so within the context."""
+    """
+    A CPU reads the projection in parts, runs texts by length and in two parts, and what they begin with alike once; not
+    so within the context.
+    """
     before = projection._LARGE, by_length._FEW_TOKENS, prefix.pays
+    shares = SplitModel.shares
     projection._LARGE = by_length._FEW_TOKENS = sys.maxsize
+    SplitModel.shares = lambda self, rows: False  # type: ignore[method-assign]
     prefix.pays = lambda device, tokens, parameters: tokens * parameters >= prefix.MUCH
     try:
         yield
     finally:
         projection._LARGE, by_length._FEW_TOKENS, prefix.pays = before
+        SplitModel.shares = shares  # type: ignore[method-assign]
 
 
 def main() -> None:
