@@ -154,12 +154,12 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         files = find_files(editor_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
         config = EditorConfig.from_json_file(files[CONFIG_NAME])
         base_model = plain_base(base_model)
+        targets = find_targets(base_model, config)
+        check_base(config, base_model, targets, source=str(editor_name_or_path))
         scope = None
         if config.scope:
             files |= find_files(editor_name_or_path, [SCOPE_NAME], **hub_kwargs)
             scope = read_scope(files[SCOPE_NAME], hidden_width(base_model))
-        targets = find_targets(base_model, config)
-        check_base(config, base_model, targets, source=str(editor_name_or_path))
         check_cost(config, [target.shape for target in targets], str(editor_name_or_path))
         # The weights are checked before an editor of the size that the configuration states is built.
         expected = state_shapes(config, {target.name: target.shape for target in targets})

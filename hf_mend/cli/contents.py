@@ -20,6 +20,7 @@ from ..hub.editor_files import FILES_BESIDE_CONFIG, MODEL_CONFIG_NAME, REPLACED_
 from ..hub.files import EDITS_NAME, SCOPE_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
 from ..hub.transfer import check_download, check_is_no_file, find_files
+from ..scope.files import check_scope
 
 
 _SHOWN = [CARD_NAME, CURVE_NAME, METRICS_NAME]
@@ -118,9 +119,9 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
     contents = Contents(kind, files, size)
     weights = find_files(folder, [main])[main]
     if kind == "editor":
-        if SCOPE_NAME in present:
-            read_weights(folder / SCOPE_NAME)
         contents.config = EditorConfig.from_json_file(folder / CONFIG_NAME)
+        if contents.config.scope:
+            check_scope(find_files(folder, [SCOPE_NAME])[SCOPE_NAME])
         contents.shapes = {key: tuple(value.shape) for key, value in read_weights(weights)[0].items()}
     elif kind == "edits":
         contents.edits = read_edits_file(weights)[0]

@@ -60,6 +60,7 @@ def _editor(contents: Contents) -> tuple[dict[str, object], list[str]]:
         "base_model": config.base_model_name_or_path,
         "base_architecture": fingerprint.get("architecture"),
         "task_type": config.task_type,
+        "scope": config.scope,
         "layers": layers,
         "parameters": parameters,
         "config": config.to_dict(),
@@ -69,6 +70,7 @@ def _editor(contents: Contents) -> tuple[dict[str, object], list[str]]:
         f"  base model: {on_one_line(config.base_model_name_or_path or 'not named')} "
         f"({on_one_line(fingerprint.get('architecture'))}, "
         f"{config.task_type})",
+        f"  scope: {'edits act where a text asks for them' if config.scope else 'none, edits act everywhere'}",
         f"  edits {plural(len(layers), 'layer')}:",
         *(f"    {on_one_line(layer)}  {' x '.join(map(str, shape))}" for layer, shape in layers.items()),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -92,3 +92,21 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]],
         {"role": role, "content": [{"type": "text", "text": said}] if as_parts else said} for role, said in turns
     ]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+
+def as_turn(message: Any, where: str) -> tuple[str, str]:
+    """
+    Return a turn of a chat as a role and what was said.
+
+    Args:
+        message (`Mapping[str, str]`): An object with `role` and `content`.
+        where (`str`): What it is called in the error.
+
+    Raises:
+        TypeError: It is none.
+    """
+    fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+    if not all(isinstance(value, str) for value in fields):
+        raise TypeError(f"{where} is {str(message)[:80]!r}, expected an object whose 'role' and 'content' are texts")
+    role, content = fields
+    return str(role), str(content)

@@ -17,7 +17,7 @@ from .batch_state import check_finite_answers
 from .call import Call
 from .edit_result import LostEdit
 from .requests import EditRequest
-from .scoping import ScopeReport, report
+from .scoping import ScopeReport, acts_before, report, silent_before
 
 
 _MISSED = ScopeReport(0.0, 0.0, ("prompt",))
@@ -59,11 +59,56 @@ def _see_longer_words(call: Call, numbers: Sequence[int]) -> None:
 def _to_look_at_again(call: Call, numbers: Sequence[int]) -> Sequence[int]:
     """
     Return the requests to score on the model with all edits: each was found without the others, unless they were
-    joined. With scopes, an edit that acts for its prompt acts as it was found.
+    joined. With scopes, an edit that acts for its prompt, and is the first that does, acts as it was found.
     """
     if call.gate is not None:
-        return [i for i in numbers if i not in call.edits or (call.results[i].scope or _MISSED).missed]
+        missed = [i for i in numbers if i not in call.edits or (call.results[i].scope or _MISSED).missed]
+        return sorted({*missed, *(i for i in numbers if i in call.within)})
     return numbers if looks_at_all(call) else []
+
+
+def report_scopes(call: Call) -> None:
+    """Note what the scope decides for a call's edits, at the ends of their own texts and, of the prompts, before."""
+    assert call.gate is not None
+    bank, strictness = call.active.snapshot.bank, call.gate.strictness
+    for i, edit in call.edits.items():
+        if edit.scope is not None and i in call.results:
+            call.results[i].scope = report(edit, bank, strictness)
+    numbers = [i for i in call.before if i in call.results]
+    acting = acts_before(bank, [call.before[i] for i in numbers], strictness)
+    call.within = {i: chosen for i, chosen in zip(numbers, acting, strict=True) if bool((chosen >= 0).any())}
+
+
+def keep_from_own_prompts(call: Call, numbers: Sequence[int]) -> None:
+    """
+    Keep edits that do not say their targets, because they act at their prompts' earlier words already, from acting
+    there ("the capital of France" before "is"), and look at them again.
+
+    Args:
+        call ([`Call`]): The call, whose edits have been looked at.
+        numbers (`Sequence[int]`): The requests whose targets were said as their edits were found.
+    """
+    if call.gate is None:
+        return
+    changed: dict[int, Edit] = {}
+    bank = call.active.snapshot.bank
+    for i in numbers:
+        edit = call.edits.get(i)
+        if i not in call.within or edit is None or edit.scope is None or call.results[i].success is not False:
+            continue
+        (places,) = (call.within[i] == bank.numbers.get(edit.id, -1)).nonzero(as_tuple=True)
+        prompt, _ = call.encoder.tokens(call.requests[i].query)
+        texts = [call.encoder.decode(prompt[: place + 1]) for place in places.tolist()]
+        if texts:
+            changed[i] = silent_before(edit, call.before[i][places], texts)
+    changed = call.together.edits(changed) if call.together.count > 1 else changed
+    if not changed:
+        return
+    by_id = {edit.id: edit for edit in changed.values()}
+    call.edits |= changed
+    call.active.replace([by_id.get(edit.id, edit) for edit in call.active.edits])
+    report_scopes(call)
+    look_again(call, [i for i in numbers if i in changed], everything=True)
 
 
 def looks_at_all(call: Call) -> bool:

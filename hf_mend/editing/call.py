@@ -64,6 +64,10 @@ class Call:
         kept (`list[tuple[list[int], FoundUpdates]]`): The numbers of the requests that were found in one batch, with
             their texts and what lies below the edited layers, which no edit changes.
         said (`dict[int, tuple[Answers, int]]`): A request's number -> the model's last answers to it, and their row.
+        before (`dict[int, torch.Tensor]`): A request's number -> with scopes, the keys at its prompt's tokens before
+            the one that asks.
+        within (`dict[int, torch.Tensor]`): A request's number -> the numbers in the bank of the edits that act at
+            these, of those requests where one does.
         results, edits: A request's number -> its result, and its edit if one was made.
     """
 
@@ -80,6 +84,8 @@ class Call:
     now: dict[int, tuple[Answers, int]] = field(default_factory=dict)
     kept: list[tuple[list[int], FoundUpdates]] = field(default_factory=list)
     said: dict[int, tuple[Answers, int]] = field(default_factory=dict)
+    before: dict[int, torch.Tensor] = field(default_factory=dict)
+    within: dict[int, torch.Tensor] = field(default_factory=dict)
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
 

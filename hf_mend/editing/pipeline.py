@@ -19,7 +19,15 @@ from ..edits.edit import Edit, acting_ids
 from ..edits.edit_scope import EditScope
 from ..methods import EditMethod
 from ..scope.gate import ScopeGate
-from .afterwards import look_again, looks_at_all, lost_edits, take_back, take_back_failed
+from .afterwards import (
+    keep_from_own_prompts,
+    look_again,
+    looks_at_all,
+    lost_edits,
+    report_scopes,
+    take_back,
+    take_back_failed,
+)
 from .batch_state import FoundUpdates
 from .budget import Budget, estimated_cost, tried
 from .calibration_text import observe_calibration_text
@@ -30,7 +38,7 @@ from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest
 from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
-from .scoping import found_keys, report, scopes_of
+from .scoping import found_keys, scopes_of
 from .search import find_updates
 from .summary import in_bfloat16
 from .together import processes_of_call
@@ -108,7 +116,9 @@ def _made(call: Call, delta: Edit | None) -> list[EditResult]:
     _add_edits(call, own, delta)
     lost: list[LostEdit] = []
     if call.options.check:
+        said = [i for i in own if call.results[i].success]
         look_again(call, own)
+        keep_from_own_prompts(call, said)
         if not call.after.keep_failed:
             _end_words(call, own, delta)
             take_back_failed(call, own)
@@ -190,9 +200,7 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
     deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
     active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
     if call.gate is not None:
-        for i, edit in call.edits.items():
-            if edit.scope is not None and i in call.results:
-                call.results[i].scope = report(edit, active.snapshot.bank, call.gate.strictness)
+        report_scopes(call)
 
 
 def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundUpdates]) -> dict[int, EditScope]:
@@ -201,10 +209,13 @@ def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundU
     if gate is None:
         return {}
     requests = [call.requests[i] for i in numbers]
-    known = [keys for one in found for keys in found_keys(gate, split, one.rows, one.hidden)]
+    keys = [one for batch in found for one in found_keys(gate, split, batch.rows, batch.hidden)]
+    call.before.update(zip(numbers, [one.before for one in keys], strict=True))
     forms = [call.forms(one, one.paraphrases) for one in requests]
     excluded = [one.probes[len(one.paraphrases) :] for one in requests]
-    return dict(zip(numbers, scopes_of(gate, split, call.encoder, forms, excluded, known), strict=True))
+    return dict(
+        zip(numbers, scopes_of(gate, split, call.encoder, forms, excluded, [one.forms for one in keys]), strict=True)
+    )
 
 
 def _find_in_batches(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..bases.limits import longest_input
-from ..data.chat import is_in
+from ..data.chat import as_turn, is_in
 from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
 from ..data.records import EditRecord
@@ -115,12 +115,8 @@ def _turns(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]
     """Return what stands before the prompt in a chat, each turn as a role and what was said."""
     turns = []
     for number, message in enumerate(messages):
-        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(value, str) for value in fields):
-            raise TypeError(
-                f"messages[{number}] is {str(message)[:80]!r}, expected an object whose 'role' and 'content' are texts"
-            )
-        turns.append((str(message["role"]), str(message["content"]).strip()))
+        role, content = as_turn(message, f"messages[{number}]")
+        turns.append((role, content.strip()))
     if turns and turns[-1][0] == "user":
         raise ValueError(
             f"the messages end with a user's turn, {turns[-1][1][:60]!r}; they are what stands before the prompt, "

@@ -78,6 +78,20 @@ def keys_of(
         rows ([`EncodedBatch`]): The texts.
         hidden ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
+    keys = _all_keys(gate, split, rows, hidden)
+    if _of_two(rows):
+        return list(fetched([keys])[0])
+    (keys,) = fetched([rows.places.at(keys)])
+    return list(keys.split(rows.places.counts))
+
+
+def _of_two(rows: EncodedBatch) -> bool:
+    """Whether these are texts of an encoder-decoder model, whose encoder decides once."""
+    return "decoder_input_ids" in rows.inputs
+
+
+def _all_keys(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None) -> torch.Tensor:
+    """The keys at all tokens of some texts, `(rows, tokens, width)`; an encoder-decoder model's have one each."""
     if hidden is None:
         with gate.suspended():
             hidden = split.state_of(rows)
@@ -85,10 +99,7 @@ def keys_of(
     scope = gate.scope.to(read.device)
     inputs = {name: rows.inputs[name].to(read.device) for name in ("input_ids", "attention_mask")}
     states = scope.token_states(read, inputs["attention_mask"], words=gate.words(*inputs.values()))
-    if hidden.encoder is not None:
-        return list(fetched([scope.keys(states, last=1)])[0])
-    (keys,) = fetched([rows.places.at(scope.keys(states))])
-    return list(keys.split(rows.places.counts))
+    return scope.keys(states, last=1 if _of_two(rows) else None)
 
 
 def own_queries(
@@ -127,17 +138,37 @@ def _lines() -> list[str]:
     return lines[: len(lines) // 2]
 
 
-def found_keys(
-    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState
-) -> list[list[torch.Tensor]]:
+@dataclass(frozen=True)
+class FoundKeys:
     """
-    Return the keys of some facts, as [`keys_of`] does: of each fact a tensor a form.
+    The keys of one fact.
+
+    Args:
+        forms (`list[torch.Tensor]`): Of each form, those at the tokens that predict the answer, `(tokens, width)`.
+        before (`torch.Tensor` of shape `(tokens, width)`): Of the first form, those at its tokens before these.
+    """
+
+    forms: list[torch.Tensor]
+    before: torch.Tensor
+
+
+@torch.no_grad()
+def found_keys(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState) -> list[FoundKeys]:
+    """
+    Return the keys of some facts, as [`keys_of`] does.
 
     Args:
         gate, split, rows, hidden: As for [`keys_of`].
     """
-    keys = keys_of(gate, split, rows, hidden)
-    return [keys[start : start + rows.forms] for start in range(0, len(rows), rows.forms)]
+    keys, step = _all_keys(gate, split, rows, hidden), rows.forms
+    if _of_two(rows):
+        (keys,) = fetched([keys])
+        return [FoundKeys(list(keys[i : i + step]), keys[i, :0]) for i in range(0, len(rows), step)]
+    at, first = fetched([rows.places.at(keys), keys[::step]])
+    forms, starts = at.split(rows.places.counts), [start for start, _ in rows.places.spans[::step]]
+    return [
+        FoundKeys(list(forms[i * step : (i + 1) * step]), first[i, :start].clone()) for i, start in enumerate(starts)
+    ]
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -156,8 +187,7 @@ def scopes_of(  # one argument each for what it reads and what it is for
         encoder ([`Encoder`]): Tokenises and pads.
         forms (`Sequence[Mapping[str, Query]]`): Of each edit, name -> what asks for it, with its target.
         excluded (`Sequence[Sequence[Query]]`, *optional*): Of each edit, what must not.
-        known (`Sequence[Sequence[torch.Tensor]]`, *optional*): Of each edit, the keys of its first forms, as
-            [`found_keys`] gives them.
+        known (`Sequence[Sequence[torch.Tensor]]`, *optional*): Of each edit, the keys of its first forms.
 
     Raises:
         ValueError: An excluded text has the key of one that asks for the edit.
@@ -199,6 +229,50 @@ def excluding(
     before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
     texts = [*scope.excluded_texts, *(query.prompt for query in queries)]
     return replace(scope, excluded=torch.cat([before, keys]), excluded_texts=texts)
+
+
+def excluded_by(scope: EditScope, more: EditScope) -> tuple[str, str] | None:
+    """Return a text of `more` that asks for what an edit excludes, and that; `None` where there is none."""
+    if not len(scope.excluded):
+        return None
+    alike = key_scores(more.keys, scope.excluded).max(-1)
+    for text, score, index in zip(more.texts, alike.values.tolist(), alike.indices.tolist(), strict=True):
+        if score > _SAME:
+            return text, scope.excluded_texts[index]
+    return None
+
+
+def acts_before(bank: KeyBank, before: Sequence[torch.Tensor], strictness: float = 0.0) -> list[torch.Tensor]:
+    """
+    Return which edits act at some texts' tokens before the one that asks, by their numbers in the bank, -1 for none.
+
+    Args:
+        bank ([`~hf_mend.scope.bank.KeyBank`]): The keys of all edits that act.
+        before (`Sequence[torch.Tensor]`): Of each text, the keys at these tokens, `(tokens, width)`.
+        strictness (`float`, defaults to 0.0): What is added to every threshold.
+    """
+    lengths = [len(keys) for keys in before]
+    chosen = bank.choose(torch.cat([*before]), strictness) if sum(lengths) else torch.zeros(0, dtype=torch.long)
+    return list(chosen.split(lengths))
+
+
+def silent_before(edit: Edit, keys: torch.Tensor, texts: Sequence[str]) -> Edit:
+    """
+    Return an edit that leaves alone what its own prompt has said up to some tokens before the one that asks.
+
+    Args:
+        edit ([`Edit`]): The edit.
+        keys (`torch.Tensor` of shape `(tokens, width)`): The keys at these tokens.
+        texts (`Sequence[str]`): The prompt up to each.
+    """
+    scope = edit.scope
+    assert scope is not None
+    other = key_scores(keys.half().float(), scope.keys.float()).amax(-1) <= _SAME
+    keys = keys[other].half()
+    before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
+    named = [text for text, one in zip(texts, other.tolist(), strict=True) if one]
+    scope = replace(scope, excluded=torch.cat([before, keys]), excluded_texts=[*scope.excluded_texts, *named])
+    return replace(edit, scope=scope)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..bases.limits import longest_input
 from ..bases.split import SplitModel
+from ..data.chat import as_turn
 from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
 from ..edits.active import ActiveEdits
@@ -21,7 +22,7 @@ from ..scope.encoder_gate import EncoderGate
 from ..scope.files import scope_id
 from ..scope.gate import ScopeGate, Watch
 from ..scope.network import ScopeNetwork
-from .scoping import excluding, keys_of, scopes_of
+from .scoping import excluded_by, excluding, keys_of, scopes_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class ActsWhereAsked:
 
     @scope_strictness.setter
     def scope_strictness(self, value: float) -> None:
-        if not -1 <= value <= 1:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not -1 <= value <= 1:
             raise ValueError(f"scope_strictness is {value!r}, expected a number from -1 to 1; scores are at most 1")
         self._scoped().strictness = float(value)
 
@@ -107,6 +109,7 @@ class ActsWhereAsked:
             raise ValueError("the model carries edits with keys in its present scope; undo_all() before set_scope")
         with self._active.changing():
             gate = self._new_gate(scope)
+            gate.strictness = self._scoped().strictness
             self._active.set_gate(gate)
             self._gate = gate
 
@@ -153,9 +156,11 @@ class ActsWhereAsked:
         with self._active.cleared_after_error():
             key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
         scores, thresholds = (values.tolist() for values in bank.scores(key))
-        chosen, numbers = int(bank.choose(key[None], gate.strictness)[0]), bank.numbers
+        acting = self._active.acting.bank  # none while edits are disabled
+        chosen = -1 if acting is None else int(acting.choose(key[None], gate.strictness)[0])
+        acts, numbers = None if acting is None or chosen < 0 else acting.ids[chosen], bank.numbers
         found = [
-            ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], thresholds[i] + gate.strictness, i == chosen)
+            ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], thresholds[i] + gate.strictness, edit.id == acts)
             for edit in edits
             for i in [numbers[edit.id]]
         ]
@@ -209,9 +214,9 @@ class ActsWhereAsked:
 
         Raises:
             KeyError: No edit has that id.
-            TypeError: One is no text.
-            ValueError: The edit has no scope, there is no text, or one is excluded, empty or longer than the model
-                takes.
+            TypeError: One is no text, or the id is none.
+            ValueError: The edit has no scope, there is no text, or one asks for the same as what is excluded,
+                is empty or longer than the model takes.
         """
         self._check_usable()
         with self._active.changing():
@@ -221,11 +226,14 @@ class ActsWhereAsked:
         edit, gate = self._with_scope(edit_id), self._scoped()
         assert edit.scope is not None
         forms = {repr(text): Query(text, edit.target, chat, ends=True) for text in texts}
-        for name, query in forms.items():
-            if query.prompt in edit.scope.excluded_texts:
-                raise ValueError(f"the edit {edit_id!r} excludes the text {name}; it cannot be included too")
         self._check_texts("include", [*forms.values()])
         more = scopes_of(gate, self.split, self.encoder, [forms])[0]
+        if (taken := excluded_by(edit.scope, more)) is not None:
+            text, excluded = taken
+            raise ValueError(
+                f"the edit {edit_id!r} excludes the text {excluded!r}, and to the scope {text} asks the same; it "
+                "cannot be included too"
+            )
         scope = replace(
             edit.scope,
             keys=torch.cat([edit.scope.keys, more.keys]),
@@ -266,6 +274,9 @@ class ActsWhereAsked:
         return new
 
     def _with_scope(self, edit_id: str) -> Edit:
+        if not isinstance(edit_id, str):
+            kind = type(edit_id).__name__
+            raise TypeError(f"edit_id is of type {kind}, expected an edit's id: that of a result or of an edit")
         check_known(self._active.edits, [edit_id])
         edit = next(edit for edit in self._active.edits if edit.id == edit_id)
         if edit.scope is None:
@@ -298,7 +309,7 @@ def as_query(text: str | Sequence[Mapping[str, str]], chat: bool = False) -> Que
     given: Any = text
     if not isinstance(given, Sequence) or not all(isinstance(turn, Mapping) for turn in given):
         raise TypeError(f"text is {given!r}, expected a text, or a chat as a list of turns with role and content")
-    turns = [(turn["role"], turn["content"]) for turn in given]
+    turns = [as_turn(turn, f"the chat's turn {number}") for number, turn in enumerate(given)]
     if not turns or turns[-1][0] != "user":
         raise ValueError(f"a chat ends with a user's turn, got {[role for role, _ in turns]}")
     system = turns[0][1] if turns[0][0] == "system" else None

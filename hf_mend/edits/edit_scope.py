@@ -75,6 +75,11 @@ class EditScope:
             good = good and excluded.shape == (len(excluded_texts), keys.shape[1])
             good = good and beside.shape == (len(excluded_texts), 1) and not bool(beside.any())
             good = good and excluded.is_floating_point() and beside.is_floating_point()
+        if good and not bool((thresholds.abs() <= 1).all() and keys.float().abs().amax(-1).min() > 0):
+            raise ValueError(
+                f"{where}: the edit's scope has a key of nothing but zeros, or a threshold that is not from -1 to 1; "
+                "the file was altered, restore it from a copy"
+            )
         if not good:
             raise ValueError(
                 f"{where}: the edit's scope has keys of shape {tuple(keys.shape)} in {keys.dtype} for {len(texts)} "

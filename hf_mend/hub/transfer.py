@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .atomic import recover_folder
 from .cards import CARD_NAME, with_sections_of
 from .editor_files import MODEL_CONFIG_NAME, is_of_editor
-from .files import EDITS_NAME, index_name, read_index, shortened
+from .files import EDITS_NAME, SCOPE_NAME, index_name, read_index, shortened
 
 
 logger = logging.get_logger(__name__)
@@ -105,12 +105,14 @@ def _in_folder(folder: Path, name: str) -> Path:
         found = index
     for path in shards:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {_kind_of(folder)}")
+            raise FileNotFoundError(f"{path} does not exist; {_kind_of(folder, name)}")
     return found
 
 
-def _kind_of(folder: Path) -> str:
-    """What a folder holds that lacks what was looked for, in words."""
+def _kind_of(folder: Path, name: str) -> str:
+    """What a folder holds that lacks the file that was looked for, in words."""
+    if name == SCOPE_NAME:
+        return f"the editor in {folder} has a scope, and is not whole without that file: copy or download it again"
     kinds = {
         "editor_config.json": "an editor, which AutoEditableModel.from_pretrained loads",
         EDITS_NAME: "edits, which load_edits loads",

@@ -19,6 +19,8 @@ from .network import key_parts, key_scores, key_words, may_ask, may_pass, missin
 _SCORES_AT_ONCE = 1 << 24
 # Less than any score is past any threshold.
 _OUT = -2.0
+# Scores as near as this are one: rounding in half precision, in passes of other texts.
+_ONE = 1e-4
 # An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
 # edited, a neighbour that none is about is about as near to several of them. The nearest rival counts from as far
 # below its threshold on as a perfect score is above it, and a share of what it has above that is added to what the
@@ -296,9 +298,12 @@ class _Keys:
         over, owner = self.over(queries, near), self.owner[near]
         if only is not None:
             over = over.masked_fill(owner != only[:, None], _OUT)
-        best = over.max(-1)
-        past = best.values - self.penalty(queries, over, best.indices, near)
-        return torch.where(past >= strictness, owner[best.indices], -1)
+        # Of keys that are one to the scope, the later edit's: what is said last holds.
+        best = over.amax(-1)
+        places = torch.arange(len(owner), device=owner.device)
+        index = torch.where(over >= best[:, None] - _ONE, places, -1).amax(-1)
+        past = best - self.penalty(queries, over, index, near)
+        return torch.where(past >= strictness, owner[index], -1)
 
     def penalty(
         self, queries: torch.Tensor, over: torch.Tensor, best: torch.Tensor, keys: torch.Tensor | None = None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..hub.files import SCOPE_NAME, read_weights, write_weights
 from .network import ScopeNetwork
+
+
+# No value that a training leaves is as large: hidden states' own are some thousands at most.
+_MOST = 1e6
 
 
 def scope_id(scope: ScopeNetwork) -> str:
@@ -32,6 +37,36 @@ def write_scope(folder: Path, scope: ScopeNetwork) -> None:
     write_weights(folder, SCOPE_NAME, state)
 
 
+def check_scope(path: str | Path) -> None:
+    """
+    Check a scope's file, whatever the width of the hidden states that it is for.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    tensors, _ = read_weights(path)
+    centre = tensors.get("centre")
+    read_scope(path, 1 if centre is None or centre.dim() != 1 else len(centre))
+
+
+def _check_values(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check what no training leaves and no pass survives; the shapes are known to be right."""
+    threshold, spread = float(tensors["threshold"]), float(tensors["spread"].min())
+    size = {name: float(value.abs().max()) for name, value in tensors.items()}
+    largest = max(size, key=lambda name: size[name])
+    wrong = {
+        f"a threshold of {threshold:g}, where scores are from -1 to 1": not -1 <= threshold <= 1,
+        f"a spread of {spread:g}, which has to be above 0": not spread > 0,
+        f"a value of {size[largest]:g} in {largest!r}": size[largest] > _MOST,
+    }
+    found = [what for what, is_wrong in wrong.items() if is_wrong]
+    if found:
+        raise ValueError(f"{path}: the scope has {found[0]}; the file was altered, restore it from a copy")
+
+
 def read_scope(path: str | Path, width: int) -> ScopeNetwork:
     """
     Read a scope.
@@ -45,5 +80,6 @@ def read_scope(path: str | Path, width: int) -> ScopeNetwork:
     """
     scope = ScopeNetwork(width)
     tensors, _ = read_weights(path, {name: tuple(value.shape) for name, value in scope.state_dict().items()})
+    _check_values(path, tensors)
     scope.load_state_dict({name: value.float() for name, value in tensors.items()})
     return scope.eval().requires_grad_(False)

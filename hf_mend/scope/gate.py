@@ -238,9 +238,9 @@ class ScopeGate:
         held = 0 if known is None else known.gates.shape[2]
         if past != held:
             logger.warning_once(
-                f"the cache holds {past} tokens, of which the scopes of the edits have seen {held}: the others were "
-                "read before there were edits, or while they were disabled, and do not count for where edits act; "
-                "pass the text again without the cache"
+                "the cache holds tokens that the scopes of the edits have not seen: they were read before there were "
+                "edits, or while they were disabled, and do not count for where edits act; pass the text again "
+                "without the cache"
             )
         mask = current.mask
         if mask is not None:

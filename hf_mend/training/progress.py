@@ -41,11 +41,17 @@ def load_progress(
         what (`str`, defaults to `"a training"`): Whose progress it is, for the error.
 
     Raises:
-        ValueError: The file is of another training.
+        ValueError: The file is of another training, or damaged.
     """
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        whole = isinstance(state, dict) and {"settings", "draw", "torch"} <= state.keys()
+    except Exception as error:  # of whatever kind: a file that is cut or foreign may fail in many ways
+        raise ValueError(_damaged(path, what, f"{type(error).__name__}: {str(error)[:80]}")) from error
+    if not whole:
+        raise ValueError(_damaged(path, what, "it holds something else"))
     if state["settings"] != dict(settings):
         raise ValueError(
             f"{path} is of {what} with {state['settings']}, not {dict(settings)}; give the same options and facts to "
@@ -54,3 +60,7 @@ def load_progress(
     draw.setstate(state["draw"])
     torch.set_rng_state(state["torch"])
     return state
+
+
+def _damaged(path: Path, what: str, reason: str) -> str:
+    return f"{path} is no whole file of the progress of {what} ({reason}); remove it to begin anew, or name another"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -73,6 +74,8 @@ class ScopeTrainingArguments:
             learns what questions mean from many kinds of them.
         seed (`int`, defaults to 0): Seed of the draws and of the network.
         bf16 (`bool`, defaults to `False`): Read the hidden states in bfloat16.
+        go_on (`bool`, defaults to `False`): Begin with the model's scope as it is, which was trained before, on these
+            facts or others, in place of a new one; at a fifth of `learning_rate` or so it keeps what it knew.
         rounds (`int`, defaults to 1): Rounds of so many steps, each from the last one's weights on. The scope's
             weights are their mean, which is better than any of them, most of all for kinds of facts that are new.
         hidden_states_dir (`str`, *optional*): Folder in which hidden states are kept
@@ -88,6 +91,7 @@ class ScopeTrainingArguments:
     further_facts: int = 2000
     seed: int = 0
     bf16: bool = False
+    go_on: bool = False
     rounds: int = 1
     hidden_states_dir: str | None = None
     checkpoint: str | None = None
@@ -198,11 +202,17 @@ def train_scope(
         `dict[str, float]`: The last steps' mean loss, and the threshold.
 
     Raises:
-        ValueError: The model's edits act everywhere, it carries edits, or there are no facts.
+        ValueError: The model's edits act everywhere, it carries edits, there are no facts, or no scope to go on from.
     """
     args = args or ScopeTrainingArguments()
     if model.scope is None:
         raise ValueError("the model's edits act everywhere; make it with EditorConfig(scope=True) to train a scope")
+    if model.edits:
+        raise ValueError(
+            f"the model carries {len(model.edits)} edits, which would lose their scope; undo_all() before train_scope"
+        )
+    if args.go_on and not model.scope.is_trained:
+        raise ValueError("the model's scope is not trained, so that there is nothing to go on from; leave go_on out")
     if examples is None and not args.further_facts:
         raise ValueError("there are neither examples nor further_facts to train a scope on; give one of them")
     lower = UNKNOWN_KINDS if examples is None else 0.0
@@ -211,12 +221,8 @@ def train_scope(
         examples = with_further_kinds(examples, args.further_facts, args.seed, forms)
     data = scope_texts(model, examples, args)
     torch.manual_seed(args.seed)
-    scope = ScopeNetwork(model.scope.width)
     draw = random.Random(args.seed)
-    sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
-    # The first token's values are no text's.
-    scope.standardise(torch.cat([states_of(text)[1:] for text in sample]))
-    learn_words(scope, data, args.seed)
+    scope = _as_before(model.scope) if args.go_on else _begun(model.scope.width, data, draw, args.seed)
     checkpoint = None if args.checkpoint is None else _checkpoint(args.checkpoint, args, data, scope, draw)
     now = ScopeProgress() if checkpoint is None else checkpoint.load()
     done = now.round * args.steps + now.step
@@ -232,6 +238,22 @@ def train_scope(
     return {"loss": sum(now.losses) / len(now.losses), "threshold": float(scope.threshold)}
 
 
+def _begun(width: int, data: ScopeTexts, draw: random.Random, seed: int) -> ScopeNetwork:
+    """Return a new scope that knows what hidden states are like, and which words matter."""
+    scope = ScopeNetwork(width)
+    sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
+    # The first token's values are no text's.
+    scope.standardise(torch.cat([states_of(text)[1:] for text in sample]))
+    learn_words(scope, data, seed)
+    return scope
+
+
+def _as_before(scope: ScopeNetwork) -> ScopeNetwork:
+    """Return a copy of a scope that trains on."""
+    found = copy.deepcopy(scope).cpu().float().requires_grad_(True)
+    return found.train()
+
+
 def _checkpoint(
     path: str, args: ScopeTrainingArguments, data: ScopeTexts, scope: ScopeNetwork, draw: random.Random
 ) -> ScopeCheckpoint:
@@ -239,7 +261,9 @@ def _checkpoint(
     digest = hashlib.sha256()
     for text in (text for one in data.texts for text in one):
         digest.update(repr((text.tokens, text.marks)).encode())
-    names = ("steps", "facts_per_step", "learning_rate", "rounds", "seed")
+    # Of another model, or in another precision, the same texts have other states.
+    digest.update(states_of(data.texts[0][0])[1:].bfloat16().view(torch.int16).numpy().tobytes())
+    names = ("steps", "facts_per_step", "learning_rate", "go_on", "rounds", "seed")
     settings = {name: getattr(args, name) for name in names} | {"texts": digest.hexdigest()[:16]}
     return ScopeCheckpoint(Path(path), settings, scope, draw)
 

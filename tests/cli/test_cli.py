@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
@@ -189,6 +189,19 @@ def test_info_of_an_editor_loads_no_model(world):
     document = json.loads(invoke("info", world / "editor", "--json").stdout)
     assert document["config"]["rank"] == small_config().rank
     assert document["layers"]["model.layers.1.mlp.up_proj"] == [48, 32]
+    assert document["scope"] is False and "scope: none, edits act everywhere" in shown.stdout
+
+
+def test_info_checks_the_scope_of_an_editor(tmp_path):
+    folder = tmp_path / "editor"
+    scoped(build_model("llama"), make_tokenizer()).save_pretrained(folder)
+    assert "scope: edits act where a text asks for them" in invoke("info", folder).stdout
+    whole = load_file(folder / "scope.safetensors")
+    save_file({**whole, "centre": torch.zeros(7)}, folder / "scope.safetensors")
+    assert "scope.safetensors" in invoke("info", folder).stderr
+    (folder / "scope.safetensors").unlink()
+    refused = invoke("info", folder)
+    assert refused.exit_code and "is not whole without that file" in refused.stderr
 
 
 def test_a_method_s_options_are_shown():

@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import RECORDS, EditableModel, all_logits, editable
+from support.models import RECORDS, EditableModel, all_logits, editable, initialize
 from support.scope import scoped
 
 from hf_mend.bases.fingerprint import fingerprint_of
+from hf_mend.editing import afterwards
 from hf_mend.editing.scoping import own_queries
 from hf_mend.edits.edits_file import write_edits_file
-from hf_mend.scope.network import key_scores
+from hf_mend.scope import gate
+from hf_mend.scope.network import ScopeNetwork, key_scores
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
@@ -176,7 +178,7 @@ def test_include_and_exclude(model):
     assert model.which_edits(OTHER)[0].acts and model.edits[0].id == result.id
     model.exclude(result.id, "the far north has")
     assert model.which_edits(OTHER)[0].acts
-    with pytest.raises(ValueError, match="'the far north has'; it cannot be included"):
+    with pytest.raises(ValueError, match="'the far north has', and to the scope .* cannot be included"):
         model.include(result.id, "the far north has")
     with pytest.raises(ValueError, match="asks the same as the edit's own prompt"):
         model.exclude(result.id, PROMPT)
@@ -440,3 +442,156 @@ def test_the_hub_and_the_command_line_take_the_scope_along(model, llama, tokeniz
     plain = editable(copy.deepcopy(llama), tokenizer)
     plain.push_to_hub("me/scoped")
     assert "scope.safetensors" not in hub.repositories["me/scoped"].files()
+
+
+# ---- an edit that acts before its prompt has asked ----
+
+
+def greedy(model, prompt: str, count: int) -> list[int]:
+    """What the model says, each token by a pass over the whole text."""
+    ids = model.tokenizer(prompt)["input_ids"]
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+@pytest.fixture
+def eager(model):
+    """Edits act at every token from the second on, whatever it asks for."""
+    with torch.no_grad():
+        model.scope.threshold.fill_(-1.0)
+    model.set_scope(model.scope)
+    return model
+
+
+def test_a_result_tells_what_the_model_says_where_an_edit_acts_within_its_own_prompt(eager, monkeypatch):
+    monkeypatch.setattr(afterwards, "silent_before", lambda edit, *_: edit)
+    answers = {}
+    for record in RECORDS[:6]:
+        result = eager.edit(record.prompt, record.target, keep_failed=True)
+        said = greedy(eager, record.prompt, len(result.token_success))
+        wanted = eager.tokenizer(f" {record.target}.")["input_ids"]
+        assert result.success == (said == wanted[: len(said)])
+        answers[record.prompt] = result.success
+        eager.undo_all()
+    assert not all(answers.values()), "acting earlier disturbs at least one"
+
+
+def test_an_edit_is_kept_from_acting_within_its_own_prompt_where_it_would_not_be_said(eager, monkeypatch):
+    kept_out = 0
+    for record in RECORDS[:4]:
+        result = eager.edit(record.prompt, record.target, keep_failed=True)
+        wanted = eager.tokenizer(f" {record.target}")["input_ids"]
+        assert result.success and greedy(eager, record.prompt, len(wanted)) == wanted
+        excluded = eager.edits[0].scope.excluded_texts
+        kept_out += len(excluded)
+        for number, text in enumerate(excluded):
+            ids = eager.tokenizer(record.prompt)["input_ids"][: number + 1]
+            assert text == eager.encoder.decode(ids)
+            with eager.watching() as watch, torch.no_grad():
+                eager(input_ids=torch.tensor([ids]))
+            assert not watch.acted
+        assert eager.which_edits(record.prompt)[0].acts
+        eager.undo_all()
+    assert kept_out == 4, "of one prompt, all tokens before the last"
+
+
+def test_an_edit_in_another_form_of_the_same_prompt_is_what_holds(chat_model):
+    """The two have the same keys: what is said last holds, and the call tells of the earlier one."""
+    first = chat_model.edit(PROMPT, TARGET, max_steps=4, keep_failed=True)
+    second = chat_model.edit(PROMPT, "lima town", chat=True, max_steps=4, keep_failed=True, check_earlier=1)
+    for chat in (False, True):
+        acting = [one.id for one in chat_model.which_edits(PROMPT, chat=chat) if one.acts]
+        assert acting == [second.id]
+    assert second.scope.holds and [one.id for one in second.lost] == [first.id]
+    chat_model.undo(second.id)
+    assert [one.id for one in chat_model.which_edits(PROMPT) if one.acts] == [first.id]
+
+
+# ---- what is asked of the scope wrongly ----
+
+
+def test_a_new_scope_keeps_the_strictness(model, tokenizer):
+    model.scope_strictness = 0.25
+    model.set_scope(ScopeNetwork(model.scope.width))
+    assert model.scope_strictness == 0.25
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [0.1]])
+def test_a_strictness_that_is_no_number_is_refused(model, value):
+    with pytest.raises(ValueError, match="scope_strictness is .*, expected a number from -1 to 1"):
+        model.scope_strictness = value
+
+
+def test_while_edits_are_disabled_none_acts(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    with model.disable_edits():
+        assert [one.acts for one in model.which_edits(PROMPT)] == [False]
+    assert [one.acts for one in model.which_edits(PROMPT)] == [True]
+
+
+@pytest.mark.parametrize(
+    "turn", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": None}, {"role": "user", "content": [{}]}]
+)
+def test_a_turn_that_is_none_is_named(chat_model, turn):
+    with pytest.raises(TypeError, match="the chat's turn 0 is .*, expected an object whose 'role' and 'content'"):
+        chat_model.which_edits([turn])
+
+
+def test_an_edit_in_the_place_of_its_id_is_refused(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    with pytest.raises(TypeError, match="edit_id is of type Edit, expected an edit's id"):
+        model.include(model.edits[0], OTHER)
+
+
+def test_what_is_excluded_is_told_by_what_it_asks_for(chat_model):
+    result = chat_model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    chat_model.exclude(result.id, OTHER)
+    with pytest.raises(ValueError, match=f"excludes the text '{OTHER}', and to the scope '{OTHER} ' asks the same"):
+        chat_model.include(result.id, OTHER + " ")
+    assert chat_model.edits[0].scope.texts.count(f"'{OTHER} '") == 0
+    chat_model.include(result.id, OTHER, chat=True)  # which asks otherwise, and is not excluded
+    assert chat_model.which_edits(OTHER, chat=True)[0].acts and not chat_model.which_edits(OTHER)[0].acts
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threshold", 5.0, "a threshold of 5, where scores are from -1 to 1"),
+        ("spread", 0.0, "a spread of 0, which has to be above 0"),
+        ("mlp.0.weight", 1e30, "a value of 1.*e\\+30 in 'mlp.0.weight'"),
+    ],
+)
+def test_a_scope_of_values_that_no_training_leaves_is_refused(model, llama, tokenizer, tmp_path, name, value, message):
+    with torch.no_grad():
+        {**dict(model.scope.named_parameters()), **dict(model.scope.named_buffers())}[name].fill_(value)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"scope.safetensors: the scope has {message}; the file was altered"):
+        EditableModel.from_pretrained(llama, tmp_path, tokenizer=tokenizer)
+
+
+def test_an_editor_without_its_scope_s_file_says_so(model, llama, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "scope.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has a scope, and is not whole without that file"):
+        EditableModel.from_pretrained(llama, tmp_path, tokenizer=tokenizer)
+
+
+def test_another_base_s_width_is_told_as_that(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(model.config)
+    config.hidden_size, config.head_dim = 48, 16
+    other = initialize(type(model.base_model)(config).eval())
+    with pytest.raises(ValueError, match="was made for .*, whose edited layers do not fit"):
+        EditableModel.from_pretrained(other, tmp_path, tokenizer=tokenizer)
+
+
+def test_what_a_cache_lacks_is_told_once(model, caplog):
+    ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, do_sample=False)
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    gate.logger.warning_once.cache_clear()
+    caplog.set_level("WARNING")
+    model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=6, do_sample=False)
+    assert sum("that the scopes of the edits have not seen" in one.message for one in caplog.records) == 1

@@ -398,3 +398,76 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
         assert torch.equal(found[plain], (KeyBank(edits).choose(queries) >= 0)[plain])
         decided.add(tuple(found.tolist()))
     assert len(decided) > 4
+
+
+def test_what_a_prompt_has_said_so_far_asks_for_nothing(llama, tokenizer, examples):
+    model = scoped(llama, tokenizer)
+    for texts in marked_texts(scope_examples(examples), model.encoder):
+        for text in texts[:4]:
+            last = min(mark.position for mark in text.marks if mark.fact != NONE)
+            inside = [mark.position for mark in text.marks if mark.kind == "inside"]
+            first = max(1, last - 7)
+            assert len({*inside}) == min(3, last - first) and all(first <= place < last for place in inside)
+            assert all(mark.fact == NONE for mark in text.marks if mark.kind == "inside")
+
+
+def test_a_scope_trains_on_from_what_it_is(llama, tokenizer, examples):
+    model = EditableModel(llama, EditorConfig(method="ft", scope=True), tokenizer)
+    options = {"facts_per_step": 4, "further_facts": 0, "seed": 1}
+    with pytest.raises(ValueError, match="not trained, so that there is nothing to go on from; leave go_on out"):
+        train_scope(model, examples, ScopeTrainingArguments(1, go_on=True, **options))
+    train_scope(model, examples, ScopeTrainingArguments(4, **options))
+    before = {name: value.clone() for name, value in model.scope.state_dict().items()}
+    train_scope(model, examples, ScopeTrainingArguments(1, learning_rate=1e-9, go_on=True, **options))
+    after = model.scope.state_dict()
+    for name in before.keys() - {"threshold"}:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-2, atol=1e-5)
+    assert torch.equal(after["centre"], before["centre"]) and torch.equal(after["word.weight"], before["word.weight"])
+    train_scope(model, examples, ScopeTrainingArguments(1, learning_rate=1e-2, go_on=True, **options))
+    assert not torch.allclose(model.scope.state_dict()["values"], before["values"], rtol=1e-2)
+
+
+def test_a_model_with_edits_is_refused_before_anything_is_trained(llama, tokenizer, examples, monkeypatch):
+    model = scoped(llama, tokenizer)
+    model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1, check=False)
+    monkeypatch.setattr(scope_training, "scope_texts", lambda *_: pytest.fail("texts were drawn"))
+    with pytest.raises(ValueError, match=r"carries 1 edits, which would lose their scope; undo_all\(\) before"):
+        train_scope(model, examples, ScopeTrainingArguments(steps=2, facts_per_step=4, further_facts=0))
+
+
+def test_progress_of_another_base_model_is_not_gone_on_from(tokenizer, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(scope_training, "_FRESH_KEYS", 2)
+    monkeypatch.setattr(scope_training, "_SAVED", 2)
+    loss, calls = scope_training.scope_loss, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    monkeypatch.setattr(scope_training, "scope_loss", interrupted)
+
+    def train(seed):
+        model = EditableModel(build_model("llama", seed), EditorConfig(method="ft", scope=True), tokenizer)
+        args = ScopeTrainingArguments(5, 4, further_facts=0, checkpoint=str(tmp_path / "scope.pt"))
+        train_scope(model, examples, args)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(0)
+    with pytest.raises(ValueError, match="is of a scope's training with .*, or remove the file to begin anew"):
+        train(1)
+    train(0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
+def test_damaged_progress_is_named(llama, tokenizer, examples, tmp_path, damage):
+    path = tmp_path / "scope.pt"
+    torch.save({"weights": torch.zeros(1000)}, path)
+    if damage != "foreign":
+        path.write_bytes({"cut": path.read_bytes()[:2000], "empty": b"", "text": b"hello"}[damage])
+    model = EditableModel(llama, EditorConfig(method="ft", scope=True), tokenizer)
+    args = ScopeTrainingArguments(2, 4, further_facts=0, checkpoint=str(path))
+    with pytest.raises(ValueError, match=r"scope\.pt is no whole file of the progress of a scope's training .*remove"):
+        train_scope(model, examples, args)
+    assert path.exists()
