@@ -79,8 +79,8 @@ def row_of(counting: Counting, forward: Counting) -> dict[str, float]:
 @contextmanager
 def as_on_a_device() -> Iterator[None]:
     """
-    A CPU reads the projection in parts, runs texts by length and in two parts, and what they begin with alike once; not
-    so within the context.
+    A CPU reads the projection in parts, runs texts by length and in two parts, and once what they begin with alike;
+    not so within the context.
     """
     before = projection._LARGE, by_length._FEW_TOKENS, prefix.pays
     shares = SplitModel.shares
