@@ -74,6 +74,8 @@ def report_scopes(call: Call) -> None:
     for i, edit in call.edits.items():
         if edit.scope is not None and i in call.results:
             call.results[i].scope = report(edit, bank, strictness)
+    if bank is None or not call.options.check:
+        return
     numbers = [i for i in call.before if i in call.results]
     acting = acts_before(bank, [call.before[i] for i in numbers], strictness)
     call.within = {i: chosen for i, chosen in zip(numbers, acting, strict=True) if bool((chosen >= 0).any())}

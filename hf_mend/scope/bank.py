@@ -300,8 +300,7 @@ class _Keys:
             over = over.masked_fill(owner != only[:, None], _OUT)
         # Of keys that are one to the scope, the later edit's: what is said last holds.
         best = over.amax(-1)
-        places = torch.arange(len(owner), device=owner.device)
-        index = torch.where(over >= best[:, None] - _ONE, places, -1).amax(-1)
+        index = len(owner) - 1 - (over >= best[:, None] - _ONE).flip(-1).int().argmax(-1)
         past = best - self.penalty(queries, over, index, near)
         return torch.where(past >= strictness, owner[index], -1)
 

@@ -153,7 +153,7 @@ def scope_loss(
     column, count, sides = {fact: i for i, fact in enumerate(shown)}, len(shown), data.sides
     stale = torch.cat([bank[torch.tensor(shown) + side * len(data)] for side in range(sides)])
     own = [n for n, mark in enumerate(marks) if mark.kind in _SIDES]
-    fresh = torch.tensor([_SIDES.index(marks[n].kind) * count + column[marks[n].fact] for n in own])
+    fresh = torch.tensor([_SIDES.index(marks[n].kind) * count + column[marks[n].fact] for n in own], dtype=torch.long)
     stays = [n for n, mark in enumerate(marks) if mark.near != NONE]
     keys = torch.cat([stale.index_copy(0, fresh, queries[own]), queries[stays]])
     logits = scope.log_sharpness.exp() * (key_scores(queries, keys) - scope.threshold)  # (marks, keys)
