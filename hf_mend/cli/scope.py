@@ -18,7 +18,7 @@ def scope(
     base: ModelOptions,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a round.")] = 400,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, whose weights are averaged.")] = 2,
-    packaged_facts: Annotated[int, typer.Option(min=1, help="So many facts, made by rule, to learn from.")] = 3000,
+    packaged_facts: Annotated[int, typer.Option(min=1, help="So many facts, made by rule, to learn from.")] = 4000,
     bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="Read the model's hidden states in bfloat16.")] = True,
     seed: Annotated[int, typer.Option(help="Of the draws and the initial weights.")] = 0,
     as_json: AsJson = False,

@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, float] = {
     "said": 1.0,
     "answer": 0.6,
     "after": 0.7,
-    "inside": 0.4,
+    "inside": 0.3,
     "neighborhood": 1.5,
     "same_subject": 1.0,
     "unrelated": 1.0,
@@ -37,9 +37,6 @@ _QUESTIONS = 400
 # Those that must stay and have to do with a record.
 _STAYS = ("neighborhood", "same_subject")
 _TAIL_TOKENS = 8
-# Of a text's tokens before the one that asks, so many are marked, among the last few of a record's own: what a prompt
-# has said so far ("the official language of Brazil") asks for nothing yet.
-_INSIDE, _LAST = 3, 7
 _LONGEST = 400
 # Rows and tokens of one pass.
 _ROWS, _TOKENS = 64, 2048
@@ -167,7 +164,9 @@ def _said(
     tokens = prompt + answer + tail
     later = range(last + len(answer) + 1, len(tokens))
     marks += [Mark(position, NONE, "after") for position in draw.sample(later, min(2, len(later)))]
-    return _cut(tokens, [*marks, *_inside(range(max(1, last - _LAST), last), draw)])
+    if last > 2:
+        marks.append(Mark(draw.randrange(max(1, last - 7), last), NONE, "inside"))
+    return _cut(tokens, marks)
 
 
 def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Random) -> MarkedText:
@@ -175,13 +174,9 @@ def _stays(query: Query, near: int, kind: str, encoder: Encoder, draw: random.Ra
     if encoder.is_encoder_decoder:
         return replace(_whole(prompt, NONE, kind, near), prompt=query.prompt)
     marks = [Mark(len(prompt) - 1, NONE, kind, near)]
-    marks += _inside(range(1, len(prompt) - 1), draw)
+    if len(prompt) > 3:
+        marks.append(Mark(draw.randrange(1, len(prompt) - 1), NONE, "inside"))
     return replace(_cut(prompt, marks), prompt=query.prompt)
-
-
-def _inside(places: range, draw: random.Random) -> list[Mark]:
-    """Some of the tokens before the one that asks."""
-    return [Mark(place, NONE, "inside") for place in sorted(draw.sample(places, min(_INSIDE, len(places))))]
 
 
 def _unrelated(query: Query, encoder: Encoder, draw: random.Random) -> MarkedText:

@@ -54,7 +54,7 @@ _ABSENT = 0.5
 _NOT_THERE = -1e4
 # What is asked for of a kind that training did not have scores less, whether rightly or wrongly. Where training has no
 # records of its user's, most will be: the threshold is so much lower then.
-UNKNOWN_KINDS = 0.12
+UNKNOWN_KINDS = 0.18
 # The share of each kind of text that may find an edit, at the threshold that training sets.
 WRONG_FIRES: Mapping[str, float] = {"neighborhood": 0.03, "same_subject": 0.05, "unrelated": 0.002, "after": 0.03}
 
@@ -103,6 +103,10 @@ class ScopeTrainingArguments:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
         if type(self.further_facts) is not int or self.further_facts < 0:
             raise ValueError(f"further_facts is {self.further_facts!r}, expected a whole number of at least 0")
+
+
+# Those of a training without records: of some 360 kinds of facts, a dozen each.
+WITHOUT_RECORDS = ScopeTrainingArguments(steps=400, further_facts=4000, bf16=True, rounds=2)
 
 
 def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTrainingArguments) -> ScopeTexts:
@@ -196,7 +200,8 @@ def train_scope(
         model ([`EditableModel`]): A model of `EditorConfig(scope=True)`, without edits.
         examples ([`TrainingExamples`], *optional*): An editor's draws. Without them, the facts are the
             `further_facts` of the options, and any method of any base gets a scope.
-        args ([`ScopeTrainingArguments`], *optional*): The options.
+        args ([`ScopeTrainingArguments`], *optional*): The options; without examples, when left out, two rounds of 400
+            steps on 4,000 packaged facts, whose hidden states are read in bfloat16.
 
     Returns:
         `dict[str, float]`: The last steps' mean loss, and the threshold.
@@ -204,7 +209,7 @@ def train_scope(
     Raises:
         ValueError: The model's edits act everywhere, it carries edits, there are no facts, or no scope to go on from.
     """
-    args = args or ScopeTrainingArguments()
+    args = args or (WITHOUT_RECORDS if examples is None else ScopeTrainingArguments())
     if model.scope is None:
         raise ValueError("the model's edits act everywhere; make it with EditorConfig(scope=True) to train a scope")
     if model.edits:
