@@ -44,6 +44,10 @@ def counts(scope: bool) -> dict[str, dict[str, float]]:
     base, tokenizer = load_base()
     torch.manual_seed(0)
     model = EditableModel(base, EditorConfig(scope=scope), tokenizer)
+    if model.scope is not None:  # a random one, so strict that an edit acts where its prompt ends alone
+        with torch.no_grad():
+            model.scope.threshold.fill_(0.9999)
+        model.set_scope(model.scope)
     model.edit(PROMPT, TARGET, max_steps=1, force=True)  # the first edit looks at the model
     model.undo_all()
     rows = model.encoder([Query(PROMPT, TARGET)])

@@ -75,7 +75,7 @@ class ScopeTrainingArguments:
         seed (`int`, defaults to 0): Seed of the draws and of the network.
         bf16 (`bool`, defaults to `False`): Read the hidden states in bfloat16.
         go_on (`bool`, defaults to `False`): Begin with the model's scope as it is, which was trained before, on these
-            facts or others, in place of a new one; at a fifth of `learning_rate` or so it keeps what it knew.
+            facts or others, in place of a new one. It forgets at a high `learning_rate`.
         rounds (`int`, defaults to 1): Rounds of so many steps, each from the last one's weights on. The scope's
             weights are their mean, which is better than any of them, most of all for kinds of facts that are new.
         hidden_states_dir (`str`, *optional*): Folder in which hidden states are kept
