@@ -63,10 +63,9 @@ def _common(ids: torch.Tensor, most: int) -> int:
     return int(differ[0]) if len(differ) else most
 
 
-def empty_cache(config: Any) -> Any | None:
-    """Return a cache that texts may go on from, `None` for a model whose cache keeps anything but keys and values."""
-    cache = DynamicCache(config=config)
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+def keeps_all(config: Any) -> bool:
+    """Whether a model's cache keeps the keys and values of all tokens, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def expanded(cache: Any, rows: int) -> Any:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from ..data.encoding import IGNORE, EncodedBatch
-from .beginnings import Group, empty_cache, expanded, groups_of, inputs_behind
+from .beginnings import Group, expanded, groups_of, inputs_behind, keeps_all
 from .by_length import in_processes, parts_by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
 from .known_mask import mask_of_ones
@@ -134,9 +134,9 @@ class SplitModel:
         if self._resumes is None:
             self.run_below(rows[:1].inputs)  # which checks; from then on a text runs in the same way
         lengths = rows.places.lengths
-        # A token is left to each text.
-        groups = groups_of(rows.inputs["input_ids"], [n - 1 for n in lengths]) if self.shares(rows) else []
-        groups = groups or [Group([*range(len(rows))])]
+        groups = [Group([*range(len(rows))])]
+        if len(rows) > 1 and self.shares(rows):  # a token is left to each text
+            groups = groups_of(rows.inputs["input_ids"], [n - 1 for n in lengths])
         parts = [
             (group, parts_by_length([lengths[i] - group.tokens for i in group.rows], self.device)) for group in groups
         ]
@@ -183,7 +183,7 @@ class SplitModel:
         Args:
             rows ([`EncodedBatch`]): Texts, of which the first is tried.
         """
-        if self.device.type != "cpu" or in_processes() or not self.block or len(rows) < 2:
+        if self.device.type != "cpu" or in_processes() or not self.block:
             return False
         if self._shares is None:
             self._shares = self._may_share(rows)
@@ -200,7 +200,7 @@ class SplitModel:
         tried = EncodedBatch(inputs, torch.full_like(ids, IGNORE), mask.bool())
         start = ids.shape[1] // 2
         try:
-            if empty_cache(self.model.config) is None:
+            if not keeps_all(self.model.config):
                 return False
             with torch.autocast(self.device.type, enabled=False):
                 whole = self.run_below(inputs).hidden[:, start:]

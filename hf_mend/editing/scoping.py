@@ -226,9 +226,12 @@ def excluding(
                 f"the text {query.prompt!r} cannot be excluded: to the scope it asks the same as the edit's own "
                 f"{scope.texts[index]}; leave it out, or word it so that it asks for something else"
             )
+    return _with_excluded(scope, keys, [query.prompt for query in queries])
+
+
+def _with_excluded(scope: EditScope, keys: torch.Tensor, texts: Sequence[str]) -> EditScope:
     before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
-    texts = [*scope.excluded_texts, *(query.prompt for query in queries)]
-    return replace(scope, excluded=torch.cat([before, keys]), excluded_texts=texts)
+    return replace(scope, excluded=torch.cat([before, keys]), excluded_texts=[*scope.excluded_texts, *texts])
 
 
 def excluded_by(scope: EditScope, more: EditScope) -> tuple[str, str] | None:
@@ -268,11 +271,8 @@ def silent_before(edit: Edit, keys: torch.Tensor, texts: Sequence[str]) -> Edit:
     scope = edit.scope
     assert scope is not None
     other = key_scores(keys.half().float(), scope.keys.float()).amax(-1) <= _SAME
-    keys = keys[other].half()
-    before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
     named = [text for text, one in zip(texts, other.tolist(), strict=True) if one]
-    scope = replace(scope, excluded=torch.cat([before, keys]), excluded_texts=[*scope.excluded_texts, *named])
-    return replace(edit, scope=scope)
+    return replace(edit, scope=_with_excluded(scope, keys[other].half(), named))
 
 
 @torch.no_grad()
