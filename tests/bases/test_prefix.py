@@ -280,3 +280,10 @@ def test_a_beginning_runs_by_itself_where_that_saves_enough():
         "a text shorter than what tells them apart"
     )
     assert groups_of(ids[:3].repeat(2, 1), [39] * 5 + [20]) == [Group([*range(6)], 20)]
+
+
+def test_a_first_edit_of_one_text_does_not_say_that_texts_share_nothing(tokenizer):
+    context, _ = context_of(build("llama"), tokenizer)
+    rows = Encoder(tokenizer)(ALIKE[:1])
+    context.at_answers_alone(rows, context.split.state_of(rows))
+    assert context.split.begins_alike
