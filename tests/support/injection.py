@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dis
 import random
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -31,11 +34,38 @@ def _is_traced(frame: FrameType) -> bool:
     return name.startswith(_LIBRARY)
 
 
+@cache
+def _lines_of_with(file: str) -> frozenset[int]:
+    """Return the lines of a source file in which `with` names its contexts."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(Path(file).read_text())):
+        if isinstance(node, (ast.With, ast.AsyncWith)):
+            found.update(range(node.lineno, node.items[-1].context_expr.end_lineno + 1))
+    return frozenset(found)
+
+
+@cache
+def _first_offsets(code: CodeType) -> dict[int, int]:
+    return {line: offset for offset, line in reversed([*dis.findlinestarts(code)])}
+
+
+def _is_between(frame: FrameType) -> bool:
+    """
+    Whether tracing tells of a line where no interrupt comes: of a `with` once more at its end, before `__exit__` is
+    called, or of a bare `try:`. What is raised there passes by `__exit__`, and a lock would be held for ever. Python
+    looks for signals behind calls, and at the beginning of functions and of a loop's next round.
+    """
+    line, code = frame.f_lineno, frame.f_code
+    if dis.opname[code.co_code[frame.f_lasti]] == "NOP":
+        return True
+    return line in _lines_of_with(code.co_filename) and frame.f_lasti != _first_offsets(code)[line]
+
+
 def _traced(call: Callable[[], object], at_line: Callable[[FrameType], None]) -> object:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if not _is_traced(frame):
             return None
-        if event == "line":
+        if event == "line" and not _is_between(frame):
             at_line(frame)
         return trace
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_mend import Edit, EditableModel
+from hf_mend.bases import threads
+from hf_mend.edits import growing, layer_sum
 
 from .edits import random_edit
 from .injection import InjectedError, interrupted, lines_of
@@ -113,12 +116,19 @@ class Checked:
             wrong.append("not the base's logits after undo_all")
         if self._leftovers():
             wrong.append("hooks or forwards are left")
-        return wrong
+        active = self.model._active
+        return wrong + held_locks(active.lock, active._hooking, *([] if store is None else [store._alone]))
 
     def _leftovers(self) -> bool:
         modules = [*self.model.base_model.modules()]
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         return hooked or any("forward" in module.__dict__ for module in modules)
+
+
+def held_locks(*locks: Any) -> list[str]:
+    """Say which locks of the library this thread holds, which is in no call: other threads would wait for ever."""
+    every = [*locks, threads._replacing, growing._growing, layer_sum._summing]
+    return [f"{lock} is held" for lock in every if lock._is_owned()]
 
 
 def _said(edit: Edit) -> tuple[str, str, bool, int]:
