@@ -30,7 +30,7 @@ from common import DEVICE
 from speed import our_training_step, papers_training_step
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedTokenizerFast
 
 from hf_mend import EditableModel, EditorConfig, EditRecord
 from hf_mend.bases.targets import block_lists, lowest_block
@@ -68,6 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--most", type=int, default=max(KEPT), help="most edits in a call, and kept")
+    parser.add_argument(
+        "--compile", nargs="*", default=["default", "reduce-overhead"] if DEVICE.type == "cuda" else [],
+        help="modes or backends of torch.compile with which edits are measured too",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -228,11 +232,27 @@ def edit_figures(model: EditableModel, arguments: argparse.Namespace) -> Iterato
             seconds = seconds_of(edits, 1)
         return figures | {f"{count} edits in a call, s": seconds, f"{count} edits in a call, edits/s": count / seconds}
 
+    def compiled(name: str) -> dict[str, float]:
+        mode = name in ("default", "reduce-overhead", "max-autotune")
+        given = {"mode": name} if mode else {"mode": None, "backend": name}
+        started = time.perf_counter()
+        model.set_compile_config(CompileConfig(fullgraph=False, **given))
+        try:
+            model.edit(first.prompt, first.target, max_steps=1, force=True)
+            model.undo_all()
+            figures = {f"compiled by {name}: first edit, s": time.perf_counter() - started}
+            both = an_edit(True) | an_edit(False)
+        finally:
+            model.set_compile_config(None)
+        return figures | {f"compiled by {name}: {figure}": value for figure, value in both.items()}
+
     yield "forward pass", forward_pass
     yield "edit with the check", lambda: an_edit(True)
     yield "edit", lambda: an_edit(False)
     for count in [count for count in BATCHES if count <= arguments.most]:
         yield f"{count} edits in a call", lambda count=count: in_a_call(count)  # type: ignore[misc]
+    for name in arguments.compile:
+        yield f"edits compiled by {name}", lambda name=name: compiled(name)  # type: ignore[misc]
 
 
 def training_figures(model: EditableModel, arguments: argparse.Namespace) -> Iterator[Figure]:

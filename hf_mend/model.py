@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .bases.compiled import check_uncompiled
+from .bases.compiled import LENGTHS, check_uncompiled, compiling
 from .bases.delegation import DelegatesToBase, known_to_pipelines
 from .bases.fingerprint import check_base, editor_id, fingerprint_of
 from .bases.placement import PlacedWithBase
@@ -111,6 +111,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         if editor_config.base_model_name_or_path is None:
             editor_config.base_model_name_or_path = self.config.name_or_path or None
         self.split = SplitModel(base_model, self.targets)
+        self._compiled = None
         self._gate = self._new_gate(ScopeNetwork(hidden_width(base_model))) if editor_config.scope else None
         self._active = ActiveEdits(self.targets, base_model, self._gate)
         self._ownership = ActsWhileOwned(self._active)
@@ -295,6 +296,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             start,
             forced_bos_token_id=forced,
             num_embeddings=getattr(self.base_model.get_input_embeddings(), "num_embeddings", None),
+            pad_to=1 if self._compiled is None else LENGTHS,
         )
 
     # ---- editing ----
@@ -378,6 +380,7 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             logger.warning(note)
         with (
             self._active.changing(),
+            compiling(self._compiled),
             torch.inference_mode(False),
         ):  # an edit needs a gradient in any mode of the caller
             options = default_options(self.editor, self._gate is not None, max_steps, force, check)

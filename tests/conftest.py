@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.compiling import Counting
 from support.hub_server import HUB, OWNER, HubServer  # before transformers
 from support.models import (
     ARCHITECTURES,
@@ -44,6 +45,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
     yield HUB
     assert HUB.leaked_tokens == [], "the token went to another host"
+
+
+@pytest.fixture
+def backend() -> Iterator[Counting]:
+    """For what is compiled in a test, and forgotten after it."""
+    torch._dynamo.reset()
+    yield Counting()
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,28 @@
-"""Models that `torch.compile` has compiled, which do not see hooks that come later: edits run beside it, not in it."""
+"""
+`torch.compile` and edits. What is compiled does not see hooks that come later, so that edits run beside it, not in it;
+blocks without hooks may be compiled for the passes of a call that makes edits.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import CompileConfig
+from transformers.utils import logging
 
+from .threads import replaced_forward
+
+
+logger = logging.get_logger(__name__)
+
+# Where blocks are compiled, texts are padded to a multiple of so many tokens: a graph is of one length.
+LENGTHS = 16
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -46,3 +60,91 @@ def uncompiled(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+_of_call: ContextVar[CompiledBlocks | None] = ContextVar("of_call", default=None)
+
+
+@contextmanager
+def compiling(blocks: CompiledBlocks | None) -> Iterator[None]:
+    """Let this thread's passes within the context run compiled blocks: those of a call that makes edits."""
+    before = _of_call.get()
+    try:
+        _of_call.set(blocks)
+        yield
+    finally:
+        _of_call.set(before)
+
+
+def compiled_blocks() -> CompiledBlocks | None:
+    """Return the compiled blocks that this thread's passes run, if any."""
+    return _of_call.get()
+
+
+class CompiledBlocks:
+    """
+    The blocks of a model as `torch.compile` makes them, for passes without a cache: one graph serves all blocks of a
+    class. A block that has a hook within it, or a forward of its own, runs as it is: an edited one, or one that
+    Accelerate offloads.
+
+    Args:
+        options (`CompileConfig`): As `generate` takes it; its arguments go to `torch.compile`.
+
+    Raises:
+        RuntimeError: `torch.compile` knows no such backend or mode; the message is its own.
+    """
+
+    def __init__(self, options: CompileConfig):
+        self.options = options
+        given = options.to_dict()
+        self._given = {name: given[name] for name in ("fullgraph", "dynamic", "backend", "mode", "options")}
+        torch.compile(nn.Identity(), **self._given)  # which looks at them
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self.failed = False
+
+    def __reduce__(self) -> tuple[type, tuple[CompileConfig]]:
+        return CompiledBlocks, (self.options,)  # graphs belong to a process
+
+    @contextmanager
+    def used(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """
+        Run these blocks compiled within the context, for a pass of this thread. CUDA graphs write where they wrote in
+        the pass before, so that what is kept of a pass is cloned, and its gradients are taken before the next.
+        """
+        if self.failed:
+            yield
+            return
+        torch.compiler.cudagraph_mark_step_begin()
+        with ExitStack() as stack:
+            for block in blocks:
+                if not _is_touched(block):
+                    stack.enter_context(replaced_forward(block, self._of(block)))
+            yield
+
+    def _of(self, block: nn.Module) -> Callable[..., Any]:
+        if block not in self._forwards:
+            self._forwards[block] = torch.compile(block.forward, **self._given)
+        plain, compiled = block.forward, self._forwards[block]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.failed:
+                return plain(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self.failed = True
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                logger.warning(f"blocks cannot be compiled ({reason}); they run as they are, which is as exact")
+                return plain(*args, **kwargs)
+
+        return forward
+
+
+def _is_touched(block: nn.Module) -> bool:
+    """Whether something acts in a block that a graph would not see when it changes."""
+    own = "forward" in block.__dict__
+    return own or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in block.modules()
+        if module is not block
+    )

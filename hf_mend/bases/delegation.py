@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from .compiled import uncompiled
+from .compiled import CompiledBlocks, uncompiled
 
 
 def known_to_pipelines(cls: type) -> None:
@@ -90,6 +90,7 @@ class DelegatesToBase:
     """
 
     base_model: Any
+    _compiled: CompiledBlocks | None
     _active: Any  # whose edits a pass reads, from its beginning to its end
     config: Any
     training: bool
@@ -271,6 +272,29 @@ class DelegatesToBase:
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set how the base model computes attention, which leaves its edits as they are."""
         self.base_model.set_attn_implementation(*args, **kwargs)
+
+    def set_compile_config(self, compile_config: CompileConfig | None) -> None:
+        """
+        Compile the blocks of the base model that no edit changes, for the passes by which `edit` finds and checks
+        edits: on a GPU that is fewer kernels, on a CPU it does not pay. Edits are the same to rounding. The first ones
+        take as long as the compilation does, and so may a text of another length. `generate` has an argument of its
+        own.
+
+        Args:
+            compile_config (`CompileConfig`, *optional*): The arguments of `torch.compile`, as `generate` takes them;
+                its `mode="reduce-overhead"` replays CUDA graphs. `None` runs all blocks as they are, which is the
+                default.
+
+        Raises:
+            RuntimeError: `torch.compile` knows no such backend or mode.
+            TypeError: It is none.
+        """
+        if not isinstance(compile_config, CompileConfig | None):
+            raise TypeError(
+                f"compile_config is {compile_config!r}, expected a transformers.CompileConfig, or None to compile "
+                "nothing"
+            )
+        self._compiled = None if compile_config is None else CompiledBlocks(compile_config)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
+from .compiled import compiled_blocks
 from .fused import Pair, of_one_shape, stacked
 from .projection import projected, read_once, swept
 from .quantized import gradients_pass
@@ -155,6 +156,7 @@ def gradient_factors(
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name, _, _ in runs}
     for (name, x, _), gradient in zip(runs, gradients, strict=True):
         if gradient is not None:
+            gradient = gradient if compiled_blocks() is None else gradient.clone()
             # OPT runs its MLP on (rows * seq, width)
             found[name].append((x.reshape(rows, -1, x.shape[-1]), gradient.reshape(rows, -1, gradient.shape[-1])))
     for target in targets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from ..data.encoding import IGNORE, EncodedBatch
 from .beginnings import Group, expanded, groups_of, inputs_behind, keeps_all
 from .by_length import in_processes, parts_by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
+from .compiled import compiled_blocks
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
@@ -183,7 +184,7 @@ class SplitModel:
         Args:
             rows ([`EncodedBatch`]): Texts, of which the first is tried.
         """
-        if self.device.type != "cpu" or in_processes() or not self.block:
+        if self.device.type != "cpu" or in_processes() or not self.block or compiled_blocks() is not None:
             return False
         if self._shares is None:
             self._shares = self._may_share(rows)
@@ -265,6 +266,8 @@ class SplitModel:
                 hooks.enter_context(hooked(self.blocks[self.block - 1].register_forward_hook, note_type))
             if self.cuts_decoder_of_two:
                 hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
+            if into is None:
+                hooks.enter_context(self._compiled(self.blocks[: self.block]))
             with suppress(StopForwardError):
                 self.model(**inputs, **self._with_cache(into))
         if "hidden" not in found:
@@ -272,7 +275,8 @@ class SplitModel:
                 f"{type(self.model).__name__} does not run its edited block {self.block} on text; name others in "
                 "target_modules, or pass the part of it that is a language model"
             )
-        state = HiddenState(found["hidden"], found.get("encoder"))
+        hidden = found["hidden"] if compiled_blocks() is None else found["hidden"].clone()
+        state = HiddenState(hidden, found.get("encoder"))
         if self._resumes is None:
             self._resumes = self._check(inputs, state)
             self._needs_mask = not self._runs_without_mask(inputs)
@@ -370,7 +374,19 @@ class SplitModel:
                 first_skipped = 1
             for block in self.blocks[first_skipped : self.block]:
                 undo.enter_context(replaced_forward(block, pass_on))
+            if cache is None:
+                undo.enter_context(self._compiled(self.blocks[self.block :]))
             return self.model(**inputs, **extra)
+
+    @contextmanager
+    def _compiled(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Run some blocks compiled within the context, if the user has asked for it."""
+        compiled = compiled_blocks()
+        if compiled is None or self._resumes is None:  # the first use checks the passes as they are
+            yield
+        else:
+            with compiled.used(blocks):
+                yield
 
 
 def same_logits(found: torch.Tensor, logits: torch.Tensor) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.models import RECORDS, build_model, editable
@@ -14,27 +12,6 @@ from hf_mend.bases.compiled import uncompiled
 
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
-
-
-class Counting:
-    """A backend that counts the graphs that it is given, and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __deepcopy__(self, memo):
-        return self  # a CompileConfig copies its backend
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture
-def backend() -> Iterator[Counting]:
-    torch._dynamo.reset()
-    yield Counting()
-    torch._dynamo.reset()
 
 
 def said(model, tokenizer, backend=None):

@@ -194,7 +194,7 @@ def test_the_figures_of_a_gpu_are_written_one_by_one(monkeypatch, tmp_path):
         module.main()
         return written[-1]
 
-    found = run("--minutes", "6", "--most", "16")
+    found = run("--minutes", "6", "--most", "16", "--compile", "eager")
     figures = found["figures"]["tiny, float32"]
     assert found["left_out"] == {} and len(written) > 6
     assert written[0]["figures"]["tiny, float32"].keys() == {"f", "forward pass, s"}, "the most wanted first"
@@ -202,6 +202,8 @@ def test_the_figures_of_a_gpu_are_written_one_by_one(monkeypatch, tmp_path):
         assert figures[name] > 0
     for name in ("training, ours without cache, edits/s", "training, the paper's procedure, edits/s"):
         assert figures[name] > 0
+    for name in ("first edit, s", "edit, s", "edit with the check / forward pass"):
+        assert figures[f"compiled by eager: {name}"] > 0
     assert figures["generation of 50 tokens with 1 edits, in scope, s"] > 0
     late = run("--minutes", "0")
     assert late["figures"] == {} and "minutes" in str(late["left_out"])
