@@ -14,9 +14,13 @@ from ..data.records import EditRecord
 from ..model import EditableModel
 
 
-# What must stay, but for what asks the same subject for something else, does not count where it asks for what another
-# kept edit is about.
-_ALWAYS_COUNT = "same subject"
+# What must stay, but for what is about the edit's own subject, does not count where it asks for what another kept edit
+# is about.
+_ALWAYS_COUNT = ("same subject", "before it asks")
+# With these a prompt asks: without them the model should go on as it would have. Prompts of other languages have none.
+_SMALL_WORDS = frozenset(
+    re.findall(r"\w+", "a an are as at by for from in is it its of on that the to was were which who whose with")
+)
 # Tokens that a text leaves for its answer.
 _ROOM = 16
 
@@ -73,6 +77,9 @@ def ask_in_the_wild(
     said["chat"] = replace(paraphrase, chat=True)
     said["later turn"] = replace(question or paraphrase, chat=True, turns=around.turns(draw, avoid))
     stays: dict[str, Query] = {}
+    begun = _begun(record)
+    if begun:
+        stays["before it asks"] = Query(begun)
     if record.neighborhood:
         neighbour = Query(draw.choice(record.neighborhood))
         stays["neighbours"] = neighbour
@@ -85,6 +92,16 @@ def ask_in_the_wild(
         other = Query(draw.choice(unrelated))
         stays |= {"unrelated": other, "unrelated in a chat": replace(other, chat=True)}
     return Asked(*({kind: query for kind, query in part.items() if chat or not query.chat} for part in (said, stays)))
+
+
+def _begun(record: EditRecord) -> str:
+    """Return a prompt without the small words at its end, which has not asked yet; nothing where there are none."""
+    words = record.prompt.split()
+    while words and words[-1] in _SMALL_WORDS:
+        words.pop()
+    begun = " ".join(words).rstrip(",")
+    told = len(words) > 1 and (record.subject or "") in begun
+    return begun if told and begun != record.prompt.strip() else ""
 
 
 def all_asked(

@@ -12,6 +12,7 @@ from support.injection import interrupted, lines_of, some_of
 from support.models import RECORDS, all_logits, build_model, editable
 from support.scope import scoped
 
+from hf_mend import EditRecord
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import Surroundings
 from hf_mend.edits.edit import stacked
@@ -305,7 +306,26 @@ def test_texts_are_drawn_by_number_and_chats_need_a_template(model, roomy, token
     assert one == two and any(one != ask_in_the_wild(FACTS[0], AROUND, UNRELATED, n) for n in range(3))
     plain = all_asked(editable(roomy, tokenizer), FACTS, AROUND, [])[0]
     assert set(plain.said) == {"prompt", "paraphrase", "behind text", "question"}
-    assert set(plain.stays) == {"neighbours", "neighbours behind text", "same subject"}
+    assert set(plain.stays) == {"before it asks", "neighbours", "neighbours behind text", "same subject"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "begun"),
+    [
+        ("The capital of France is", "France", "The capital of France"),
+        ("France, which borders on the", "France", "France, which borders"),
+        ("The capital of France, that is ", "France", "The capital of France"),
+        ("Who governs France", "France", None),
+        ("France is", "France", None),
+        ("The river is a part of the", None, "The river is a part"),
+        ("La capitale de la France est", "France", None),
+    ],
+)
+def test_a_prompt_that_has_not_asked_yet_still_names_its_subject(prompt, subject, begun):
+    asked = ask_in_the_wild(EditRecord(prompt, "Lyon", subject=subject), AROUND, [], 0)
+    found = asked.stays.get("before it asks")
+    assert (None if found is None else found.prompt) == begun
+    assert begun is None or asked.counted(["France"]) == ["before it asks"], "its own subject does not hide it"
 
 
 def test_decisions_and_the_curve_of_strictness_from_margins():
