@@ -6,7 +6,6 @@ nothing of it, and every further pass runs the answers' few tokens on its keys a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +21,8 @@ from .by_length import in_processes, parts_by_length
 from .compiled import compiled_blocks
 from .known_mask import known_mask, mask_of_ones
 from .readout import last_mlp
-from .split import HiddenState, SplitModel, StopForwardError, logits_at, logits_of, same_logits
-from .threads import hooked
+from .split import HiddenState, SplitModel, logits_at, logits_of, same_logits
+from .threads import StopForwardError, ends_early, hooked
 
 
 logger = logging.get_logger(__name__)
@@ -236,7 +235,7 @@ def _cache_of(split: SplitModel, inputs: dict[str, torch.Tensor], state: HiddenS
             split.run_above(inputs, state, into=cache)
         return cache
     last = last_mlp(split) or split.model.get_output_embeddings()
-    with hooked(last.register_forward_pre_hook, stop), suppress(StopForwardError):
+    with hooked(last.register_forward_pre_hook, stop), ends_early():
         split.run_above(inputs, state, into=cache)
     return cache
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.places import Places
-from .split import HiddenState, Inputs, SplitModel, StopForwardError, logits_at, same_logits
-from .threads import hooked
+from .split import HiddenState, Inputs, SplitModel, logits_at, same_logits
+from .threads import StopForwardError, ends_early, hooked
 
 
 # A projection of at least so many bytes costs what reading it costs, where there are at most so many positions.
@@ -32,7 +31,7 @@ def projected(split: SplitModel, inputs: Inputs, state: HiddenState, places: Pla
     with (
         logits_at(split.model, places.positions),
         hooked(head.register_forward_pre_hook, keep),
-        suppress(StopForwardError),
+        ends_early(),
     ):
         split.run_above(inputs, state)
     return found[0]

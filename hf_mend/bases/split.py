@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .compiled import compiled_blocks
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
-from .threads import hooked, replaced_forward
+from .threads import StopForwardError, ends_early, hooked, replaced_forward
 from .weights import device_of
 
 
@@ -34,10 +34,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 _TOKENS_FIRST = frozenset({"xlnet"})
 
 Inputs = Mapping[str, torch.Tensor]
-
-
-class StopForwardError(Exception):
-    """End a forward pass early; never leaves the pass."""
 
 
 @dataclass
@@ -268,7 +264,7 @@ class SplitModel:
                 hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
             if into is None:
                 hooks.enter_context(self._compiled(self.blocks[: self.block]))
-            with suppress(StopForwardError):
+            with ends_early():
                 self.model(**inputs, **self._with_cache(into))
         if "hidden" not in found:
             raise ValueError(

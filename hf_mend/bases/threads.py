@@ -89,6 +89,28 @@ def hooked(register: Callable[..., Any], hook: Callable[..., Any], **options: An
             raise
 
 
+class StopForwardError(Exception):
+    """End a forward pass early; never leaves the pass."""
+
+
+@contextmanager
+def ends_early() -> Iterator[None]:
+    """
+    Let a pass within the context end by a [`StopForwardError`]. As that leaves a module, torch goes through the hooks
+    there, and raises an error of its own in its place where another thread adds or removes one meanwhile.
+    """
+    try:
+        yield
+    except StopForwardError:
+        pass
+    except RuntimeError as error:
+        before: BaseException | None = error
+        while before is not None and not isinstance(before, StopForwardError):
+            before = before.__context__
+        if before is None:
+            raise
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """

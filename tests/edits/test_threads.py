@@ -15,6 +15,7 @@ from support.reading import asked_meanwhile, at_once, hooks_of
 from support.scope import scoped
 
 from hf_mend import EditableModel
+from hf_mend.edits.low_rank import dense
 
 
 ASKED, OTHER = RECORDS[3].prompt, RECORDS[4].prompt  # of the same number of tokens
@@ -126,6 +127,50 @@ def test_two_models_on_one_base_edit_at_once(llama, tokenizer):
     at_once(lambda: work(first, "peru"), lambda: work(second, "kenya"), lambda: work(first, "japan"))
     assert torch.equal(all_logits(llama, tokenizer), plain) and hooks_of(llama) == []
     assert not any("forward" in module.__dict__ for module in llama.modules())
+
+
+@pytest.mark.parametrize("make", [editable, scoped])
+def test_hooks_that_another_thread_adds_while_a_pass_ends_early_do_not_end_the_edit(llama, tokenizer, make):
+    """torch goes through a module's hooks as an error leaves it, and finds that they are not those it began with."""
+    model = make(llama, tokenizer)
+    expected = model.edit(OTHER, "rome", max_steps=1, force=True), [*model.edits]
+    model.undo()
+    met = []
+
+    def in_between(module, args, output):  # torch calls it where an error leaves the module
+        module.register_forward_hook(lambda *_: None).remove()
+        handles.append(module.register_forward_hook(lambda *_: None))
+        met.append(output)
+
+    handles = []
+    first = llama.register_forward_hook(in_between, always_call=True)
+    last = llama.register_forward_hook(lambda *_: None)
+    try:
+        found = model.edit(OTHER, "rome", max_steps=1, force=True), [*model.edits]
+    finally:
+        for handle in (first, last, *handles):
+            handle.remove()
+    assert None in met, "a pass ended early"
+    assert found[0].probability_after == expected[0].probability_after
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert all(torch.equal(dense(one.updates[name]), dense(other.updates[name])) for name in one.updates)
+    model.undo_all()
+    assert hooks_of(llama) == []
+
+
+def test_an_error_of_a_pass_that_did_not_end_early_is_told(llama, tokenizer):
+    model = editable(llama, tokenizer)
+
+    def broken(module, args):
+        raise RuntimeError("OrderedDict mutated during iteration")
+
+    handle = llama.model.layers[0].register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(RuntimeError, match="OrderedDict mutated"):
+            model.edit(OTHER, "rome", max_steps=1, force=True)
+    finally:
+        handle.remove()
+    assert hooks_of(llama) == []
 
 
 def test_two_models_of_one_base_find_the_same_edit_at_once_as_alone(llama, tokenizer):
