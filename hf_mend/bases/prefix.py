@@ -18,7 +18,6 @@ from ..data.encoding import IGNORE, EncodedBatch
 from ..data.places import Places, on_device
 from .beginnings import Group, expanded, groups_of
 from .by_length import in_processes, parts_by_length
-from .compiled import compiled_blocks
 from .known_mask import known_mask, mask_of_ones
 from .readout import last_mlp
 from .split import HiddenState, SplitModel, logits_at, logits_of, same_logits
@@ -62,8 +61,6 @@ def prefix_of(split: SplitModel, rows: EncodedBatch, state: HiddenState) -> Pref
     lengths = [start for start, _ in rows.places.spans]
     tokens = len(rows) * max(lengths)
     if not tokens or not pays(split.device, tokens, split.parameters) or not _goes_on(split, rows):
-        return None
-    if compiled_blocks() is not None:  # which passes with a cache are not
         return None
     groups = [Group([*range(len(rows))])]
     if split.begins_alike:

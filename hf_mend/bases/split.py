@@ -180,7 +180,7 @@ class SplitModel:
         Args:
             rows ([`EncodedBatch`]): Texts, of which the first is tried.
         """
-        if self.device.type != "cpu" or in_processes() or not self.block or compiled_blocks() is not None:
+        if self.device.type != "cpu" or in_processes() or not self.block:
             return False
         if self._shares is None:
             self._shares = self._may_share(rows)

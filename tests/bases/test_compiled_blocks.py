@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from support.models import ARCHITECTURES, RECORDS, build_model, editable
 from support.scope import scoped
 from transformers import CompileConfig
@@ -88,6 +89,16 @@ def test_a_hook_within_a_block_is_seen(tokenizer, backend):
     handle.remove()
 
 
+def test_blocks_whose_layers_accelerate_moves_run_as_they_are(tokenizer, backend):
+    edits, _ = edits_of(editable(build_model("llama"), tokenizer, layers_to_transform=[1]))
+    base = build_model("llama")
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    model = editable(base, tokenizer, layers_to_transform=[1])
+    model.set_compile_config(config(backend))
+    assert_same(edits, edits_of(model)[0])
+    assert backend.graphs == 0
+
+
 def test_weights_that_change_are_seen(tokenizer, backend):
     model = editable(build_model("llama"), tokenizer, layers_to_transform=[1])
     model.set_compile_config(config(backend))
@@ -120,7 +131,7 @@ def test_where_nothing_can_be_compiled_a_warning_says_so_and_edits_are_the_same(
         raise RuntimeError("no compiler is there")
 
     torch._dynamo.reset()
-    model = editable(build_model("llama"), tokenizer, layers_to_transform=[1])
+    model = editable(build_model("llama"), tokenizer, layers_to_transform=[2])
     edits, _ = edits_of(model)
     model.set_compile_config(config(no_compiler))
     monkeypatch.setattr(logging.getLogger("hf_mend"), "propagate", True)
