@@ -144,6 +144,8 @@ def run_command(words: list[str], said: str | None) -> None:
     if words[0] == "train":
         words = [*words, "--steps", "2", "--batch-size", "2", "--rank", "4", "--scope-steps", "2"]
         words += ["--training", "scope_further_facts=0"]
+    if words[0] == "scope":
+        words = [*words, "--steps", "2", "--rounds", "1", "--packaged-facts", "9"]
     if words[0] in ("eval", "compare"):
         words = [*words, "--edits", "1,2", "--limit", "3", "--max-steps", "1"]
     done = CliRunner().invoke(app, words, input=said)
