@@ -19,6 +19,8 @@ SHARES = {
     "neighborhood": "neighborhood",
     "unrelated": "unrelated",
 }
+# How the names of what must stay in the wild begin; the others are forms of asking.
+STAYS = ("before it asks", "neighbours", "same subject", "unrelated")
 
 
 def can_draw() -> bool:
@@ -98,8 +100,7 @@ def draw_strictness(path: str | Path, curve: Sequence[Mapping[str, float]]) -> N
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     over_all = ("strictness", "wrong edit", "fired")
-    stays = ("neighbours", "same subject", "unrelated")
-    forms = [name for name in curve[0] if name not in over_all and not name.startswith(stays)]
+    forms = [name for name in curve[0] if name not in over_all and not name.startswith(STAYS)]
     for name, color in zip(forms, itertools.cycle(series_colors()), strict=False):
         style = {"linewidth": 2.5, "color": "black"} if name == "recall" else {"color": color}
         axes.plot([point["fired"] for point in curve], [point[name] for point in curve], "o-", label=name, **style)

@@ -24,6 +24,7 @@ from hf_mend.evaluation.made_edits import make_in_calls
 from hf_mend.evaluation.scores import perplexity
 from hf_mend.evaluation.wild import WildSettings, measure_in_the_wild
 from hf_mend.evaluation.wild_figures import confusion, strictness_curve, wild_means
+from hf_mend.hub.plots import STAYS
 
 
 CHAT = (
@@ -307,6 +308,12 @@ def test_texts_are_drawn_by_number_and_chats_need_a_template(model, roomy, token
     plain = all_asked(editable(roomy, tokenizer), FACTS, AROUND, [])[0]
     assert set(plain.said) == {"prompt", "paraphrase", "behind text", "question"}
     assert set(plain.stays) == {"before it asks", "neighbours", "neighbours behind text", "same subject"}
+
+
+def test_the_plot_of_strictness_tells_what_must_stay_from_forms_of_asking(model):
+    drawn = ask_in_the_wild(FACTS[0], AROUND, UNRELATED, 0)
+    assert all(kind.startswith(STAYS) for kind in drawn.stays) and len(drawn.stays) > 6
+    assert not any(kind.startswith(STAYS) for kind in drawn.said)
 
 
 @pytest.mark.parametrize(
