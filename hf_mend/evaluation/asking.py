@@ -97,11 +97,11 @@ def ask_in_the_wild(
 def _begun(record: EditRecord) -> str:
     """Return a prompt without the small words at its end, which has not asked yet; nothing where there are none."""
     words = record.prompt.split()
-    while words and words[-1] in _SMALL_WORDS:
-        words.pop()
-    begun = " ".join(words).rstrip(",")
-    told = len(words) > 1 and (record.subject or "") in begun
-    return begun if told and begun != record.prompt.strip() else ""
+    end = len(words)
+    while end and words[end - 1] in _SMALL_WORDS:
+        end -= 1
+    begun = " ".join(words[:end]).rstrip(",")
+    return begun if 1 < end < len(words) and (record.subject or "") in begun else ""
 
 
 def all_asked(

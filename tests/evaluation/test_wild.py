@@ -323,6 +323,7 @@ def test_the_plot_of_strictness_tells_what_must_stay_from_forms_of_asking(model)
         ("France, which borders on the", "France", "France, which borders"),
         ("The capital of France, that is ", "France", "The capital of France"),
         ("Who governs France", "France", None),
+        ("Who  governs France,", "France", None),
         ("France is", "France", None),
         ("The river is a part of the", None, "The river is a part"),
         ("La capitale de la France est", "France", None),
