@@ -81,6 +81,11 @@ def compiled_blocks() -> CompiledBlocks | None:
     return _of_call.get()
 
 
+def kept(values: torch.Tensor) -> torch.Tensor:
+    """Return values of a pass as they stay when the next one runs: a CUDA graph writes where it wrote before."""
+    return values if _of_call.get() is None else values.clone()
+
+
 class CompiledBlocks:
     """
     The blocks of a model as `torch.compile` makes them, for passes without a cache: one graph serves all blocks of a
@@ -108,8 +113,8 @@ class CompiledBlocks:
     @contextmanager
     def used(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """
-        Run these blocks compiled within the context, for a pass of this thread. CUDA graphs write where they wrote in
-        the pass before, so that what is kept of a pass is cloned, and its gradients are taken before the next.
+        Run these blocks compiled within the context, for a pass of this thread, whose gradients are taken before the
+        next one; see [`kept`].
         """
         if self.failed:
             yield
@@ -123,8 +128,12 @@ class CompiledBlocks:
 
     def _of(self, block: nn.Module) -> Callable[..., Any]:
         if block not in self._forwards:
-            self._forwards[block] = torch.compile(block.forward, **self._given)
-        plain, compiled = block.forward, self._forwards[block]
+            self._forwards[block] = self._compiled(block.forward)
+        return self._forwards[block]
+
+    def _compiled(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward as compiled, which runs as it is from the first failure on."""
+        compiled = torch.compile(plain, **self._given)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.failed:
@@ -141,10 +150,6 @@ class CompiledBlocks:
 
 
 def _is_touched(block: nn.Module) -> bool:
-    """Whether something acts in a block that a graph would not see when it changes."""
-    own = "forward" in block.__dict__
-    return own or any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in block.modules()
-        if module is not block
-    )
+    """Whether something acts in a block that a graph would not see when it changes; its own hooks run around it."""
+    hooked = (m._forward_hooks or m._forward_pre_hooks for m in block.modules() if m is not block)
+    return any("forward" in module.__dict__ for module in block.modules()) or any(hooked)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..data.encoding import EncodedBatch
 from ..data.places import Places, on_device
-from .compiled import compiled_blocks
+from .compiled import kept
 from .fused import Pair, of_one_shape, stacked
 from .projection import projected, read_once, swept
 from .quantized import gradients_pass
@@ -156,9 +156,9 @@ def gradient_factors(
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name, _, _ in runs}
     for (name, x, _), gradient in zip(runs, gradients, strict=True):
         if gradient is not None:
-            gradient = gradient if compiled_blocks() is None else gradient.clone()
             # OPT runs its MLP on (rows * seq, width)
-            found[name].append((x.reshape(rows, -1, x.shape[-1]), gradient.reshape(rows, -1, gradient.shape[-1])))
+            delta = kept(gradient).reshape(rows, -1, gradient.shape[-1])
+            found[name].append((x.reshape(rows, -1, x.shape[-1]), delta))
     for target in targets:
         if target.name not in found:
             raise ValueError(

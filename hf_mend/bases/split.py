@@ -17,7 +17,7 @@ from ..data.encoding import IGNORE, EncodedBatch
 from .beginnings import Group, expanded, groups_of, inputs_behind, keeps_all
 from .by_length import in_processes, parts_by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
-from .compiled import compiled_blocks
+from .compiled import compiled_blocks, kept
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
@@ -271,8 +271,7 @@ class SplitModel:
                 f"{type(self.model).__name__} does not run its edited block {self.block} on text; name others in "
                 "target_modules, or pass the part of it that is a language model"
             )
-        hidden = found["hidden"] if compiled_blocks() is None else found["hidden"].clone()
-        state = HiddenState(hidden, found.get("encoder"))
+        state = HiddenState(kept(found["hidden"]), found.get("encoder"))
         if self._resumes is None:
             self._resumes = self._check(inputs, state)
             self._needs_mask = not self._runs_without_mask(inputs)

@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
+from support.compiling import Overwriting
 from support.models import ARCHITECTURES, RECORDS, build_model, editable
 from support.scope import scoped
 from transformers import CompileConfig
 
-from hf_mend.bases.compiled import LENGTHS, CompiledBlocks
+from hf_mend.bases.compiled import LENGTHS, CompiledBlocks, compiling, kept
 from hf_mend.edits.low_rank import dense
 
 
@@ -97,6 +98,22 @@ def test_blocks_whose_layers_accelerate_moves_run_as_they_are(tokenizer, backend
     model.set_compile_config(config(backend))
     assert_same(edits, edits_of(model)[0])
     assert backend.graphs == 0
+
+
+@torch.no_grad()
+def test_what_is_kept_of_a_pass_stays_when_the_next_one_writes_over_it(tokenizer):
+    torch._dynamo.reset()
+    model = editable(build_model("llama"), tokenizer, layers_to_transform=[2])
+    one, other = (model.encoder.pad([(list(range(start, start + 8)), [])]).inputs for start in (5, 20))
+    model.split.run_below(one)  # the first use checks the passes as they are
+    expected = model.split.run_below(one).hidden
+    with compiling(CompiledBlocks(config(Overwriting()))):
+        model.split.run_below(other)
+        found = model.split.run_below(one).hidden
+        torch.testing.assert_close(found, expected)
+        model.split.run_below(other)
+    torch.testing.assert_close(found, expected)
+    assert kept(found) is found, "outside of such calls nothing is copied"
 
 
 def test_weights_that_change_are_seen(tokenizer, backend):
