@@ -337,7 +337,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
                 turn is the prompt, each with `role` and `content`. With another system prompt it is another prompt.
             separator (`str`, *optional*): The text between prompt and target. The default is what the chat template
                 puts there, and in plain text one space, or nothing where none is written.
-            paraphrases (`str` or `Sequence[str]`): Prompts whose answer should be the target too, which is checked.
+            paraphrases (`str` or `Sequence[str]`): Prompts whose answer should be the target too, which is checked. An
+                edit with a scope is made in these too where the model does not say the target to all of them.
                 They are added to a record's own, and allowed for a single edit only.
             locality (`str` or `Sequence[str]`): Prompts whose answer should stay, which is checked. They are added to
                 a record's own, and allowed for a single edit only.

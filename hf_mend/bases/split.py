@@ -21,7 +21,7 @@ from .compiled import compiled_blocks, kept
 from .known_mask import mask_of_ones
 from .quantized import unusual_layers
 from .targets import Target, block_lists, lowest_block
-from .threads import StopForwardError, ends_early, hooked, replaced_forward
+from .threads import StopForwardError, ending_before, ends_early, hooked, replaced_forward
 from .weights import device_of
 
 
@@ -264,7 +264,7 @@ class SplitModel:
                 hooks.enter_context(hooked(self.model.get_encoder().register_forward_hook, keep_encoder))
             if into is None:
                 hooks.enter_context(self._compiled(self.blocks[: self.block]))
-            with ends_early():
+            with ends_early(), ending_before(self.blocks[self.block]):
                 self.model(**inputs, **self._with_cache(into))
         if "hidden" not in found:
             raise ValueError(

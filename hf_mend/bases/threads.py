@@ -111,6 +111,26 @@ def ends_early() -> Iterator[None]:
             raise
 
 
+# The module before which the pass of this thread or asyncio task ends.
+_ends_before: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("ends_before", default=None)
+
+
+@contextmanager
+def ending_before(module: nn.Module) -> Iterator[None]:
+    """Say within the context that this thread's passes end before a module, which takes its arguments alone."""
+    before = _ends_before.get()
+    try:
+        _ends_before.set(module)
+        yield
+    finally:
+        _ends_before.set(before)
+
+
+def ends_before(module: nn.Module) -> bool:
+    """Whether the pass that this thread is in ends before a module, so that what it would run is not asked for."""
+    return _ends_before.get() is module
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -134,6 +134,22 @@ def take_back(call: Call, numbers: Sequence[int]) -> None:
         call.active.remove(gone)
     for edit_id in gone:
         call.active.preserved_keys.by_edit.pop(edit_id, None)
+
+
+def put_back(call: Call, edits: Mapping[int, Edit]) -> None:
+    """
+    Let edits that were taken back take the places of those that were made anew in their stead.
+
+    Args:
+        call ([`Call`]): The call.
+        edits (`Mapping[int, Edit]`): A request's number -> the edit that is to stay.
+    """
+    if not edits:
+        return
+    take_back(call, [*edits])
+    call.edits |= edits
+    call.active.replace([*call.others(call.active.edits), *call.in_order()])
+    report_scopes(call)
 
 
 def take_back_failed(call: Call, numbers: Sequence[int]) -> None:

@@ -93,6 +93,13 @@ class Call:
         """Run some of the requests, by number, in passes of like lengths, as large as memory allows."""
         return in_passes(self.budget, numbers, self.lengths(numbers), run)
 
+    def in_as_many_forms(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return some of the requests, by number, in groups whose edits are made in as many forms."""
+        groups: dict[int, list[int]] = {}
+        for i in numbers:
+            groups.setdefault(len(self.forms(self.requests[i])) if self.ends else 1, []).append(i)
+        return [*groups.values()]
+
     def batches(self, requests: Sequence[EditRequest]) -> list[list[int]]:
         """Return the places of some requests in batches of like lengths, which are all in memory together."""
         return [*length_batches(self._lengths(requests), self.budget.most_rows, self.budget.tokens)]
@@ -120,6 +127,7 @@ class Call:
     def forms(self, request: EditRequest, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
         """Return the forms in which a request's edit is made, and of its paraphrases those that give it keys."""
         longest = longest_input(self.context.split.model.config)
+        paraphrases = request.paraphrases if request.in_paraphrases else paraphrases
         return own_queries(request.query, self.encoder, paraphrases, self.context.method.in_further_forms, longest)
 
     @torch.no_grad()
@@ -166,6 +174,15 @@ class Call:
         for batch, answers in self.passes(numbers, run):
             found.update({i: (answers, row) for row, i in enumerate(batch)})
         return found
+
+    def others(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return those of some edits that are not this call's."""
+        made = {edit.id for edit in self.edits.values()}
+        return [edit for edit in edits if edit.id not in made]
+
+    def in_order(self) -> list[Edit]:
+        """Return the call's edits in the order of their requests."""
+        return [self.edits[i] for i in sorted(self.edits)]
 
     def target_length(self, number: int) -> int:
         """Return how many tokens the target of a request has, without the one that ends the answer."""

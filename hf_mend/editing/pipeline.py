@@ -24,6 +24,7 @@ from .afterwards import (
     look_again,
     looks_at_all,
     lost_edits,
+    put_back,
     report_scopes,
     take_back,
     take_back_failed,
@@ -121,6 +122,8 @@ def _made(call: Call, delta: Edit | None) -> list[EditResult]:
         keep_from_own_prompts(call, said)
         if not call.after.keep_failed:
             _end_words(call, own, delta)
+        _in_paraphrases(call, own, delta)
+        if not call.after.keep_failed:
             take_back_failed(call, own)
         lost = lost_edits(call, before)
     made = {i: replace(call.results[first_of[requests[i].prompt_key]], prompt=requests[i].prompt) for i in asked}
@@ -148,6 +151,38 @@ def _end_words(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
     for i, text in said.items():
         call.results[i].before = text
     look_again(call, numbers)
+
+
+def _in_paraphrases(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
+    """
+    Make edits anew in their paraphrases too, where the model does not say the target to all of these. Where the search
+    does not lead so far, the edit stays as it was.
+    """
+    if not call.ends:
+        return
+    again = [i for i in numbers if i in call.edits and call.results[i].success and not _said_to_all(call, i)]
+    of_all = call.together.joined(again)
+    if not of_all:
+        return
+    first = {i: (call.edits[i], call.results[i]) for i in again}
+    take_back(call, of_all)
+    for i in again:
+        del call.results[i]
+        call.requests[i] = replace(call.requests[i], in_paraphrases=True)
+    _add_edits(call, again, delta)
+    said = [i for i in again if call.results[i].success]
+    look_again(call, again)
+    keep_from_own_prompts(call, said)
+    back = {i: edit for i, (edit, _) in first.items() if not call.results[i].success}
+    call.results |= {i: result for i, (_, result) in first.items() if i in back}
+    put_back(call, call.together.edits(back))
+
+
+def _said_to_all(call: Call, number: int) -> bool:
+    """Whether the model says a request's target behind all of its paraphrases."""
+    request = call.requests[number]
+    said = request.probes[: len(request.paraphrases)]
+    return not said or bool(call.answers(said).all_correct.all())
 
 
 def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
@@ -198,7 +233,7 @@ def _add_edits(call: Call, numbers: Sequence[int], delta: Edit | None) -> None:
         active.install(before)
     call.edits = call.together.edits(call.edits)
     deltas = [delta] if delta is not None and any(edit.requires for edit in call.edits.values()) else []
-    active.replace([*earlier, *deltas, *(call.edits[i] for i in sorted(call.edits))])
+    active.replace([*call.others(earlier), *deltas, *call.in_order()])
     if call.gate is not None:
         report_scopes(call)
 
@@ -275,9 +310,10 @@ def _searched(
     batches: list[list[int]] = []
     found: list[FoundUpdates] = []
     if not call.context.method.joins or call.gate is not None:
-        for batch, one in call.passes(numbers, lambda batch: search([batch])):
-            batches.append(batch)
-            found += one
+        for group in call.in_as_many_forms(numbers):
+            for batch, one in call.passes(group, lambda batch: search([batch])):
+                batches.append(batch)
+                found += one
         return batches, found
     while numbers and not found:
         requests = [call.requests[i] for i in numbers]

@@ -22,8 +22,8 @@ from ..hub.files import shortened
 class EditRequest:
     """
     The request for one edit. The fields are those of [`~hf_mend.EditableModel.edit`]; each of `messages` is a role and
-    what was said, `where` is the place of its record in a file, and `ends` asks for the token that ends the target
-    too.
+    what was said, `where` is the place of its record in a file, `ends` asks for the token that ends the target too,
+    and `in_paraphrases` for the target behind the paraphrases.
     """
 
     prompt: str
@@ -36,6 +36,7 @@ class EditRequest:
     separator: str | None = None
     where: str | None = field(default=None, compare=False)
     ends: bool = False
+    in_paraphrases: bool = False
 
     @classmethod
     def of_edit(cls, edit: Edit) -> EditRequest:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..bases.threads import ends_before
 from ..edits.edit import Edit
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
@@ -203,8 +204,10 @@ class ScopeGate:
 
     @torch.no_grad()
     def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        bank = None if kwargs is None or self in _suspended.get() else self.bank_now()
-        if bank is None or kwargs is None:
+        if kwargs is None or self in _suspended.get() or ends_before(self.block):
+            return
+        bank = self.bank_now()
+        if bank is None:
             return
         if self._local.current is None:  # the stack of blocks was called by itself
             self._local.current = _Pass()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support.models import RECORDS, EditableModel, all_logits, editable, initialize
 from support.scope import scoped
 
+from hf_mend.bases import beginnings
 from hf_mend.bases.fingerprint import fingerprint_of
 from hf_mend.editing import afterwards
 from hf_mend.editing.scoping import own_queries
@@ -595,3 +596,19 @@ def test_what_a_cache_lacks_is_told_once(model, caplog):
     caplog.set_level("WARNING")
     model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=6, do_sample=False)
     assert sum("that the scopes of the edits have not seen" in one.message for one in caplog.records) == 1
+
+
+def test_probes_that_begin_alike_do_not_warn_of_a_cache(model, caplog, monkeypatch):
+    """What their texts begin with runs once and alone: no edit can act there, and nothing is decided."""
+    monkeypatch.setattr(beginnings, "_SAVED", 1)
+    before = "in the far north there is the town of the river and"
+    texts = [f"{before} {record.prompt}" for record in RECORDS[:3]]
+    model.edit(PROMPT, TARGET, max_steps=1)
+    gate.logger.warning_once.cache_clear()
+    caplog.set_level("WARNING")
+    shared = model.edit(RECORDS[1].prompt, RECORDS[1].target, locality=texts, max_steps=1)
+    assert model.split.shares(model.encoder([model_query(texts[0], TARGET)]))
+    assert not any("that the scopes of the edits have not seen" in one.message for one in caplog.records)
+    with torch.no_grad():
+        said = [int(model(**model.tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()) for text in texts]
+    assert [probe.after for probe in shared.locality] == [model.encoder.decode([token]) for token in said]
