@@ -12,7 +12,7 @@ import torch
 from ..data.places import on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_parts, key_scores, key_words, may_ask, may_pass, missing_words, part_scores
+from .network import key_parts, key_scores, key_words, may_ask, may_pass, missing_words, other_words, part_scores
 
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
@@ -28,6 +28,39 @@ _ONE = 1e-4
 # name above all, and the more rivals are at most a part of that room short of acting. It is no more than most of what
 # a perfect score has left.
 RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.25, 0.8
+
+# A text that names something else in the place of what an edit's own names ("Portugal" for "France") has more to
+# reach, whether there are rivals or not: from this share of its words on, and all of it from that share on, so much of
+# what a perfect score has left.
+OTHER_FROM, OTHER_TO, OTHER_MOST = 0.4, 0.8, 0.8
+
+
+def penalty_of(
+    rival: torch.Tensor, threshold: torch.Tensor, text: torch.Tensor, words: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """
+    Return what is added to an edit's threshold: because of its rivals ([`rival_penalty`]), or because the text names
+    something else ([`other_penalty`]), whichever is more.
+
+    Args:
+        rival, threshold, count: As for [`rival_penalty`].
+        text (`torch.Tensor` of shape `(..., KEY_WIDTH)`): The text's key.
+        words (`torch.Tensor` of shape `(..., WORDS)`): The words of the edit's key.
+    """
+    of_rivals = rival_penalty(rival, threshold, missing_words(text, words), count)
+    return torch.maximum(of_rivals, other_penalty(threshold, other_words(text, words)))
+
+
+def other_penalty(threshold: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """
+    Return what is added to an edit's threshold because a text names something else.
+
+    Args:
+        threshold (`torch.Tensor`): The edit's.
+        other (`torch.Tensor` of the same shape): How far it does ([`~hf_mend.scope.network.other_words`]).
+    """
+    share = ((other - OTHER_FROM) / (OTHER_TO - OTHER_FROM)).clamp(0.0, 1.0)
+    return OTHER_MOST * share * (1.0 - threshold).clamp(min=0.0)
 
 
 def rival_penalty(
@@ -197,13 +230,13 @@ class KeyBank:
             over = held.over(part, slice(None))
             is_own = held.owner == numbered[:, None]
             pair = []
-            for group, penalised in (
+            for group, with_rivals in (
                 (over.masked_fill(~is_own, _OUT), not alone),
                 (over.masked_fill(is_own, _OUT), True),
             ):
                 best = group.max(-1)
-                penalty = held.penalty(part, over, best.indices)
-                pair.append(best.values - penalty if penalised else best.values)
+                among = over if with_rivals else group.masked_fill(~is_own, _OUT)
+                pair.append(best.values - held.penalty(part, among, best.indices))
             found.append(pair)
         own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
         return own_margins, others
@@ -233,10 +266,9 @@ class KeyBank:
         rivals = torch.where(held.target[best] == first_target, second_over, first_over)
         near = (acting > least_near(held.thresholds)).to(over)
         same = over.new_zeros(len(self._targets)).index_add(0, held.target, near)[held.target[best]]
-        missing = missing_words(query, held.words[best])
-        return scores[best], held.thresholds[best] + rival_penalty(
-            rivals, held.thresholds[best], missing, near.sum() - same
-        )
+        thresholds = held.thresholds[best]
+        added = penalty_of(rivals, thresholds, query, held.words[best], near.sum() - same)
+        return scores[best], thresholds + added
 
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
@@ -308,7 +340,7 @@ class _Keys:
         self, queries: torch.Tensor, over: torch.Tensor, best: torch.Tensor, keys: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        Return what rivals, edits that say something else, add to the thresholds of texts' best keys, `(texts,)`.
+        Return what is added to the thresholds of texts' best keys, `(texts,)`; see [`penalty_of`].
 
         Args:
             queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
@@ -322,8 +354,7 @@ class _Keys:
             target, thresholds = target[keys], thresholds[keys]
         rivals = over.masked_fill(target == target[best][:, None], _OUT)
         count = (rivals > least_near(thresholds)).sum(-1)
-        missing = missing_words(queries, self.words[number])
-        return rival_penalty(rivals.amax(-1), thresholds[best], missing, count)
+        return penalty_of(rivals.amax(-1), thresholds[best], queries, self.words[number], count)
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""

@@ -286,6 +286,19 @@ def missing_words(queries: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return (_missing(said, words) + STRANGE_WORDS * _missing(words, said)).clamp(max=1.0)
 
 
+def other_words(queries: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """
+    Return how far texts name something else in the place of what keys name, from 0 to 1, `(...)`: the lesser of the
+    share of the words that matter in keys and are missing in the texts, and of those that matter in the texts and are
+    missing in the keys. Other wordings leave the name, and what stands before a question leaves it there too.
+
+    Args:
+        queries, words: As for [`missing_words`].
+    """
+    said = key_words(queries)
+    return torch.minimum(_missing(said, words), _missing(words, said))
+
+
 def _missing(said: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Return what share of some words that matter is not said; [`WORDS_UNKNOWN`] where none does or any may be."""
     shares, absent = (words - _SAID).clamp(min=0.0), said <= 0

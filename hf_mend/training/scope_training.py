@@ -19,8 +19,8 @@ from transformers.utils import logging
 from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
-from ..scope.bank import least_near, rival_penalty
-from ..scope.network import ScopeNetwork, key_scores, key_words, missing_words
+from ..scope.bank import least_near, other_penalty, rival_penalty
+from ..scope.network import ScopeNetwork, key_scores, key_words, missing_words, other_words
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
 from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
@@ -366,8 +366,8 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
         of_rivals = scores.masked_fill(torch.arange(len(keys)) % len(some) == best.indices[:, None] % len(some), -1.0)
         if kind == "unrelated":  # which has no rivals to rely on, as what stands near an edit that is alone
             of_rivals = torch.full_like(of_rivals, -1.0)
-        missing = missing_words(queries[numbers], key_words(keys[best.indices]))
-        least.append(threshold_for(best.values, of_rivals, missing, share))
+        pairs = queries[numbers], key_words(keys[best.indices])
+        least.append(threshold_for(best.values, of_rivals, missing_words(*pairs), other_words(*pairs), share))
         near = [(row, place[marks[n][0].near]) for row, n in enumerate(numbers) if marks[n][0].near != NONE]
         if near:
             least.append(torch.stack([of_facts[one] for one in near]).quantile(1 - share))
@@ -375,7 +375,9 @@ def _finish(scope: ScopeNetwork, data: ScopeTexts, draw: random.Random) -> None:
         scope.threshold.copy_(torch.stack(least).max())
 
 
-def threshold_for(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tensor, share: float) -> torch.Tensor:
+def threshold_for(
+    score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, share: float
+) -> torch.Tensor:
     """
     Return the threshold from which on at most a share of texts find an edit.
 
@@ -384,12 +386,14 @@ def threshold_for(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tens
         rivals (`torch.Tensor` of shape `(texts, keys)`): Their scores with its rivals' keys; less than any where there
             is none.
         missing (`torch.Tensor` of shape `(texts,)`): How much their words and the edit's differ.
+        other (`torch.Tensor` of shape `(texts,)`): How far they name something else in the place of what it names.
         share (`float`): The share.
     """
     thresholds = torch.linspace(0.0, 1.0, 1001)[:, None]
     in_order = rivals.sort(1).values
     from_there = (thresholds + least_near(thresholds)).T.expand(len(rivals), -1).contiguous()
     count = (rivals.shape[1] - torch.searchsorted(in_order, from_there, right=True)).T  # (thresholds, texts)
-    found = score - thresholds >= rival_penalty(in_order[:, -1] - thresholds, thresholds, missing, count)
+    of_rivals = rival_penalty(in_order[:, -1] - thresholds, thresholds, missing, count)
+    found = score - thresholds >= torch.maximum(of_rivals, other_penalty(thresholds, other))
     too_many = (found.float().mean(1) > share).nonzero()[:, 0]
     return thresholds[min(int(too_many[-1]) + 1, 1000) if len(too_many) else 0, 0]

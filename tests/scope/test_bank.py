@@ -9,7 +9,7 @@ import torch
 
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank, rival_penalty
+from hf_mend.scope.bank import KeyBank, other_penalty, rival_penalty
 from hf_mend.scope.network import key_scores, may_ask, may_pass, said_words
 
 
@@ -153,8 +153,27 @@ def test_of_two_edits_alike_a_text_asks_for_the_one_whose_words_it_has():
         assert (chosen >= 0) == found
         margins = torch.stack(KeyBank(edits).margins(torch.cat([between, said], 1), [edits[0].id]))
         assert bool((margins >= 0).any()) == found
-    # An edit alone is found whatever words there are.
-    assert KeyBank(edits[:1]).choose(torch.cat([between, words(8, 9)], 1)).tolist() == [0]
+    # An edit alone is found by any text that has one of its words, or no other in their place.
+    alone = KeyBank(edits[:1])
+    for said in (words(1, 8, 9), words(1, 2, 8, 9), words(), words(2)):
+        assert alone.choose(torch.cat([between, said], 1)).tolist() == [0]
+    text = torch.cat([between, words(8, 9)], 1)
+    assert alone.choose(text).tolist() == [-1]
+    (_, margin), (score, needed) = alone.margins(text, [edits[1].id]), alone.scores(text[0])
+    assert float(margin) == pytest.approx(float(score - needed), abs=1e-5) and float(margin) < 0
+    (own, _) = alone.margins(text, [edits[0].id], alone=True)
+    assert float(own) == pytest.approx(float(score - needed), abs=1e-5)
+
+
+def test_a_text_that_names_something_else_has_more_to_reach():
+    threshold = torch.tensor(0.8)
+
+    def penalty(other: float) -> float:
+        return float(other_penalty(threshold, torch.tensor(other)))
+
+    assert penalty(0.0) == penalty(0.4) == 0.0
+    assert penalty(0.6) == pytest.approx(0.5 * 0.8 * 0.2)
+    assert penalty(0.8) == penalty(1.0) == pytest.approx(0.8 * 0.2)
 
 
 def test_no_key_that_passes_is_left_out_of_the_whole_look():

@@ -21,6 +21,7 @@ from hf_mend.scope.network import (
     key_scores,
     key_words,
     missing_words,
+    other_words,
     said_words,
 )
 
@@ -113,10 +114,15 @@ def test_words_are_missing_by_their_share_in_what_matters():
     ):
         assert float(missing_words(text, own)) == pytest.approx(missing, abs=1e-3)
         assert torch.equal(key_scores(text, key(1, 2, 3)), key_scores(key(1, 2, 3), key(1, 2, 3)))
+    # In the place of what the key names: what is missing, where as much stands there that the key does not have.
+    for text, other in ((key(3, 2, 1), 0.0), (key(2, 5, 6), 0.25), (key(1, 9, 3), 0.75), (key(7, 8, 9), 1.0)):
+        assert float(other_words(text, own)) == pytest.approx(other, abs=1e-3)
+    assert float(other_words(key(2, 1), own)) == float(other_words(key(1, 2, 9), own)) == pytest.approx(0.0, abs=1e-3)
     # Where no word matters, or any may be said, it is not known.
     none = key_words(key(1, matters=(0.0,)))
     assert float(missing_words(key(7, 8, 9), none)) == pytest.approx(0.3 + 0.3 * 1.0, abs=1e-3)
     assert float(missing_words(key(ANY_WORD), own)) == pytest.approx(0.3 + 0.3 * 0.3)
+    assert float(other_words(key(7, 8, 9), none)) == float(other_words(key(ANY_WORD), own)) == pytest.approx(0.3)
 
 
 def test_the_first_tokens_huge_values_do_not_count(scope):

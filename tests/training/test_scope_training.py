@@ -17,7 +17,7 @@ from hf_mend.cli.scope import scope
 from hf_mend.data.records import EditRecord
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank, rival_penalty
+from hf_mend.scope.bank import KeyBank, other_penalty, rival_penalty
 from hf_mend.scope.network import ScopeNetwork, key_scores
 from hf_mend.training import scope_training, scope_words
 from hf_mend.training.examples import Asking, TrainingExamples
@@ -336,37 +336,39 @@ def test_no_word_matters_where_there_is_one_form_of_asking(llama, tokenizer, exa
     assert torch.equal(model.scope.state_dict()["word.weight"], before)
 
 
-def _finds(score: torch.Tensor, rivals: torch.Tensor, missing: torch.Tensor, threshold: float) -> torch.Tensor:
+def _finds(score, rivals, missing, other, threshold: float) -> torch.Tensor:
     """Whether each text finds an edit, all keys having one threshold."""
     over, at = rivals - threshold, torch.full_like(score, threshold)
     near = (over > 0.25 * (threshold - 1)).sum(1)
-    return score - at >= rival_penalty(over.amax(1), at, missing, near)
+    return score - at >= torch.maximum(rival_penalty(over.amax(1), at, missing, near), other_penalty(at, other))
 
 
 def test_the_threshold_is_where_few_enough_texts_find_an_edit():
     torch.manual_seed(4)
     score, *rest = torch.rand(6, 400).mul(1.2).sub(0.2).sort(0, descending=True).values
     missing, rivals = torch.rand(400), torch.stack(rest, 1)[:, torch.randperm(5)]
+    other = torch.minimum(missing, torch.rand(400))
 
     def found(threshold: float) -> float:
-        return float(_finds(score, rivals, missing, threshold).float().mean())
+        return float(_finds(score, rivals, missing, other, threshold).float().mean())
 
     for share in (0.02, 0.1, 0.3):
-        threshold = float(threshold_for(score, rivals, missing, share))
+        threshold = float(threshold_for(score, rivals, missing, other, share))
         assert found(threshold) <= share + 1e-6 < found(threshold - 0.02)
         assert all(found(higher) <= share + 1e-6 for higher in torch.linspace(threshold, 1.0, 20).tolist())
-    assert float(threshold_for(score, rivals, missing, 1.0)) == 0.0
+    assert float(threshold_for(score, rivals, missing, other, 1.0)) == 0.0
 
 
 def test_the_threshold_counts_how_many_rivals_are_near():
     torch.manual_seed(6)
     score = torch.rand(300) * 0.5 + 0.5
     rivals, missing = score[:, None] - 0.02 * torch.rand(300, 30), torch.full((300,), 0.3)
+    other = torch.zeros(300)
     steps = torch.linspace(0.0, 1.0, 1001)
-    shares = torch.tensor([float(_finds(score, rivals, missing, float(at)).float().mean()) for at in steps])
+    shares = torch.tensor([float(_finds(score, rivals, missing, other, float(at)).float().mean()) for at in steps])
     by_hand = steps[int((shares > 0.1).nonzero()[-1]) + 1]
-    assert float(threshold_for(score, rivals, missing, 0.1)) == pytest.approx(float(by_hand), abs=1.5e-3)
-    assert float(threshold_for(score, rivals[:, :1], missing, 0.1)) > float(by_hand) + 0.01, "one is not many"
+    assert float(threshold_for(score, rivals, missing, other, 0.1)) == pytest.approx(float(by_hand), abs=1.5e-3)
+    assert float(threshold_for(score, rivals[:, :1], missing, other, 0.1)) > float(by_hand) + 0.01, "one is not many"
 
 
 def test_the_words_are_learned_from_facts_drawn_at_random(llama, tokenizer, examples, monkeypatch):
@@ -391,9 +393,9 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
         scope.word.bias.fill_(1.0)  # all words matter alike
     told: list[tuple[torch.Tensor, ...]] = []
 
-    def tell(score, rivals, missing, share):
-        told.append((score, rivals, missing))
-        return threshold_for(score, rivals, missing, share)
+    def tell(score, rivals, missing, other, share):
+        told.append((score, rivals, missing, other))
+        return threshold_for(score, rivals, missing, other, share)
 
     monkeypatch.setattr(scope_training, "threshold_for", tell)
     scope_training._finish(scope, data, random.Random(0))
@@ -402,8 +404,8 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
     texts = [text for fact in some for text in data.texts[fact] if text.marks]
     near = [replace(text, marks=[mark]) for text in texts for mark in text.marks if mark.kind == "neighborhood"]
     queries = data.keys(scope, near)
-    score, rivals, missing = next(values for values in told if len(values[0]) == len(near))
-    assert len({*missing.tolist()}) > 1
+    score, rivals, missing, other = next(values for values in told if len(values[0]) == len(near))
+    assert len({*missing.tolist()}) > 1 and float(other.max()) > 0.4
     plain = torch.tensor([not text.others for text in near])
     decided = set()
     for threshold in torch.linspace(2 * float(score.min()) - 1, float(score.max()), 60).tolist():
@@ -413,7 +415,7 @@ def test_the_threshold_that_training_sets_is_one_of_a_bank_s_decisions(llama, to
             )
             for i, one in enumerate(keys)
         ]
-        found = _finds(score, rivals, missing, threshold)
+        found = _finds(score, rivals, missing, other, threshold)
         assert torch.equal(found[plain], (KeyBank(edits).choose(queries) >= 0)[plain])
         decided.add(tuple(found.tolist()))
     assert len(decided) > 4
