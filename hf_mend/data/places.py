@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,3 +75,9 @@ def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors of one dtype one behind the other, as they are: autocast would change some, and refuse others."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.cat([*tensors])

@@ -98,7 +98,7 @@ def _decoded(kept: Sequence[FourBitUpdates | None], found: Mapping[str, Update])
     """Return what is kept of all rows' updates, in the shapes of those that were found, and side by side likewise."""
     decoded: dict[str, Update] = {}
     for names in of_one_shape(found):
-        u, v = (torch.zeros(len(names), *side.shape) for side in found[names[0]])
+        u, v = (torch.zeros(len(names), *side.shape, dtype=torch.float32) for side in found[names[0]])
         for row, one in enumerate(kept):
             if one is not None:
                 for i, name in enumerate(names):

@@ -83,7 +83,7 @@ def make_edits(
     if not method.trains and not method.is_calibrated:
         with active.disabled():
             observe_calibration_text(context, encoder)
-    with active.draft():  # until all is made, nobody else sees any of it
+    with active.draft(of_call=True):  # until all is made, nobody else sees any of it
         results = _made(call, delta)
         made = active.snapshot
     active.install(made)
@@ -109,7 +109,8 @@ def _made(call: Call, delta: Edit | None) -> list[EditResult]:
     requests, encoder, before = [*call.requests], call.encoder, call.active.snapshot
     first_of: dict[tuple[str, bool], int] = {}
     for i, request in enumerate(requests):
-        first_of.setdefault(request.prompt_key, i)
+        first = first_of.setdefault(request.prompt_key, i)
+        call.requests[first] = call.requests[first].with_probes_of(request)
     own = call.together.own([*first_of.values()])
     owned = {*own}
     asked = [i for i, request in enumerate(requests) if first_of[request.prompt_key] in owned]

@@ -82,6 +82,11 @@ class EditRequest:
         """Whether both want the same answer to the same prompt."""
         return self.prompt_key == other.prompt_key and self.target.split() == other.target.split()
 
+    def with_probes_of(self, other: EditRequest) -> EditRequest:
+        """Return the request with the probes of another for the same, too."""
+        said = [*dict.fromkeys([*self.paraphrases, *other.paraphrases])]
+        return replace(self, paraphrases=said, locality=[*dict.fromkeys([*self.locality, *other.locality])])
+
     @property
     def probes(self) -> list[Query]:
         """The paraphrases, with the target as their answer, then the locality prompts."""

@@ -13,6 +13,7 @@ from ..bases.fused import fetched
 from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch, Encoder, Query, length_batches
 from ..data.forms import packaged_texts, writes_chats
+from ..data.places import joined
 from ..edits.edit import Edit
 from ..edits.edit_scope import EditScope
 from ..scope.bank import KeyBank
@@ -22,6 +23,8 @@ from ..scope.network import key_scores
 
 # Two keys as alike as this are one to the scope.
 _SAME = 0.999
+# Tokens that no chat template adds.
+_MOST_IN_TEMPLATE = 2048
 # Texts and tokens of one pass.
 _ROWS, _TOKENS = 64, 4096
 
@@ -98,8 +101,9 @@ def _all_keys(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: Hi
     read = hidden.hidden if hidden.encoder is None else hidden.encoder
     scope = gate.scope.to(read.device)
     inputs = {name: rows.inputs[name].to(read.device) for name in ("input_ids", "attention_mask")}
-    states = scope.token_states(read, inputs["attention_mask"], words=gate.words(*inputs.values()))
-    return scope.keys(states, last=1 if _of_two(rows) else None)
+    with torch.autocast(read.device.type, enabled=False):  # as in the model's own passes
+        states = scope.token_states(read, inputs["attention_mask"], words=gate.words(*inputs.values()))
+        return scope.keys(states, last=1 if _of_two(rows) else None)
 
 
 def own_queries(
@@ -107,7 +111,8 @@ def own_queries(
 ) -> dict[str, Query]:
     """
     Return the forms of a request in which its edit is made, whose keys it gets: the prompt, the same as a turn of a
-    chat (or out of it), and its paraphrases. Their answers end: what follows is the un-edited model's own.
+    chat (or out of it), and its paraphrases. Their answers end: what follows is the un-edited model's own. A form of
+    the prompt that is longer than the model takes is left out.
 
     Args:
         query ([`Query`]): The prompt with its target.
@@ -128,7 +133,20 @@ def own_queries(
         before = " ".join(random.Random(query.prompt).sample(_lines(), 2)) + "\n"
         forms["as a question"] = replace(plain, prompt=query.prompt.rstrip(" ?") + "?")
         forms["behind text"] = encoder.shortened(replace(plain, context=before), longest)
-    return forms | {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
+    forms |= {repr(text): replace(query, prompt=text, subject=None) for text in paraphrases}
+    if longest is None:
+        return forms
+    # The prompt and its paraphrases have been checked without the token that ends the answer; other forms are longer.
+    fitting = {name: one if _fits(one, encoder, longest) else replace(one, ends=False) for name, one in forms.items()}
+    return {name: one for name, one in fitting.items() if one.ends or _fits(one, encoder, longest)}
+
+
+def _fits(query: Query, encoder: Encoder, longest: int) -> bool:
+    said = [query.prompt, query.answer, query.context, query.system, *(text for _, text in query.turns)]
+    if _MOST_IN_TEMPLATE + 4 * sum(len(text or "") for text in said) <= longest:
+        return True  # a letter has at most four bytes, and a token at least one
+    lengths = [len(ids) for ids in encoder.tokens(query)]
+    return (max if encoder.is_encoder_decoder else sum)(lengths) <= longest
 
 
 @cache
@@ -219,7 +237,8 @@ def excluding(
         return scope
     last = encoder([replace(query, answer=None) for query in queries]).to(split.device)
     keys = torch.cat(keys_of(gate, split, last)).half()
-    alike = key_scores(keys, scope.keys).max(-1)
+    with torch.autocast(keys.device.type, enabled=False):
+        alike = key_scores(keys, scope.keys).max(-1)
     for query, score, index in zip(queries, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:
             raise ValueError(
@@ -230,15 +249,16 @@ def excluding(
 
 
 def _with_excluded(scope: EditScope, keys: torch.Tensor, texts: Sequence[str]) -> EditScope:
-    before = scope.excluded if len(scope.excluded) else keys.new_zeros(0, keys.shape[1])
-    return replace(scope, excluded=torch.cat([before, keys]), excluded_texts=[*scope.excluded_texts, *texts])
+    excluded = joined([scope.excluded, keys]) if len(scope.excluded) else keys
+    return replace(scope, excluded=excluded, excluded_texts=[*scope.excluded_texts, *texts])
 
 
 def excluded_by(scope: EditScope, more: EditScope) -> tuple[str, str] | None:
     """Return a text of `more` that asks for what an edit excludes, and that; `None` where there is none."""
     if not len(scope.excluded):
         return None
-    alike = key_scores(more.keys, scope.excluded).max(-1)
+    with torch.autocast(more.keys.device.type, enabled=False):
+        alike = key_scores(more.keys, scope.excluded).max(-1)
     for text, score, index in zip(more.texts, alike.values.tolist(), alike.indices.tolist(), strict=True):
         if score > _SAME:
             return text, scope.excluded_texts[index]
@@ -270,7 +290,8 @@ def silent_before(edit: Edit, keys: torch.Tensor, texts: Sequence[str]) -> Edit:
     """
     scope = edit.scope
     assert scope is not None
-    other = key_scores(keys.half().float(), scope.keys.float()).amax(-1) <= _SAME
+    with torch.autocast(keys.device.type, enabled=False):
+        other = key_scores(keys.half().float(), scope.keys.float()).amax(-1) <= _SAME
     named = [text for text, one in zip(texts, other.tolist(), strict=True) if one]
     return replace(edit, scope=_with_excluded(scope, keys[other].half(), named))
 
@@ -291,7 +312,8 @@ def report(edit: Edit, bank: KeyBank, strictness: float = 0.0) -> ScopeReport:
     missed = dict.fromkeys(text for text, one in zip(scope.texts, chosen, strict=True) if one != edit.id)
     taken = next((one for one in chosen if one not in (None, edit.id)), None)
     nearest, nearest_score = bank.nearest(edit.id, scope.keys)
-    own = key_scores(scope.keys, scope.keys).max(-1).values.min()
+    with torch.autocast(scope.keys.device.type, enabled=False):
+        own = key_scores(scope.keys, scope.keys).max(-1).values.min()
     return ScopeReport(
         float(own), float(scope.thresholds.max()) + strictness, tuple(missed), taken, nearest, nearest_score
     )

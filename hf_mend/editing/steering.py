@@ -15,6 +15,7 @@ from ..bases.split import SplitModel
 from ..data.chat import as_turn
 from ..data.checks import check_query
 from ..data.encoding import Encoder, Query
+from ..data.places import joined
 from ..edits.active import ActiveEdits
 from ..edits.collection import check_known
 from ..edits.edit import Edit
@@ -236,7 +237,7 @@ class ActsWhereAsked:
             )
         scope = replace(
             edit.scope,
-            keys=torch.cat([edit.scope.keys, more.keys]),
+            keys=joined([edit.scope.keys, more.keys]),
             thresholds=torch.cat([edit.scope.thresholds, more.thresholds]),
             texts=[*edit.scope.texts, *more.texts],
         )

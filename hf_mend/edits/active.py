@@ -13,6 +13,7 @@ from torch import nn
 from ..bases.merge_adapters import merge_adapters_, weight_with_adapters
 from ..bases.targets import Target, named_layers
 from ..bases.weights import add_to_weight_, check_finite_weight, check_own_weight, with_update, writable_weight
+from ..data.places import joined
 from .collection import check_apart, check_known
 from .edit import Edit, check_required, warn_of_no_scope, without_scopes
 from .hook import Gate
@@ -234,7 +235,7 @@ def _check_keys(edits: Sequence[Edit], source: str | Path) -> None:
     """Refuse keys that are no unit vectors, of all edits at once: an overflow in a score would stop every text."""
     scopes = [edit.scope for edit in edits if edit.scope is not None]
     tensors = [*(one.keys for one in scopes), *(one.excluded for one in scopes if one.excluded.numel())]
-    if tensors and float(torch.cat(tensors).abs().max()) > _LARGEST_IN_KEY:
+    if tensors and float(joined(tensors).abs().max()) > _LARGEST_IN_KEY:
         first = next(
             edit.id
             for edit in edits

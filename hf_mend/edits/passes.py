@@ -143,8 +143,11 @@ class ActsInPasses:
     def acting(self) -> Snapshot:
         """What acts in this thread's pass."""
         seen = views(self)
-        if any(view.disabled for view in seen):
-            return _NOTHING
+        for view in seen:
+            if view.disabled:
+                return _NOTHING
+            if view.of_call:
+                break
         for view in seen:
             if view.snapshot is not None:
                 return view.snapshot
@@ -201,10 +204,17 @@ class ActsInPasses:
             yield
 
     @contextmanager
-    def draft(self) -> Iterator[None]:
-        """Keep changes of the edits that are made within the context to it, and to this thread or task."""
+    def draft(self, of_call: bool = False) -> Iterator[None]:
+        """
+        Keep changes of the edits that are made within the context to it, and to this thread or task.
+
+        Args:
+            of_call (`bool`, defaults to `False`): Let edits act within it that are disabled around it.
+        """
         now = self._now
-        with self._seen(View(self, draft=True), replace(now, preserved_keys=now.preserved_keys.copy())):
+        with self._seen(
+            View(self, draft=True, of_call=of_call), replace(now, preserved_keys=now.preserved_keys.copy())
+        ):
             yield
 
     @contextmanager

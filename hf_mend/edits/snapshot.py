@@ -87,11 +87,21 @@ class Snapshot:
         )
 
     def _bank_of(self, scoped: Sequence[Edit], bank: Callable[..., Any]) -> Any:
-        """Return the bank of some edits, made from the present one: what both have is not looked at again."""
-        before = {} if self.bank is None else {edit.id: edit.scope for edit in self.scoped.values()}
-        after = {edit.id: edit.scope for edit in scoped}
-        gone = [one for one, scope in before.items() if after.get(one) is not scope]
-        return bank([edit for edit in scoped if before.get(edit.id) is not edit.scope], self.bank, gone)
+        """
+        Return the bank of some edits, made from the present one: what both have is not looked at again, up to the
+        first edit that is new or changed. Of edits that are one to the scope the later one counts.
+        """
+        before = {} if self.bank is None else self.scoped
+        places = {edit_id: place for place, edit_id in enumerate(before)}
+        kept: set[str] = set()
+        last = -1
+        for edit in scoped:
+            known = before.get(edit.id)
+            if known is None or known.scope is not edit.scope or places[edit.id] < last:
+                break
+            kept.add(edit.id)
+            last = places[edit.id]
+        return bank(scoped[len(kept) :], self.bank, [one for one in before if one not in kept])
 
     def _takes(self, new: Sequence[Edit]) -> bool:
         """Whether further edits act beside all that do, and change nothing of them."""

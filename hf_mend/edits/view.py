@@ -23,10 +23,12 @@ class View:
         of: The [`~hf_mend.edits.active.ActiveEdits`].
         draft (`bool`, defaults to `False`): Changes of the edits made in this context stay in it.
         disabled (`bool`, defaults to `False`): No edit acts.
+        of_call (`bool`, defaults to `False`): What is disabled around this context acts in it: a call that makes edits
+            looks at them.
     """
 
-    def __init__(self, of: Any, draft: bool = False, disabled: bool = False):
-        self.of, self.draft, self.disabled = of, draft, disabled
+    def __init__(self, of: Any, draft: bool = False, disabled: bool = False, of_call: bool = False):
+        self.of, self.draft, self.disabled, self.of_call = of, draft, disabled, of_call
         self.snapshot: Snapshot | None = None  # the edits seen; `None`: those that are seen outside
         self.is_open = True
         self.reference = weakref.ref(self)

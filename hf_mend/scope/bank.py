@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
-from ..data.places import on_device
+from ..data.places import joined, on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
 from .network import key_parts, key_scores, key_words, may_ask, may_pass, missing_words, other_words, part_scores
 
+
+Found = TypeVar("Found")
 
 # Tokens whose scores with all keys are in memory at once, by the number of keys.
 _SCORES_AT_ONCE = 1 << 24
@@ -86,6 +90,18 @@ def least_near(threshold: torch.Tensor) -> torch.Tensor:
     return RIVAL_NEAR * (threshold - 1.0)
 
 
+def _in_full_precision(method: Callable[..., Found]) -> Callable[..., Found]:
+    """Let a method that takes keys compare them as they are, also where its caller casts to less."""
+
+    @wraps(method)
+    def exact(*args: Any, **kwargs: Any) -> Found:
+        keys = next(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
+        with torch.autocast(keys.device.type, enabled=False):
+            return method(*args, **kwargs)
+
+    return exact
+
+
 class KeyBank:
     """
     Find the edit that a text asks for. A bank never changes; others are made from it at the cost of what differs.
@@ -100,7 +116,7 @@ class KeyBank:
         self._owner = GrowingRows(torch.zeros(0, dtype=torch.long))
         self._target = GrowingRows(torch.zeros(0, dtype=torch.long))  # number of what the edit says
         self._targets: dict[str, int] = {}
-        self._thresholds = GrowingRows(torch.zeros(0))  # infinite for an edit that is gone
+        self._thresholds = GrowingRows(torch.zeros(0, dtype=torch.float32))  # infinite for an edit that is gone
         self._parts: list[GrowingRows] = []  # of the keys, and behind them their words
         self._excluded: dict[int, torch.Tensor] = {}
         # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
@@ -114,7 +130,7 @@ class KeyBank:
             return
         self.ids = [*self.ids, *(edit.id for edit in edits)]
         self.numbers = self.numbers | {edit.id: first + i for i, edit in enumerate(edits)}
-        keys = torch.cat([one.keys for one in scopes])
+        keys = joined([one.keys for one in scopes])
         parts = [*key_parts(keys), key_words(keys)]
         before = self._parts or [GrowingRows(part.new_zeros(0, part.shape[1])) for part in parts]
         self._parts = [rows.extended([_on(part, rows)]) for rows, part in zip(before, parts, strict=True)]
@@ -185,6 +201,7 @@ class KeyBank:
         owner, target, thresholds, *parts, words = (one.rows for one in held)
         return _Keys(parts, words, owner, target, thresholds, self._excluded)
 
+    @_in_full_precision
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the number of the edit that each text asks for, -1 where it asks for none.
@@ -204,6 +221,7 @@ class KeyBank:
         allowed = [None] * len(parts) if only is None else only.to(queries.device).split(size)
         return torch.cat([held.choose(*pair, strictness) for pair in zip(parts, allowed, strict=True)])
 
+    @_in_full_precision
     def margins(
         self, queries: torch.Tensor, own: Sequence[str], alone: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,6 +259,7 @@ class KeyBank:
         own_margins, others = (torch.cat(parts).clamp(min=_OUT) for parts in zip(*found, strict=True))
         return own_margins, others
 
+    @_in_full_precision
     def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Return each edit's score with a text, and what it has to reach, by number: the threshold of the key that it is
@@ -270,6 +289,7 @@ class KeyBank:
         added = penalty_of(rivals, thresholds, query, held.words[best], near.sum() - same)
         return scores[best], thresholds + added
 
+    @_in_full_precision
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
         """
         Return the id of the other edit that has a key most like one of an edit's, and how alike they are.

@@ -612,3 +612,106 @@ def test_probes_that_begin_alike_do_not_warn_of_a_cache(model, caplog, monkeypat
     with torch.no_grad():
         said = [int(model(**model.tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()) for text in texts]
     assert [probe.after for probe in shared.locality] == [model.encoder.decode([token]) for token in said]
+
+
+# ---- edits that are one to the scope ----
+
+
+def alike(model):
+    """Two edits of one prompt, in two forms of which each has the keys of both; the later one acts."""
+    first = model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    second = model.edit(PROMPT, RECORDS[1].target, chat=True, max_steps=1, check=False)
+    return first.id, second.id
+
+
+def acts(model):
+    return [one.id for one in model.which_edits(PROMPT) if one.acts]
+
+
+@pytest.mark.parametrize("change", ["undo", "disable", "include", "exclude", "temporary", "other", "save"])
+def test_of_edits_alike_the_later_acts_whatever_comes_and_goes(chat_model, tmp_path, change):
+    first, second = alike(chat_model)
+    before = all_logits(chat_model, chat_model.tokenizer, PROMPT)
+    assert acts(chat_model) == [second]
+    if change == "undo":
+        chat_model.edit(PROMPT, "lima town", max_steps=1, check=False)
+        chat_model.undo()
+    elif change == "disable":
+        chat_model.disable_edit(first)
+        chat_model.enable_edit(first)
+    elif change in ("include", "exclude"):
+        getattr(chat_model, change)(first, [OTHER])
+    elif change == "temporary":
+        with chat_model.edited(PROMPT, "lima town", max_steps=1, check=False):
+            assert acts(chat_model) != [second]
+    elif change == "other":
+        chat_model.disable_edit(first)
+        chat_model.disable_edit(second)
+        chat_model.enable_edit(second)
+        chat_model.enable_edit(first)
+    else:
+        chat_model.include(first, [OTHER])
+        chat_model.save_edits(tmp_path)
+        chat_model.undo_all()
+        chat_model.load_edits(tmp_path)
+    assert acts(chat_model) == [second] and [edit.id for edit in chat_model.edits] == [first, second]
+    assert torch.equal(all_logits(chat_model, chat_model.tokenizer, PROMPT), before)
+
+
+# ---- edits that are made in unusual contexts ----
+
+
+def test_an_edit_that_is_made_while_edits_are_disabled_is_checked_as_ever(llama, tokenizer):
+    there, here = (scoped(copy.deepcopy(llama), tokenizer, edit_lr=0.1) for _ in range(2))
+    expected = there.edit(PROMPT, TARGET, locality=OTHER)
+    with here.disable_edits():
+        before = all_logits(here, tokenizer, PROMPT)
+        result = here.edit(PROMPT, TARGET, locality=OTHER)
+        assert torch.equal(all_logits(here, tokenizer, PROMPT), before), "the edits stay disabled"
+        again = here.edit(PROMPT, TARGET)
+    assert expected.success and result.success and result.locality == expected.locality
+    assert result.probability_after == pytest.approx(expected.probability_after)
+    assert again.already_known and [edit.id for edit in here.edits] == [result.id]
+    assert torch.equal(all_logits(here, tokenizer, PROMPT), all_logits(there, tokenizer, PROMPT))
+
+
+def test_while_all_are_disabled_a_temporary_edit_is_too(model):
+    before = all_logits(model, model.tokenizer, PROMPT)
+    with model.disable_edits(), model.edited(PROMPT, TARGET, max_steps=1, check=False):
+        assert torch.equal(all_logits(model, model.tokenizer, PROMPT), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_the_caller_casts_keys_are_those_of_the_model_s_own_passes(model, tmp_path, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        result = model.edit(PROMPT, TARGET, locality=OTHER, max_steps=1, check=False)
+        model.edit(RECORDS[1].prompt, RECORDS[1].target, max_steps=1, check=False)
+        assert model.which_edits(PROMPT)[0].acts and model.edits[0].scope.excluded_texts == [OTHER]
+        model.save_edits(tmp_path)
+        model.undo_all()
+        model.load_edits(tmp_path)
+        assert [one.id for one in model.which_edits(PROMPT) if one.acts] == [result.id]
+
+
+def test_the_default_dtype_is_nobody_s_precision(model):
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    threshold = model.which_edits(PROMPT)[0].threshold
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            model.undo_all()
+            model.edit(PROMPT, TARGET, max_steps=1, check=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert model.which_edits(PROMPT)[0].threshold == threshold
+
+
+@pytest.mark.parametrize("bare_first", [True, False])
+def test_equal_requests_share_their_probes(model, bare_first):
+    bare = replace(RECORDS[0], paraphrases=[], neighborhood=[])
+    full = replace(bare, paraphrases=["the far north has"], neighborhood=[OTHER])
+    results = model.edit([bare, full] if bare_first else [full, bare], max_steps=1)
+    (edit,) = model.edits
+    assert "'the far north has'" in edit.scope.texts and edit.scope.excluded_texts == [OTHER]
+    counts = [(len(result.paraphrases), len(result.locality)) for result in results]
+    assert counts == ([(0, 0), (1, 1)] if bare_first else [(1, 1), (0, 0)])
