@@ -32,7 +32,7 @@ def test_a_call_interrupted_at_any_of_some_lines_has_happened_or_not(
     tokenizer, tmp_path, name, with_scope, with_store
 ):
     model = checked(name, tokenizer, tmp_path, with_scope, with_store)
-    assert model.interrupt(some_of(model.lines, 15)) == []
+    assert model.interrupt(some_of(model.lines, 8)) == []
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ def test_edits_that_are_measured_are_gone_even_if_a_second_interrupt_comes_while
 
     lines = lines_of(made)
     ours = [number for number, line in enumerate(lines, start=1) if line[0] == made_edits.__file__]
-    for number in [*ours[:: len(ours) // 6], *some_of(lines, 5)]:
+    for number in [*ours[:: len(ours) // 3], *some_of(lines, 3)]:
         where = interrupted(lambda number=number: made(number), number, times=2)
         assert model.edits == own and torch.equal(all_logits(model, model.tokenizer), plain), where
     assert model._active.store is None and len(made()) == 2

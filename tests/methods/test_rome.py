@@ -23,8 +23,10 @@ def text_of(tokenizer, ids) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("subject", ["france", None, "nowhere in it"])
+@pytest.mark.parametrize(
+    ("architecture", "subject"),
+    [("llama", "france"), ("gpt2", "france"), ("t5", "france"), ("llama", None), ("gpt2", "nowhere in it")],
+)
 def test_rome_is_the_closed_form_and_adam_on_the_value(base, tokenizer, subject):
     copied = copy.deepcopy(base)
     options = {"layers_to_transform": [1], "num_steps": 5, "edit_lr": 0.2, "whiten_rank": 512, "whiten_ridge": 0.05}

@@ -67,10 +67,19 @@ def test_a_base_without_finite_values(tokenizer, tmp_path, monkeypatch):
         here.train()
 
 
-@pytest.mark.parametrize("left", ["no state", "half a state", "nothing", "no weights"])
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tokenizer, tmp_path, left):
-    first = trainer(tokenizer, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    """A training of four steps with two checkpoints, and its losses."""
+    folder = tmp_path_factory.mktemp("trained")
+    first = trainer(tokenizer, folder, max_steps=4, save_strategy="steps", save_steps=2)
     first.train()
+    return folder, losses(first)
+
+
+@pytest.mark.parametrize("left", ["no state", "half a state", "nothing", "no weights"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tokenizer, tmp_path, trained, left):
+    folder, expected = trained
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     broken = tmp_path / "checkpoint-4"
     if left == "nothing":
         shutil.rmtree(broken)
@@ -82,7 +91,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tokenizer, 
         (broken / ("trainer_state.json" if left == "no state" else "editor.safetensors")).unlink()
     again = trainer(tokenizer, tmp_path, max_steps=4)
     again.train(resume_from_checkpoint=True)
-    assert losses(again)[-2:] == pytest.approx(losses(first)[-2:], rel=1e-6)
+    assert losses(again)[-2:] == pytest.approx(expected[-2:], rel=1e-6)
     with pytest.raises(FileNotFoundError, match="checkpoint-4 is no checkpoint that was written to its end"):
         again.train(resume_from_checkpoint=str(broken))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint that was written to its end"):

@@ -39,7 +39,7 @@ from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path, architecture):
     model = fresh(tokenizer, architecture)
     weights = {name: value.clone() for name, value in model.base_model.state_dict().items()}
-    args = arguments(tmp_path, max_steps=30, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant")
+    args = arguments(tmp_path, max_steps=12, learning_rate=1e-2, step_learning_rate=0.1, lr_scheduler_type="constant")
     trainer = EditorTrainer(model, args, RECORDS, RECORDS[:2], questions=QUESTIONS)
     examples = TrainingExamples(RECORDS, QUESTIONS, seed=99)
     batch = EditCollator(model.encoder)([examples[i] for i in range(len(RECORDS))])
@@ -47,8 +47,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path,
     before = trainer.evaluate()
     first = float(EditingObjective(model)(batch).loss.detach())
     trainer.train()
-    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.1
-    assert len(losses(trainer)) == 30
+    assert float(EditingObjective(model)(batch).loss.detach()) < first - 0.04
+    assert len(losses(trainer)) == 12
     assert {"eval_edit_success", "eval_generality", "eval_neighborhood", "eval_unrelated", "eval_score"} <= set(before)
     assert all(torch.equal(value, weights[name]) for name, value in model.base_model.state_dict().items())
 
@@ -57,7 +57,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, tmp_path,
 def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method):
     model = fresh(tokenizer, method=method)
     args = arguments(
-        tmp_path, max_steps=15, per_device_train_batch_size=4, calls_per_batch=4, learning_rate=1e-2,
+        tmp_path, max_steps=6, per_device_train_batch_size=4, calls_per_batch=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
@@ -72,7 +72,7 @@ def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method)
 def test_malmen_trains(tokenizer, tmp_path):
     model = fresh(tokenizer, method="malmen")
     args = arguments(
-        tmp_path, max_steps=30, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
+        tmp_path, max_steps=12, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
