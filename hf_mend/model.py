@@ -220,6 +220,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         Raises:
             TypeError: Options of an upload are given without `push_to_hub`.
             ValueError: `safe_serialization` is off.
+            RuntimeError: The model has been merged or unloaded, and the edits or the base model's fingerprint would
+                be written, which it has no more.
         """
         if push_kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no option {next(iter(push_kwargs))!r} without push_to_hub=True")
@@ -227,6 +229,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
             raise ValueError(
                 "safe_serialization is False, and an editor is written as safetensors alone; leave it out"
             )
+        if edits or self.editor_config.base_fingerprint is None:
+            self._check_usable()
         if edits is None and self.edits and self._active.store is None:
             logger.warning(
                 f"the model carries edits ({len(self.edits)}), which are not saved with its editor; edits=True takes "
@@ -489,7 +493,8 @@ class EditableModel(PushesToHub, CarriesEdits, ActsWhereAsked, DelegatesToBase, 
         self._check_usable()
         with self._active.changing():
             self._active.store, self._spent = None, "base model was given back by unload()"
-            self._active.replace([])
+            self._active.replace([])  # in a context its own alone
+            self._active.discard()
             self._base_state.restore(self.base_model)
         return self.base_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
+from support.scope import scoped
 
 from hf_mend import EditorConfig, EditStore, get_editable_model
 from hf_mend.data.encoding import Query
@@ -194,6 +196,45 @@ def test_a_merged_model_is_spent(llama, tokenizer):
             call()
 
 
+@pytest.mark.parametrize("spent_by", ["merge_and_unload", "unload"])
+def test_nothing_is_saved_of_the_edits_of_a_spent_model(llama, tokenizer, tmp_path, spent_by):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    edit = model.edits[0]
+    model.save_edits(tmp_path / "edits")
+    model.save_lora(tmp_path / "lora")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    getattr(model, spent_by)()
+    for call in (
+        lambda: model.save_edits(tmp_path / "edits"),
+        lambda: model.save_lora(tmp_path / "lora"),
+        lambda: model.save_lora(tmp_path / "lora", [edit]),
+        lambda: model.save_pretrained(tmp_path / "editor", edits=True),
+        lambda: model.push_edits_to_hub("me/edits"),
+        lambda: model.push_lora_to_hub("me/lora"),
+        lambda: model.push_to_hub("me/editor", edits=True),
+        lambda: model.disable_edits().__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="wrap it anew"):
+            call()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_an_editor_is_not_saved_with_the_fingerprint_of_a_merged_base(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    again = copy.deepcopy(model)
+    again.save_pretrained(tmp_path / "before", edits=False)
+    for one in (model, again):
+        one.merge_and_unload()
+    with pytest.raises(RuntimeError, match="wrap it anew"):
+        model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    again.save_pretrained(tmp_path / "after")
+    first, second = (json.loads((tmp_path / name / "editor_config.json").read_text()) for name in ("before", "after"))
+    assert first["base_fingerprint"] == second["base_fingerprint"] is not None
+
+
 # ---- giving the base back ----
 
 
@@ -219,6 +260,33 @@ def test_unload_gives_the_base_back_as_it_was(base, tokenizer):
             call()
     again = editable(base, tokenizer)
     assert again.edits == [] and again.edit(PROMPT, TARGET, max_steps=1).steps == 1
+
+
+@pytest.mark.parametrize("context", ["edited", "carrying"])
+def test_unload_gives_the_base_back_from_within_a_context(llama, tokenizer, context):
+    before = all_logits(llama, tokenizer)
+    model = editable(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1)
+    with model.carrying([]) if context == "carrying" else model.edited(PROMPT, "lima town", max_steps=1):
+        base = model.unload()
+        assert torch.equal(all_logits(base, tokenizer), before)
+    assert torch.equal(all_logits(base, tokenizer), before) and model.edits == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_no_scope_takes_the_place_of_one_whose_edits_are_set_aside(llama, tokenizer):
+    model = scoped(llama, tokenizer)
+    model.edit(PROMPT, TARGET, max_steps=1, check=False)
+    edited, other = all_logits(model, tokenizer, PROMPT), copy.deepcopy(model.scope)
+    with torch.no_grad():
+        other.values.mul_(2)
+    with (
+        model.carrying([]),
+        pytest.raises(ValueError, match="carries edits with keys in its present scope.*undo_all"),
+    ):
+        model.set_scope(other)
+    assert model.scope is not other and torch.equal(all_logits(model, tokenizer, PROMPT), edited)
+    assert model.which_edits(PROMPT)[0].acts
 
 
 def test_an_open_store_keeps_its_edits_when_the_model_is_unloaded(llama, tokenizer, tmp_path):

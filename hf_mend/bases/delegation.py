@@ -36,8 +36,15 @@ _ADAPTERS = (
     "adapters go onto the base model before it is wrapped (a PeftModel can be wrapped), and load_lora adds an adapter "
     "as an edit"
 )
+_PADDED_BATCHES = (
+    "continuous batching lays the tokens of all requests side by side, and its paged cache keeps nothing of what a "
+    "scope has read, so that edits with a scope would be missed without a word; call generate with padded batches "
+    "instead"
+)
 # What people know from transformers and PEFT -> what to call in its place.
 _INSTEAD = {
+    "init_continuous_batching": _PADDED_BATCHES,
+    "continuous_batching_context_manager": _PADDED_BATCHES,
     "load_adapter": _ADAPTERS,
     "add_adapter": _ADAPTERS,
     "set_adapter": _ADAPTERS,
@@ -143,6 +150,18 @@ class DelegatesToBase:
             if self._active.is_hooked and hasattr(self.generation_config, "disable_compile"):
                 kwargs["disable_compile"] = True
             return self.base_model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raise an error: edits with a scope do not act where they should in transformers' continuous batching.
+
+        Raises:
+            NotImplementedError: Always; the message says what to call instead.
+        """
+        raise NotImplementedError(
+            f"an EditableModel has no generate_batch: {_PADDED_BATCHES}. base_model.generate_batch is right for edits "
+            "without a scope, and for the model without edits, which unload() gives back"
+        )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of one step of generation, as the base model does."""

@@ -212,7 +212,10 @@ def check_file(path: Path | None, content: str) -> None:
 
     Raises:
         FileNotFoundError: The file does not exist; the message names the expected content.
+        IsADirectoryError: It is a folder.
     """
+    if path is not None and path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a file of {content}")
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of {content}")
 

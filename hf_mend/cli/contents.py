@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ..config import CONFIG_NAME, EditorConfig
 from ..edits.edit import Edit
@@ -19,7 +19,7 @@ from ..hub.cards import CARD_NAME
 from ..hub.editor_files import FILES_BESIDE_CONFIG, MODEL_CONFIG_NAME, REPLACED_FILES, is_of_editor
 from ..hub.files import EDITS_NAME, SCOPE_NAME, WEIGHTS_NAME, files_like, opened, read_json_file, read_weights
 from ..hub.plots import CURVE_NAME, METRICS_NAME
-from ..hub.transfer import check_download, check_is_no_file, find_files
+from ..hub.transfer import check_download, check_is_no_file, download_error, find_files
 from ..scope.files import check_scope
 
 
@@ -82,6 +82,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except HFValidationError as error:
         raise FileNotFoundError(f"{name} is neither a folder here nor the id of a repository on the Hub") from error
+    except (OSError, HTTPError) as error:
+        raise download_error(error, name, revision) from error
     for path in folder.iterdir():
         check_download(path)
     return folder
@@ -97,9 +99,11 @@ def read_contents(folder: str | Path, name: str | None = None) -> Contents:
 
     Raises:
         FileNotFoundError: The folder holds no editor, edits or adapter.
+        NotADirectoryError: It is a file.
         ValueError: A file is damaged.
     """
     folder = Path(folder)
+    check_is_no_file(folder)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if CONFIG_NAME in present:
         kind, main = "editor", WEIGHTS_NAME

@@ -103,8 +103,10 @@ class ActsWhereAsked:
             scope ([`ScopeNetwork`]): The scope.
 
         Raises:
+            RuntimeError: The model has been merged or unloaded.
             ValueError: The model's edits act everywhere, or it carries edits with keys in its present scope.
         """
+        self._check_usable()
         self._scoped()
         if any(edit.scope is not None for edit in self._active.edits):
             raise ValueError("the model carries edits with keys in its present scope; undo_all() before set_scope")
@@ -142,10 +144,12 @@ class ActsWhereAsked:
             chat (`bool`, defaults to `False`): Treat a text as a user's turn in the tokenizer's chat template.
 
         Raises:
+            RuntimeError: The model has been merged or unloaded.
             TypeError: It is neither a text nor a chat.
             ValueError: The model's edits act everywhere, a chat has no user's turn at its end, or the text is empty or
                 longer than the model takes.
         """
+        self._check_usable()
         gate = self._scoped()
         query = as_query(text, chat)
         self._check_texts("which_edits", [query])

@@ -103,13 +103,39 @@ class ActiveEdits(ActsInPasses):
             finally:
                 self._tidy()
 
+    def check_lasting(self, name: str) -> None:
+        """
+        Check that the edits here are the model's own.
+
+        Args:
+            name (`str`): The method that is to keep them for good, for the message.
+
+        Raises:
+            RuntimeError: They are a draft's, and end with it.
+        """
+        if self._draft() is not None:
+            raise RuntimeError(
+                f"{name} was called within edited() or carrying(), whose edits end with them and are not for the "
+                "disk; call it before it or after it"
+            )
+
     def discard(self) -> None:
         """Remove all edits, from a model that is nobody's any more."""
         self._installed = Snapshot(self._installed.targets)
         self._tidy()
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Give edits that have a scope another gate; none of the present ones has one."""
+        """
+        Give edits that have a scope another gate.
+
+        Raises:
+            ValueError: Edits with a scope are set aside by a context, and would be without theirs after it.
+        """
+        if any(edit.scope is not None for edit in self._installed.edits):
+            raise ValueError(
+                "the model carries edits with keys in its present scope, which carrying() or edited() have set aside; "
+                "undo_all() outside of them before set_scope"
+            )
         self.gate = gate
         if gate is not None:
             gate.bank_now = self._acting_bank

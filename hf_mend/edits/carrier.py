@@ -171,9 +171,12 @@ class CarriesEdits:
         Raises:
             ValueError: It is damaged, or its edits are of another base model or in the model already; the model is as
                 it was.
-            RuntimeError: A store is open already.
+            IsADirectoryError: The path is a folder's.
+            RuntimeError: A store is open already, or this is within `edited` or `carrying`, whose edits end with
+                them.
         """
         self._check_usable()
+        self._active.check_lasting("open_store")
         with self._active.changing(), uncollected():
             if self._active.store is not None:
                 raise RuntimeError(f"the store {str(self._active.store.path)!r} is open; close_store() first")
@@ -195,7 +198,11 @@ class CarriesEdits:
         """
         Disable all edits within the context, for the thread or asyncio task that is in it: there the model answers as
         if it had none.
+
+        Raises:
+            RuntimeError: The model has been merged or unloaded; a merged base has the edits in its weights.
         """
+        self._check_usable()
         with self._active.disabled():
             yield
 
@@ -223,7 +230,12 @@ class CarriesEdits:
 
         Args:
             save_directory (`str` or `Path`): The folder; made if missing.
+
+        Raises:
+            RuntimeError: The model has been merged or unloaded, and carries no edits any more; the folder is as it
+                was.
         """
+        self._check_usable()
         write_edits_file(save_directory, self._active.edits, fingerprint_of(self.base_model, self._active.targets))
 
     def load_edits(self, edits_name_or_path: str | Path, *, scope: bool = True, **hub_kwargs: Any) -> list[Edit]:
@@ -277,7 +289,9 @@ class CarriesEdits:
             KeyError: No edit has such an id.
             ValueError: There is no edit, one requires a base delta that is missing or acts beside a block's experts,
                 or `max_rank` is below 1.
+            RuntimeError: The model has been merged or unloaded.
         """
+        self._check_usable()
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank is {max_rank}, expected 1 or more")
         wanted = self._active.edits if edits is None else chosen(self._active.edits, edits)

@@ -28,10 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..hub.files import STORE_MAGIC as MAGIC
 from ..hub.files import read_json_object, shortened
 
 
-MAGIC = b"hf_mend\n"
 EDIT, NOTE, COMMIT = b"EDIT", b"NOTE", b"DONE"
 FORMAT, VERSION = "hf_mend edit store", 2
 

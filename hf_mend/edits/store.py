@@ -24,6 +24,7 @@ from ..hub.atomic import flush_folder, replaced_file
 from ..hub.files import read_json_object, shortened
 from .collection import Edits, check_apart, check_known, with_enabled
 from .edit import Edit
+from .edits_file import has_edits
 from .log import COMMIT_SIZE, EDIT, FORMAT, MAGIC, NOTE, VERSION, Framer, Place, Record, framed, read_head, scan
 from .packing import packed, uncollected, unpacked
 from .store_lock import locked_file, moved
@@ -56,6 +57,7 @@ class EditStore:
             fingerprint has to be equal to `base_fingerprint`.
 
     Raises:
+        IsADirectoryError: The path is a folder's.
         ValueError: The file is no store, or a record was altered; the message names the record and its place.
     """
 
@@ -66,6 +68,7 @@ class EditStore:
         check_base: Callable[[Any], None] | None = None,
     ):
         self.path = Path(os.path.abspath(path))
+        _check_is_no_folder(self.path)
         self._own_base, self._check_base = base_fingerprint, check_base
         self._alone = RLock()  # one thread at a time
         self._seen = _Seen(base_fingerprint)
@@ -100,7 +103,7 @@ class EditStore:
 
     def append(self, edits: Sequence[Edit]) -> None:
         """
-        Add edits. An edit whose id is there already replaces the earlier one, and becomes the last.
+        Add edits. An edit whose id is there already replaces the earlier one, in its place.
 
         Raises:
             OSError: They could not be written; the file is as it was.
@@ -143,8 +146,8 @@ class EditStore:
             before, after (`Sequence[Edit]`): The model's edits in the two states.
 
         Raises:
-            ValueError: Another process has undone an edit that a new one was compressed from, or has compressed one
-                that is undone or changed here; nothing is appended.
+            ValueError: Another process has undone an edit whose scope is changed or that a new one was compressed
+                from, or has compressed one that is undone or changed here; nothing is appended.
         """
         earlier, now = {edit.id: edit for edit in before}, {edit.id: edit for edit in after}
         # An edit whose scope was changed is written again.
@@ -300,6 +303,12 @@ class EditStore:
     def _check_parts(
         self, seen: _Seen, new: Sequence[Edit], earlier: Collection[str], touched: Collection[str]
     ) -> None:
+        rewritten = [edit.id for edit in new if edit.id in earlier and edit.id not in seen.edits]
+        if rewritten:
+            raise ValueError(
+                f"{self.path}: another process has undone the edits {shortened(rewritten)}, whose scope would be "
+                "changed; close the store and open it again, which leaves them out"
+            )
         for edit in new:
             lost = [one for one in edit.replaces if one in earlier and one not in seen.edits]
             if lost:
@@ -347,8 +356,7 @@ class _Seen:
         self.change(note)
 
     def add(self, edit: Edit) -> None:
-        self.edits.pop(edit.id, None)
-        self.edits[edit.id] = edit
+        self.edits[edit.id] = edit  # in the place of an earlier one of its id: of a prompt's edits the last acts
         if edit.replaces:
             self.wholes[edit.id] = edit.replaces
 
@@ -367,6 +375,20 @@ class _Seen:
                 elif one not in required:
                     del self.edits[one]
                     self.wholes.pop(one, None)
+
+
+def _check_is_no_folder(path: Path) -> None:
+    """
+    Raises:
+        IsADirectoryError: The path is a folder's.
+    """
+    if not path.is_dir():
+        return
+    saved = f"; the edits that save_edits wrote into {path} are for load_edits" if has_edits(path) else ""
+    raise IsADirectoryError(
+        f"{path} is a folder, and a store of edits is one file; give the file's path, such as "
+        f"{path / 'corrections.store'}{saved}"
+    )
 
 
 def _buffer(file: BinaryIO, start: int, end: int) -> tuple[memoryview, int]:

@@ -88,10 +88,23 @@ def ask_in_the_wild(
     if record.same_subject:
         same = Query(draw.choice(record.same_subject))
         stays |= {"same subject": same, "same subject in a chat": replace(same, chat=True)}
+    another = _about_another(record, around.records, random.Random(f"another subject/{number}"))
+    if another:
+        stays |= {"another subject": Query(another), "another subject in a chat": Query(another, chat=True)}
     if unrelated:
         other = Query(draw.choice(unrelated))
         stays |= {"unrelated": other, "unrelated in a chat": replace(other, chat=True)}
     return Asked(*({kind: query for kind, query in part.items() if chat or not query.chat} for part in (said, stays)))
+
+
+def _about_another(record: EditRecord, others: Sequence[EditRecord], draw: random.Random) -> str:
+    """Return a record's prompt about the subject of another one of its relation; nothing where there is none."""
+    subject = record.subject or ""
+    subjects = {one.subject for one in others if one.relation == record.relation and one.subject}
+    left = sorted(one for one in subjects if one not in record.prompt and subject not in one)
+    if record.relation is None or not subject or subject not in record.prompt or not left:
+        return ""
+    return record.prompt.replace(subject, draw.choice(left))
 
 
 def _begun(record: EditRecord) -> str:

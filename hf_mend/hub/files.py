@@ -21,6 +21,7 @@ from .atomic import replaced_file
 WEIGHTS_NAME = "editor.safetensors"
 SCOPE_NAME = "scope.safetensors"
 EDITS_NAME = "edits.safetensors"
+STORE_MAGIC = b"hf_mend\n"  # the first bytes of a store of edits
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")
 # The dtypes that these files may hold, by their names in a safetensors header.

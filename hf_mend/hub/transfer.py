@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .atomic import recover_folder
 from .cards import CARD_NAME, with_sections_of
 from .editor_files import MODEL_CONFIG_NAME, is_of_editor
-from .files import EDITS_NAME, SCOPE_NAME, index_name, read_index, shortened
+from .files import EDITS_NAME, SCOPE_NAME, STORE_MAGIC, index_name, read_index, shortened
 
 
 logger = logging.get_logger(__name__)
@@ -91,8 +91,16 @@ def check_is_no_file(path: Path) -> None:
     Raises:
         NotADirectoryError: The path is a file's, which the Hub would be asked for as a repository.
     """
-    if path.is_file():
-        raise NotADirectoryError(f"{path} is a file; give the folder that holds it, {path.parent}")
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        is_store = file.read(len(STORE_MAGIC)) == STORE_MAGIC
+    if is_store:
+        raise NotADirectoryError(
+            f"{path} is a store of edits, which model.open_store({str(path)!r}) opens in Python, and EditStore of "
+            "hf_mend without a model; what takes saved edits takes the folder that model.save_edits then writes"
+        )
+    raise NotADirectoryError(f"{path} is a file; give the folder that holds it, {path.parent}")
 
 
 def _in_folder(folder: Path, name: str) -> Path:
@@ -153,7 +161,7 @@ class _Repository:
                 f"{self.name} is neither a folder here nor the id of a repository on the Hub"
             ) from error
         except (OSError, HTTPError, EntryNotFoundError) as error:
-            raise self._explained(name, error) from error
+            raise download_error(error, self.name, self.revision, name) from error
 
     def _download(self, name: str) -> Path:
         path = Path(
@@ -164,30 +172,39 @@ class _Repository:
         check_download(path)
         return path
 
-    def _explained(self, name: str, error: Exception) -> OSError:
-        where = f"{self.name} on the Hub"
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if isinstance(cause, GatedRepoError) or status == 403:
-            return PermissionError(
-                f"{where} may not be read with this token: ask for access there, then {_LOG_IN}: {cause}"
-            )
-        if isinstance(cause, RepositoryNotFoundError) or status == 401:
-            return FileNotFoundError(f"{where} does not exist, or is private: check the name, and {_LOG_IN}: {cause}")
-        if isinstance(cause, RevisionNotFoundError):
-            return FileNotFoundError(
-                f"{where} has no revision {self.revision!r}; leave revision out for main: {cause}"
-            )
-        if isinstance(error, LocalEntryNotFoundError):
-            return FileNotFoundError(
-                f"{name} of {where} is not in the cache and could not be fetched ({_brief(cause)}); try again with a "
-                "connection, without local_files_only and HF_HUB_OFFLINE"
-            )
-        if isinstance(error, EntryNotFoundError):
-            return FileNotFoundError(
-                f"{where} has no {name}; it is not what save_pretrained or save_edits writes: {error}"
-            )
-        return OSError(f"{name} of {where} could not be downloaded ({_brief(error)}); nothing was loaded, try again")
+
+def download_error(error: Exception, repo_id: str, revision: str | None, name: str | None = None) -> OSError:
+    """
+    Return the error for a download that failed, which names what was wanted and says what to do.
+
+    Args:
+        error (`Exception`): The error of huggingface_hub or of the network.
+        repo_id (`str`): The repository.
+        revision (`str`, *optional*): Branch, tag or commit.
+        name (`str`, *optional*): The file; all of the repository when missing.
+    """
+    where = f"{repo_id} on the Hub"
+    what = where if name is None else f"{name} of {where}"
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    if isinstance(cause, GatedRepoError) or status == 403:
+        return PermissionError(
+            f"{where} may not be read with this token: ask for access there, then {_LOG_IN}: {cause}"
+        )
+    if isinstance(cause, RepositoryNotFoundError) or status == 401:
+        return FileNotFoundError(f"{where} does not exist, or is private: check the name, and {_LOG_IN}: {cause}")
+    if isinstance(cause, RevisionNotFoundError):
+        return FileNotFoundError(f"{where} has no revision {revision!r}; leave revision out for main: {cause}")
+    if isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError(
+            f"{what} is not in the cache and could not be fetched ({_brief(cause)}); try again with a "
+            "connection, without local_files_only and HF_HUB_OFFLINE"
+        )
+    if isinstance(error, EntryNotFoundError) and name is not None:
+        return FileNotFoundError(
+            f"{where} has no {name}; it is not what save_pretrained or save_edits writes: {error}"
+        )
+    return OSError(f"{what} could not be downloaded ({_brief(error)}); nothing was loaded, try again")
 
 
 def is_reachable() -> bool:

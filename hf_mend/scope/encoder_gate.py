@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
-from .gate import ScopeGate, Watch, _acting, _suspended, _watch
+from .gate import ScopeGate, Watch, _acting, _named, _Pass, _suspended, _watch
 from .network import ScopeNetwork
 
 
@@ -50,7 +49,7 @@ class EncoderGate(ScopeGate):
 
     @torch.no_grad()
     def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        self._begin(module, args)
+        self._local.current = _Pass(module)
         bank = None if kwargs is None or self in _suspended.get() else self.bank_now()
         if bank is None or kwargs is None:
             return
@@ -130,11 +129,3 @@ class _Decision:
 def _version(tensor: torch.Tensor) -> int | None:
     """Return how often a tensor was written to, `None` where that is not counted."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's arguments by name."""
-    if not args:
-        return kwargs
-    names = [*inspect.signature(type(module).forward).parameters][1:]
-    return dict(zip(names, args, strict=False)) | kwargs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,13 +27,20 @@ from .words import WordTable, word_numbers, word_table
 
 logger = logging.get_logger(__name__)
 
+# The cache of continuous batching, which is none of transformers' `Cache`s.
+_PAGED_CACHE = "PagedAttentionCache"
+# What a mask adds where a token is seen is above this: its weight would be 0 in any dtype.
+_UNSEEN = -1000.0
+
 
 @dataclass
 class _Pass:
     """What one thread's pass knows so far."""
 
-    mask: torch.Tensor | None = None  # the whole text's, cached tokens too
+    began_at: nn.Module | None = None  # the model, or its stack of blocks; `None` where a block was called by itself
+    mask: Any = None  # as the model was given it
     tokens: torch.Tensor | None = None  # the pass's own
+    reached_stack: bool = False
     cache: Cache | None = None
     # Joins the cache at the pass's end: some caches grow by the number of their layers.
     new_layer: ScopeLayer | None = None
@@ -102,6 +110,7 @@ class ScopeGate:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.model, self.block, self.number = model, block, number
+        self.stack = _stack_of(model, block)
         self.scope, self.scope_id, self.key_width = scope, scope_id, KEY_WIDTH
         self.tokenizer = tokenizer
         self.strictness = 0.0
@@ -149,11 +158,15 @@ class ScopeGate:
 
     def hooks(self) -> list[Hook]:
         """Return the hooks of a model in which such edits act."""
-        return [
+        hooks = [
             Hook(self.model, self._begin, options={"with_kwargs": True}),
             Hook(self.block, self._decide, options={"with_kwargs": True}),
             Hook(self.model, self._end, before=False, options={"always_call": True}),
         ]
+        if self.stack is not None:  # code that needs no logits, such as a loss in chunks, calls it by itself
+            hooks.append(Hook(self.stack, self._begin_stack, options={"with_kwargs": True}))
+            hooks.append(Hook(self.stack, self._end_stack, before=False, options={"always_call": True}))
+        return hooks
 
     def acting(self) -> Acting | None:
         """Return where edits act in the pass that this thread is in, `None` where none does."""
@@ -191,11 +204,23 @@ class ScopeGate:
     # While they are added or removed, torch may call hooks without the keyword arguments; no edit acts then.
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        given = kwargs or {}
-        mask, tokens = given.get("attention_mask"), given.get("input_ids", args[0] if args else None)
-        plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        given = _named(module, args, kwargs or {}) if len(args) > 1 else kwargs or {}
+        tokens = given.get("input_ids", args[0] if args else None)
         of_text = isinstance(tokens, torch.Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
-        self._local.current = _Pass(mask if plain else None, tokens if of_text else None)
+        self._local.current = _Pass(module, given.get("attention_mask"), tokens if of_text else None)
+
+    def _begin_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        current = self._local.current
+        # What is left of a pass that an interrupt ended in the stack or behind it is none that this one is part of.
+        if current is not None and current.began_at is self.model and not current.reached_stack:
+            current.reached_stack = True
+        else:
+            self._begin(module, args, kwargs)
+
+    def _end_stack(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current = self._local.current
+        if current is not None and current.began_at is module:
+            self._end(module, args, output)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current, self._local.current = self._local.current, None
@@ -209,14 +234,17 @@ class ScopeGate:
         bank = self.bank_now()
         if bank is None:
             return
-        if self._local.current is None:  # the stack of blocks was called by itself
+        if self._local.current is None or self._local.current.began_at is None:
             self._local.current = _Pass()
         current = self._local.current
         hidden = args[0] if args else kwargs["hidden_states"]
         device = hidden.device
         if self.scope.centre.device != device:
             self.scope.to(device)
-        cache = next((value for value in [*args, *kwargs.values()] if isinstance(value, Cache)), None)
+        given = [*args, *kwargs.values()]
+        cache = next((value for value in given if isinstance(value, Cache)), None)
+        if cache is None and any(type(value).__name__ == _PAGED_CACHE for value in given):
+            _warn_of_paged_cache()
         with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
             states, mask = self._states(current, hidden.clone() if hidden.is_inference() else hidden, cache)
             keys = self.scope.keys(states, hidden.shape[1])  # (rows, seq, key width)
@@ -245,10 +273,8 @@ class ScopeGate:
                 "edits, or while they were disabled, and do not count for where edits act; pass the text again "
                 "without the cache"
             )
-        mask = current.mask
-        if mask is not None:
-            mask = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
-            mask = mask.to(hidden.device) if mask.shape == hidden.shape[:2] else None
+        mask = _present(current.mask, hidden.shape[0], past, length)
+        mask = None if mask is None else mask.to(hidden.device)
         tokens = current.tokens if current.tokens is not None and current.tokens.shape == hidden.shape[:2] else None
         before = None if known is None else known.gates[:, 0, -1, 2].long()
         words = None if tokens is None else self.words(tokens.to(hidden.device), mask, before)
@@ -274,6 +300,75 @@ def _acting(chosen: torch.Tensor, bank: KeyBank) -> Acting | None:
         return None
     device = chosen.device
     return Acting({one: torch.tensor(where, device=device) for one, where in tokens.items()}, len(found))
+
+
+def _present(mask: Any, rows: int, past: int, length: int) -> torch.Tensor | None:
+    """
+    Return which of a pass's own tokens are there, `(rows, length)`, `None` where all are or the mask does not say.
+
+    Args:
+        mask: What the model was given: a mask of the whole text's tokens `(rows, past + length)`, what each of the
+            pass's tokens sees `(rows, heads, length, width)`, or such a mask for each kind of attention.
+        rows (`int`), length (`int`): The pass's rows and tokens.
+        past (`int`): The number of tokens in the cache.
+    """
+    if isinstance(mask, Mapping):
+        every = (one for one in mask.values() if isinstance(one, torch.Tensor))
+        mask = mask["full_attention"] if "full_attention" in mask else next(every, None)
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 4:
+        # A single token is a generated one, and passes of one are to stay fast.
+        return None if length == 1 else _seen_tokens(mask, rows, past, length)
+    mask = _own_columns(mask, past, length)
+    return mask if mask.shape == (rows, length) else None
+
+
+def _own_columns(mask: torch.Tensor, past: int, length: int) -> torch.Tensor:
+    """Return a mask's columns of the pass's own tokens; the last ones, where a window has left out earlier tokens."""
+    return mask[..., past : past + length] if mask.shape[-1] >= past + length else mask[..., -length:]
+
+
+def _seen_tokens(mask: torch.Tensor, rows: int, past: int, length: int) -> torch.Tensor | None:
+    """
+    Return which tokens of a pass are seen by one of them, which padding is not, `(rows, length)`. As attention may not
+    take a row that sees nothing, some masks let padding see itself, and some let it see everything: neither counts. No
+    text is taken for padding, be it one of several in a row that do not see one another.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > _UNSEEN
+    seen = seen[:, 0] if seen.shape[1] == 1 else seen.any(1)  # (rows, queries, width)
+    own = _own_columns(seen, past, length)
+    if own.shape[1:] != (length, length) or len(own) not in (1, rows):
+        return None
+    # The last token has to see itself, and may see all: nothing is behind it.
+    sees_all, sees_itself_alone = own.all(-1), own.diagonal(dim1=1, dim2=2) & (seen.sum(-1) == 1)
+    sees_all[:, -1], sees_itself_alone[:, -1] = False, False
+    return (own.sum(1) > sees_all.sum(-1, keepdim=True) + sees_itself_alone).expand(rows, -1)
+
+
+def _stack_of(model: Any, block: nn.Module) -> nn.Module | None:
+    """Return the module that runs a model's blocks, `None` where that is the model itself."""
+    stack = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not isinstance(stack, nn.Module) or stack is model:
+        return None
+    return stack if any(one is block for one in stack.modules()) else None
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's arguments by name."""
+    if not args:
+        return kwargs
+    names = [*inspect.signature(type(module).forward).parameters][1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _warn_of_paged_cache() -> None:
+    """Say that where edits with a scope act is wrong in continuous batching."""
+    logger.warning_once(
+        "edits with a scope do not act where they should in continuous batching (generate_batch): it lays the tokens "
+        "of all requests side by side, and its paged cache keeps nothing of what a scope has read; call generate with "
+        "padded batches instead, or unload() for the model without edits"
+    )
 
 
 def _no_bank() -> None:

@@ -76,6 +76,17 @@ def test_a_vocabulary_keeps_its_size(llama, tokenizer):
     assert llama.get_input_embeddings().weight.shape[0] == size
 
 
+def test_continuous_batching_is_refused(llama, tokenizer):
+    """Its paged cache keeps nothing of a scope's, so edits would be missed without a word."""
+    model = editable(llama, tokenizer)
+    ids = [tokenizer(PROMPT)["input_ids"]]
+    for inputs, options in [((ids,), {"max_new_tokens": 3}), ((), {"inputs": ids})]:
+        with pytest.raises(NotImplementedError, match=r"generate_batch.*paged cache.*generate with padded batches"):
+            model.generate_batch(*inputs, **options)
+    with pytest.raises(NotImplementedError, match=r"base_model\.generate_batch .*without a scope.*unload\(\)"):
+        model.generate_batch(ids)
+
+
 def test_inputs_of_a_step_of_generation(tokenizer):
     model = editable(build_model("gpt2"), tokenizer)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
@@ -128,6 +139,8 @@ def test_adapters_of_peft_train_on_the_edited_model(llama, tokenizer):
         ("disable_adapters", r"disable_edits\(\)"),
         ("active_adapters", "edits.active"),
         ("merge_adapter", r"merge_and_unload\(\)"),
+        ("init_continuous_batching", "generate with padded batches"),
+        ("continuous_batching_context_manager", "generate with padded batches"),
         ("get_base_model", r"model.base_model .*unload\(\)"),
         ("peft_config", "model.editor_config"),
         ("get_nb_trainable_parameters", "model.editor"),

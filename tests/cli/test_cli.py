@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from support.append_to_store import small_edit
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_mend
-from hf_mend import EditorTrainer, EditorTrainingArguments, read_edits
+from hf_mend import EditorTrainer, EditorTrainingArguments, EditStore, read_edits
 from hf_mend.cli import app
 from hf_mend.cli.chat import side_by_side
 from hf_mend.cli.common import one_line
@@ -44,6 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.editor_config.base_model_name_or_path = str(folder / "base")
     model.save_pretrained(folder / "editor")
     write_facts(folder / "facts.json")
+    EditStore(folder / "a.store").append([small_edit("a")])
     (folder / "questions.jsonl").write_text('{"question": "what is green?", "answer": ["grass"]}\n' * 3)
     return folder
 
@@ -386,6 +389,16 @@ WRONG = {
     "a device that is none": (("edit", "a", "b", "-m", "base", "--device-map", "gpu"), "the device map is 'gpu'"),
     "a file in place of its folder": (("info", "editor/editor.safetensors"), "is a file; give the folder that holds"),
     "a file as the editor": (("edit", "a", "b", "-e", "editor/editor.safetensors"), "is a file; give the folder"),
+    "a folder in place of a file of facts": (
+        ("edit", "--facts", "editor", "-m", "base"),
+        "editor is a folder; give a file of facts",
+    ),
+    "a store of edits in place of a folder": (("info", "a.store"), "a.store is a store of edits, which model.open_st"),
+    "a store of edits to push": (("push", "a.store", "me/x"), "a.store is a store of edits, which model.open_store"),
+    "a store of edits as edits": (
+        ("edit", "a", "b", "-e", "editor", "--edits", "a.store"),
+        "a.store is a store of edits, which model.open_store('a.store') opens",
+    ),
     "an unknown quantization": (("edit", "a", "b", "-e", "editor", "--quantization", "3bit"), "expected 4bit or 8bit"),
     "no such edits": (("edit", "a", "b", "-e", "editor", "--edits", "editor"), "edits.safetensors does not exist"),
     "no such base": (("edit", "a", "b", "-e", "editor", "-m", "./nothing"), "nothing"),
@@ -762,6 +775,22 @@ def test_push_and_pull_of_an_editor_and_of_edits(world, kept, tmp_path, hub):
     assert json.loads(invoke("info", "me/editor", "--json").stdout)["kind"] == "editor"
     said = invoke("chat", "-e", "me/editor", "-m", world / "base", "--edits", "me/edits", "--json", input="/list\n")
     assert [edit["target"] for edit in json.loads(said.stdout)["turns"][0]["edits"]] == [r.target for r in RECORDS[:2]]
+
+
+def test_what_the_hub_does_not_give_is_named(kept, tmp_path, hub, monkeypatch):
+    def said(*arguments):
+        done = invoke(*arguments)
+        assert done.exit_code == 2 and done.stdout == ""
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "me/nosuch on the Hub does not exist, or is private: check the name" in said("info", "me/nosuch")
+    invoke("push", kept, "me/edits")
+    assert "me/edits on the Hub has no revision 'v9'" in said("info", "me/edits", "--revision", "v9")
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    for command in (("info", "nosuch"), ("info", "me/nosuch", "--revision", "v1"), ("pull", "me/no", tmp_path / "x")):
+        line = said(*command)
+        assert f"{command[1]} on the Hub is not in the cache and could not be fetched" in line
+        assert "try again with a connection" in line
 
 
 def test_a_failed_pull_leaves_the_folder(world, tmp_path, hub):

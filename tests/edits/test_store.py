@@ -14,6 +14,7 @@ from support.append_to_store import small_edit
 from support.edits import bits
 from support.models import RECORDS, all_logits, build_model, editable
 from support.paths import TESTS
+from support.scope import scoped
 
 from hf_mend import EditStore
 from hf_mend.edits.edit import active_edits
@@ -49,6 +50,20 @@ def test_undo_off_and_on_are_appended(tmp_path):
         other.undo(["e1"])
     store.append([small_edit("e1", 9)])
     assert other.refresh().ids == ["e0", "e2", "e3", "e1"]
+
+
+def test_an_edit_that_is_written_again_keeps_its_place(tmp_path):
+    path = tmp_path / "store"
+    store, other = EditStore(path), EditStore(path)
+    store.append([small_edit(f"e{i}", i) for i in range(3)])
+    other.refresh()
+    store.append([small_edit("e1", 9), small_edit("e3", 3)])
+    expected = bits([small_edit("e0", 0), small_edit("e1", 9), small_edit("e2", 2), small_edit("e3", 3)])
+    for seen in (store.edits, other.refresh(), EditStore(path).edits):
+        assert seen.ids == ["e0", "e1", "e2", "e3"] and bits(seen) == expected
+    assert store.compact() > 0, "what was there of it before"
+    for seen in (store.edits, other.refresh(), EditStore(path).edits):
+        assert bits(seen) == expected
 
 
 def test_compacting_leaves_what_is_there(tmp_path):
@@ -209,6 +224,77 @@ def test_a_store_opened_by_a_model_that_has_edits(llama, tokenizer, tmp_path):
 def saved(model, tmp_path):
     model.save_edits(tmp_path / "saved")
     return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("change", ["include", "exclude"])
+def test_an_edit_whose_scope_is_changed_stays_superseded(llama, tokenizer, tmp_path, change):
+    model, path = scoped(llama, tokenizer), tmp_path / "store"
+    model.open_store(path)
+    prompt = RECORDS[0].prompt
+    first = model.edit(prompt, RECORDS[0].target, max_steps=1, check=False)
+    second = model.edit(prompt, "lima town", max_steps=1, check=False)
+    getattr(model, change)(first.id, RECORDS[3].prompt)
+    expected = all_logits(model, tokenizer, prompt)
+    for compacted in (False, True):
+        model.close_store()
+        model.undo_all()
+        if compacted:
+            EditStore(path).compact()
+        model.open_store(path)
+        assert model.edits.ids == [first.id, second.id]
+        assert RECORDS[3].prompt in str([model.edits[0].scope.texts, model.edits[0].scope.excluded_texts])
+        assert torch.equal(all_logits(model, tokenizer, prompt), expected)
+    assert model.undo().id == second.id
+
+
+def test_the_scope_of_what_another_process_has_undone_is_not_changed(llama, tokenizer, tmp_path):
+    model, path = scoped(llama, tokenizer), tmp_path / "store"
+    model.open_store(path)
+    made = model.edit(RECORDS[0].prompt, RECORDS[0].target, max_steps=1, check=False)
+    EditStore(path).undo([made.id])
+    size = path.stat().st_size
+    with pytest.raises(ValueError, match=f"another process has undone the edits \\['{made.id}'\\], .*open it again"):
+        model.exclude(made.id, RECORDS[3].prompt)
+    assert model.edits[0].scope.excluded_texts == [] and path.stat().st_size == size
+    assert EditStore(path).edits.ids == []
+
+
+@pytest.mark.parametrize("context", ["edited", "carrying"])
+@pytest.mark.parametrize("there", [False, True])
+def test_no_store_takes_what_is_there_for_a_while(llama, tokenizer, tmp_path, context, there):
+    model, path = editable(llama, tokenizer), tmp_path / "folder" / "store"
+    if there:
+        model.open_store(path)
+        edit_some(model, slice(4, 6))
+        model.close_store()
+        model.undo_all()
+    data = path.read_bytes() if there else None
+    others = edit_some(model, slice(1, 3))
+    before, own = all_logits(model, tokenizer), model.edits.ids
+    record, edits = RECORDS[0], list(model.edits)[:1]
+    with model.carrying(edits) if context == "carrying" else model.edited(record.prompt, record.target, max_steps=1):
+        within = model.edits.ids
+        with pytest.raises(RuntimeError, match=r"open_store.*within edited\(\) or carrying\(\).*after it"):
+            model.open_store(path)
+        assert model.edits.ids == within
+    assert model.edits.ids == own == [one.id for one in others]
+    assert torch.equal(all_logits(model, tokenizer), before)
+    assert path.read_bytes() == data if there else not path.parent.exists()
+    with model.disable_edits():  # which are not changed there
+        model.open_store(path)
+    assert EditStore(path).edits.ids == model.edits.ids and model.edits.ids[-2:] == own
+
+
+def test_a_folder_is_no_store(llama, tokenizer, tmp_path):
+    model = editable(llama, tokenizer)
+    for opened in (model.open_store, EditStore):
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder, and a store of edits is one file"):
+            opened(tmp_path)
+    edit_some(model)
+    folder = saved(model, tmp_path)
+    with pytest.raises(IsADirectoryError, match="load_edits"):
+        model.open_store(folder)
+    assert len(model.edits) == 3 and model._active.store is None
 
 
 def test_another_editor_and_another_base(llama, tokenizer, tmp_path):

@@ -336,6 +336,21 @@ def test_a_prompt_that_has_not_asked_yet_still_names_its_subject(prompt, subject
     assert begun is None or asked.counted(["France"]) == ["before it asks"], "its own subject does not hide it"
 
 
+def test_the_same_prompt_is_asked_about_another_subject_of_its_relation():
+    def record(subject, relation="capital"):
+        return EditRecord(f"The capital of {subject} is", "Lyon", subject=subject, relation=relation)
+
+    others = [record("France"), record("Spain"), record("Peru"), record("Chile", "river"), record("New France")]
+    around = Surroundings(others, [("who", "she")], ["One sentence."])
+    drawn = [ask_in_the_wild(record("France"), around, [], number) for number in range(12)]
+    prompts = {asked.stays["another subject"].prompt for asked in drawn}
+    assert prompts == {"The capital of Spain is", "The capital of Peru is"}
+    assert all(asked.stays["another subject in a chat"].prompt in prompts for asked in drawn)
+    assert "another subject" not in drawn[0].counted(["France", "Spain", "Peru"]), "another edit is about it"
+    for alone in (record("Chile", "river"), record("Italy", None), replace(record("Italy"), subject="Rome")):
+        assert "another subject" not in ask_in_the_wild(alone, around, [], 0).stays
+
+
 def test_decisions_and_the_curve_of_strictness_from_margins():
     said = {"prompt: answer": "", "prompt": 1.0, "prompt: repeats": 0.0}
     measured = [
