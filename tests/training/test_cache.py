@@ -139,11 +139,12 @@ def test_the_limit_holds_and_is_said(tokenizer, tmp_path, caplog):
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_training_from_kept_states_is_training(tokenizer, tmp_path, monkeypatch, architecture):
-    plain = EditorTrainer(make(tokenizer, architecture), arguments(tmp_path), RECORDS, questions=QUESTIONS)
+    args = arguments(tmp_path, max_steps=3)
+    plain = EditorTrainer(make(tokenizer, architecture), args, RECORDS, questions=QUESTIONS)
     plain.train()
     kept = EditorTrainer(
         make(tokenizer, architecture),
-        arguments(tmp_path, hidden_states_dir=str(tmp_path / "states")),
+        arguments(tmp_path, max_steps=3, hidden_states_dir=str(tmp_path / "states")),
         RECORDS,
         questions=QUESTIONS,
     )
