@@ -52,9 +52,7 @@ def _follow(path: Path, calls: list[tuple[str, list[str]]]) -> list[dict[str, An
         if what == "append":
             edits = [small_edit(name, number := number + 1, layers=1) for name in names]
             store.append(edits)
-            held = {name: one for name, one in held.items() if name not in names} | {
-                one.id: (one, True) for one in edits
-            }
+            held = held | {one.id: (one, True) for one in edits}  # one that is there already in its place
         elif what == "compact":
             store.compact()
             states = states[:1]  # the file has no earlier state any more
