@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CompileConfig
 from transformers.utils import logging
 
-from .threads import replaced_forward
+from .threads import replaced_forward, set_within
 
 
 logger = logging.get_logger(__name__)
@@ -65,15 +65,9 @@ def uncompiled(function: Function) -> Function:
 _of_call: ContextVar[CompiledBlocks | None] = ContextVar("of_call", default=None)
 
 
-@contextmanager
-def compiling(blocks: CompiledBlocks | None) -> Iterator[None]:
+def compiling(blocks: CompiledBlocks | None) -> AbstractContextManager[CompiledBlocks | None]:
     """Let this thread's passes within the context run compiled blocks: those of a call that makes edits."""
-    before = _of_call.get()
-    try:
-        _of_call.set(blocks)
-        yield
-    finally:
-        _of_call.set(before)
+    return set_within(_of_call, blocks)
 
 
 def compiled_blocks() -> CompiledBlocks | None:

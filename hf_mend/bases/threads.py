@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 
+
+Value = TypeVar("Value")
 
 _stands_for: contextvars.ContextVar[int] = contextvars.ContextVar("stands_for", default=0)
 _replacing = threading.RLock()
@@ -94,6 +96,17 @@ class StopForwardError(Exception):
 
 
 @contextmanager
+def set_within(variable: contextvars.ContextVar[Any], value: Value) -> Iterator[Value]:
+    """Give a variable of this thread or asyncio task a value within the context, which begins with that value."""
+    before = variable.get()
+    try:
+        variable.set(value)
+        yield value
+    finally:
+        variable.set(before)
+
+
+@contextmanager
 def ends_early() -> Iterator[None]:
     """
     Let a pass within the context end by a [`StopForwardError`]. As that leaves a module, torch goes through the hooks
@@ -115,15 +128,9 @@ def ends_early() -> Iterator[None]:
 _ends_before: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("ends_before", default=None)
 
 
-@contextmanager
-def ending_before(module: nn.Module) -> Iterator[None]:
+def ending_before(module: nn.Module) -> AbstractContextManager[nn.Module]:
     """Say within the context that this thread's passes end before a module, which takes its arguments alone."""
-    before = _ends_before.get()
-    try:
-        _ends_before.set(module)
-        yield
-    finally:
-        _ends_before.set(before)
+    return set_within(_ends_before, module)
 
 
 def ends_before(module: nn.Module) -> bool:

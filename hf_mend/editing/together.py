@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
+from ..bases.threads import set_within
 from ..edits.edit import Edit
 from ..edits.four_bit import FourBitUpdates
 
@@ -65,8 +66,7 @@ def _on_host(edit: Edit) -> Edit:
 _together: ContextVar[Together] = ContextVar("together", default=Together())  # noqa: B039, which is frozen
 
 
-@contextmanager
-def made_together(number: int, count: int) -> Iterator[None]:
+def made_together(number: int, count: int) -> AbstractContextManager[Together]:
     """
     Share the edits of each call within the context out over the processes of a launch, all of which must make the same
     calls on copies of one model. Each gets the results of all, and carries all edits, as if it had made them.
@@ -75,12 +75,7 @@ def made_together(number: int, count: int) -> Iterator[None]:
         number (`int`): The number of this process, from 0 on.
         count (`int`): The number of processes.
     """
-    before = _together.get()
-    try:
-        _together.set(Together(number, count))
-        yield
-    finally:
-        _together.set(before)
+    return set_within(_together, Together(number, count))
 
 
 def processes_of_call() -> Together:

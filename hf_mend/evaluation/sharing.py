@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..bases.threads import set_within
 from .resume import Progress
 
 
@@ -46,15 +47,9 @@ _ALL = Share()
 _share: ContextVar[Share] = ContextVar("share", default=_ALL)  # noqa: B039, which is frozen
 
 
-@contextmanager
-def sharing(share: Share) -> Iterator[Share]:
+def sharing(share: Share) -> AbstractContextManager[Share]:
     """Measure only a share of the evaluations within the context, which all shares must begin in the same order."""
-    before = _share.get()
-    try:
-        _share.set(share)
-        yield share
-    finally:
-        _share.set(before)
+    return set_within(_share, share)
 
 
 def share_of(text: str | None, joined: Sequence[Path] = ()) -> Share:

@@ -40,19 +40,17 @@ OTHER_FROM, OTHER_TO, OTHER_MOST = 0.4, 0.8, 0.8
 
 
 def penalty_of(
-    rival: torch.Tensor, threshold: torch.Tensor, text: torch.Tensor, words: torch.Tensor, count: torch.Tensor
+    rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
     """
     Return what is added to an edit's threshold: because of its rivals ([`rival_penalty`]), or because the text names
     something else ([`other_penalty`]), whichever is more.
 
     Args:
-        rival, threshold, count: As for [`rival_penalty`].
-        text (`torch.Tensor` of shape `(..., KEY_WIDTH)`): The text's key.
-        words (`torch.Tensor` of shape `(..., WORDS)`): The words of the edit's key.
+        rival, threshold, missing, count: As for [`rival_penalty`].
+        other: As for [`other_penalty`].
     """
-    of_rivals = rival_penalty(rival, threshold, missing_words(text, words), count)
-    return torch.maximum(of_rivals, other_penalty(threshold, other_words(text, words)))
+    return torch.maximum(rival_penalty(rival, threshold, missing, count), other_penalty(threshold, other))
 
 
 def other_penalty(threshold: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -285,8 +283,8 @@ class KeyBank:
         rivals = torch.where(held.target[best] == first_target, second_over, first_over)
         near = (acting > least_near(held.thresholds)).to(over)
         same = over.new_zeros(len(self._targets)).index_add(0, held.target, near)[held.target[best]]
-        thresholds = held.thresholds[best]
-        added = penalty_of(rivals, thresholds, query, held.words[best], near.sum() - same)
+        thresholds, pair = held.thresholds[best], (query, held.words[best])
+        added = penalty_of(rivals, thresholds, missing_words(*pair), other_words(*pair), near.sum() - same)
         return scores[best], thresholds + added
 
     @_in_full_precision
@@ -374,7 +372,8 @@ class _Keys:
             target, thresholds = target[keys], thresholds[keys]
         rivals = over.masked_fill(target == target[best][:, None], _OUT)
         count = (rivals > least_near(thresholds)).sum(-1)
-        return penalty_of(rivals.amax(-1), thresholds[best], queries, self.words[number], count)
+        pair = queries, self.words[number]
+        return penalty_of(rivals.amax(-1), thresholds[best], missing_words(*pair), other_words(*pair), count)
 
     def over(self, queries: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
         """Return how far texts are past the thresholds of some keys, `(texts, keys)`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..bases.threads import ends_before
+from ..bases.threads import ends_before, set_within
 from ..edits.edit import Edit
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
@@ -173,31 +173,18 @@ class ScopeGate:
         current = self._local.current
         return None if current is None or self in _suspended.get() else current.acting
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> AbstractContextManager[Any]:
         """Let no edit act within the context, in this thread."""
-        before = _suspended.get()
-        try:
-            _suspended.set((*before, self))
-            yield
-        finally:
-            _suspended.set(before)
+        return set_within(_suspended, (*_suspended.get(), self))
 
-    @contextmanager
-    def watched(self, only: Sequence[str] | None = None) -> Iterator[Watch]:
+    def watched(self, only: Sequence[str] | None = None) -> AbstractContextManager[Watch]:
         """
         Watch the decisions of the passes within the context, in this thread.
 
         Args:
             only (`Sequence[str]`, *optional*): Of each row of these passes, the id of the one edit that may act in it.
         """
-        before = _watch.get()
-        watch = Watch(only)
-        try:
-            _watch.set(watch)
-            yield watch
-        finally:
-            _watch.set(before)
+        return set_within(_watch, Watch(only))
 
     # ---- the hooks of a pass ----
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
-from ..scope.bank import least_near, other_penalty, rival_penalty
+from ..scope.bank import least_near, penalty_of
 from ..scope.network import ScopeNetwork, key_scores, key_words, missing_words, other_words
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
@@ -393,7 +393,6 @@ def threshold_for(
     in_order = rivals.sort(1).values
     from_there = (thresholds + least_near(thresholds)).T.expand(len(rivals), -1).contiguous()
     count = (rivals.shape[1] - torch.searchsorted(in_order, from_there, right=True)).T  # (thresholds, texts)
-    of_rivals = rival_penalty(in_order[:, -1] - thresholds, thresholds, missing, count)
-    found = score - thresholds >= torch.maximum(of_rivals, other_penalty(thresholds, other))
+    found = score - thresholds >= penalty_of(in_order[:, -1] - thresholds, thresholds, missing, other, count)
     too_many = (found.float().mean(1) > share).nonzero()[:, 0]
     return thresholds[min(int(too_many[-1]) + 1, 1000) if len(too_many) else 0, 0]
