@@ -37,11 +37,14 @@ class FactKinds:
         kinds (`Mapping[str, Mapping[str, FactKind]]`): Kind of subject, such as `"person"` -> name -> the templates.
         relations (`Mapping[str, str]`): A record's relation -> the kind of its subject.
         subjects (`Mapping[str, Sequence[str]]`): Subjects of each kind, for facts without records.
+        held_out (`Mapping[str, Sequence[str]]`): Kind of subject -> names that training may leave for measuring; see
+            [`split`].
     """
 
     kinds: Mapping[str, Mapping[str, FactKind]]
     relations: Mapping[str, str]
     subjects: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    held_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, common: bool = False) -> FactKinds:
@@ -60,7 +63,22 @@ class FactKinds:
                     kinds.setdefault(kind, {})[name] = FactKind(
                         tuple(content["answers"][one["answers"]]), tuple(one["statements"]), tuple(one["questions"])
                     )
-        return cls(kinds, content["relations"], content["subjects"])
+        return cls(kinds, content["relations"], content["subjects"], content["held_out"])
+
+    def split(self) -> tuple[FactKinds, FactKinds]:
+        """
+        The kinds without those that are held out, and these alone: what training sees, and what only measuring does.
+        None that is held out asks for nearly the same as a relation of the records does.
+        """
+
+        def only(held_out: bool) -> FactKinds:
+            kinds = {
+                kind: {name: one for name, one in named.items() if (name in self.held_out.get(kind, ())) is held_out}
+                for kind, named in self.kinds.items()
+            }
+            return replace(self, kinds=kinds)
+
+        return only(False), only(True)
 
     def of(self, record: EditRecord) -> Mapping[str, FactKind]:
         """

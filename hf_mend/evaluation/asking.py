@@ -6,17 +6,19 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from ..bases.limits import longest_input
 from ..data.encoding import Query
-from ..data.forms import Surroundings, writes_chats
+from ..data.forms import Surroundings, capital, writes_chats
+from ..data.kinds import FactKinds
 from ..data.records import EditRecord
 from ..model import EditableModel
 
 
 # What must stay, but for what is about the edit's own subject, does not count where it asks for what another kept edit
 # is about.
-_ALWAYS_COUNT = ("same subject", "before it asks")
+_ALWAYS_COUNT = ("same subject", "another question", "before it asks")
 # With these a prompt asks: without them the model should go on as it would have. Prompts of other languages have none.
 _SMALL_WORDS = frozenset(
     re.findall(r"\w+", "a an are as at by for from in is it its of on that the to was were which who whose with")
@@ -88,6 +90,9 @@ def ask_in_the_wild(
     if record.same_subject:
         same = Query(draw.choice(record.same_subject))
         stays |= {"same subject": same, "same subject in a chat": replace(same, chat=True)}
+    asked = _another_question(record, random.Random(f"another question/{number}"))
+    if asked:
+        stays |= {"another question": Query(asked), "another question in a chat": Query(asked, chat=True)}
     another = _about_another(record, around.records, random.Random(f"another subject/{number}"))
     if another:
         stays |= {"another subject": Query(another), "another subject in a chat": Query(another, chat=True)}
@@ -105,6 +110,24 @@ def _about_another(record: EditRecord, others: Sequence[EditRecord], draw: rando
     if record.relation is None or not subject or subject not in record.prompt or not left:
         return ""
     return record.prompt.replace(subject, draw.choice(left))
+
+
+@cache
+def _kinds() -> FactKinds:
+    """What a training may leave for measuring."""
+    return FactKinds.load().split()[1]
+
+
+def _another_question(record: EditRecord, draw: random.Random) -> str:
+    """
+    Return a question or prompt that asks a record's subject for something else, by rule; nothing where its kind is
+    unknown.
+    """
+    named = [*_kinds().of(record).values()]
+    if not named or not record.subject:
+        return ""
+    kind = draw.choice(named)
+    return capital(draw.choice(kind.statements + kind.questions).replace("{}", record.subject))
 
 
 def _begun(record: EditRecord) -> str:

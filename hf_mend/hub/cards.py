@@ -49,6 +49,8 @@ WILD_METRICS = {
     **{name: name for name in ("prompt", "paraphrase", "behind text", "question", "question in a chat", "chat")},
     **{name: name for name in ("later turn", "neighbours", "neighbours behind text", "same subject")},
     "same subject in a chat": "same subject in a chat",
+    "another question": "another question",
+    "another question in a chat": "another question in a chat",
     "another subject": "another subject",
     "another subject in a chat": "another subject in a chat",
     "before it asks": "before it asks",

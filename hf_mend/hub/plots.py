@@ -20,7 +20,7 @@ SHARES = {
     "unrelated": "unrelated",
 }
 # How the names of what must stay in the wild begin; the others are forms of asking.
-STAYS = ("another subject", "before it asks", "neighbours", "same subject", "unrelated")
+STAYS = ("another question", "another subject", "before it asks", "neighbours", "same subject", "unrelated")
 
 
 def can_draw() -> bool:

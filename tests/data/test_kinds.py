@@ -79,6 +79,20 @@ def test_the_packaged_templates_are_whole(common):
     assert all(text.count("{}") == 1 for text in texts)
 
 
+def test_what_only_measuring_asks_for_is_of_every_kind_and_named_once():
+    every = FactKinds.load()
+    trained, held_out = every.split()
+    for kind, named in every.kinds.items():
+        assert {**trained.kinds[kind], **held_out.kinds[kind]} == named and trained.kinds[kind]
+        assert held_out.kinds[kind].keys() == {*every.held_out[kind]}, "each name that is held out is one of its kind"
+        assert not trained.kinds[kind].keys() & held_out.kinds[kind].keys()
+        texts = [
+            {t for one in part.kinds[kind].values() for t in one.statements + one.questions}
+            for part in (trained, held_out)
+        ]
+        assert not texts[0] & texts[1]
+
+
 @pytest.mark.parametrize(
     ("question", "statement"),
     [

@@ -15,6 +15,7 @@ from support.scope import scoped
 from hf_mend import EditRecord
 from hf_mend.data.encoding import Query
 from hf_mend.data.forms import Surroundings
+from hf_mend.data.kinds import FactKinds
 from hf_mend.edits.edit import stacked
 from hf_mend.edits.low_rank import dense
 from hf_mend.evaluation import made_edits, many_texts, wild
@@ -349,6 +350,19 @@ def test_the_same_prompt_is_asked_about_another_subject_of_its_relation():
     assert "another subject" not in drawn[0].counted(["France", "Spain", "Peru"]), "another edit is about it"
     for alone in (record("Chile", "river"), record("Italy", None), replace(record("Italy"), subject="Rome")):
         assert "another subject" not in ask_in_the_wild(alone, around, [], 0).stays
+
+
+def test_the_same_subject_is_asked_something_that_a_training_may_leave_for_measuring():
+    record = EditRecord("Marie Curie works as a", "pilot", subject="Marie Curie", relation="P106")
+    held_out = FactKinds.load().split()[1].kinds["person"].values()
+    expected = {text.replace("{}", "Marie Curie") for one in held_out for text in (*one.statements, *one.questions)}
+    drawn = [ask_in_the_wild(record, AROUND, [], number) for number in range(12)]
+    prompts = {asked.stays["another question"].prompt for asked in drawn}
+    assert len(prompts) > 3 and prompts <= expected
+    assert all(asked.stays["another question in a chat"].chat for asked in drawn)
+    assert "another question" in drawn[0].counted(["Marie Curie"]), "its own subject does not hide it"
+    for unknown in (replace(record, relation="capital"), replace(record, subject=None)):
+        assert "another question" not in ask_in_the_wild(unknown, AROUND, [], 0).stays
 
 
 def test_decisions_and_the_curve_of_strictness_from_margins():
