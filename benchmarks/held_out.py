@@ -1,6 +1,7 @@
 """
 What the training of SmolLM2-135M-Instruct's editor never sees, and the facts that it does: relations, of each other
-relation's templates the last question and the last prompt about the same subject, the last of the packaged texts.
+relation's templates the last question and the last prompt about the same subject, the last of the packaged texts; and
+of what subjects are asked for by rule, the kinds that `hf_mend.data.kinds.FactKinds.split` holds out.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_mend import EditableModel, EditorConfig, EditorTrainer, EditorTrainingArguments, read_questions
 from hf_mend.data.forms import DEFAULT_FORMS
-from hf_mend.data.kinds import more_facts, packaged_facts, with_more_asked
+from hf_mend.data.kinds import FactKinds, more_facts, packaged_facts, with_more_asked
 from hf_mend.data.statements import facts_of_questions
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_training import ScopeTrainingArguments, train_scope
@@ -41,9 +41,10 @@ def examples_of(arguments: argparse.Namespace) -> TrainingExamples:
     unrelated = read_questions(arguments.data / "nq_open_train.jsonl")
     asked, questions = facts_of_questions(unrelated[:QUESTIONS])
     questions += unrelated[QUESTIONS:] + read_questions(arguments.examples / "questions.jsonl")
-    further = more_facts(facts, arguments.further_facts, arguments.seed)
-    further += packaged_facts(arguments.further_facts // 3, arguments.seed)
-    records = [*with_more_asked([*facts, *further], seed=arguments.seed), *asked]
+    kinds, _ = FactKinds.load().split()
+    further = more_facts(facts, arguments.further_facts, arguments.seed, kinds)
+    further += packaged_facts(arguments.further_facts // 3, arguments.seed, kinds)
+    records = [*with_more_asked([*facts, *further], seed=arguments.seed, kinds=kinds), *asked]
     asking = Asking(DEFAULT_FORMS, CONTEXT_RATE, None, context_texts())
     return TrainingExamples(records, questions, arguments.forms, 0, 0, arguments.seed, asking, 0, 1)
 
