@@ -191,7 +191,7 @@ class ScopeNetwork(nn.Module):
         Args:
             hidden (`torch.Tensor` of shape `(rows, seq, width)`): Their hidden states, padded on the right.
             rows (`torch.Tensor` of shape `(places,)`), places (`torch.Tensor` of shape `(places,)`): Row and token of
-                each.
+                each, row by row.
             words (`torch.Tensor` of shape `(rows, seq)`, *optional*): As for [`token_states`].
         """
         learns = self.training and torch.is_grad_enabled()
@@ -200,8 +200,13 @@ class ScopeNetwork(nn.Module):
         weight, forgotten = self.gates(x).split(HEADS, -1)  # (rows, seq, heads) each
         scores = (weight + nn.functional.softplus(forgotten).cumsum(1))[rows]  # (places, seq, heads)
         later = torch.arange(hidden.shape[1], device=hidden.device) > places[:, None]
-        weights = scores.masked_fill(later[..., None], -math.inf).softmax(1)
-        pooled = weights.transpose(1, 2) @ x[rows]  # (places, heads, width)
+        weights = scores.masked_fill(later[..., None], -math.inf).softmax(1).transpose(1, 2)  # (places, heads, seq)
+        # A row's places in one product: its hidden states are not copied for each of them.
+        counts = torch.bincount(rows, minlength=len(hidden))
+        number = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # within the row
+        of_rows = weights.new_zeros(len(hidden), int(counts.max()), *weights.shape[1:])
+        of_rows = of_rows.index_put((rows, number), weights).flatten(1, 2)  # (rows, most places * heads, seq)
+        pooled = (of_rows @ x).unflatten(1, (-1, HEADS))[rows, number]  # (places, heads, width)
         meaning = self.meaning(torch.einsum("nhd,hdp->nhp", pooled, self.values).flatten(1))
         window = places[:, None] - torch.arange(WORD_WINDOW, device=hidden.device)  # (places, WORD_WINDOW)
         near = (rows[:, None], window.clamp(min=0))
