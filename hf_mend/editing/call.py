@@ -89,6 +89,11 @@ class Call:
     results: dict[int, EditResult] = field(default_factory=dict)
     edits: dict[int, Edit] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model takes."""
+        return longest_input(self.context.split.model.config)
+
     def passes(self, numbers: Sequence[int], run: Callable[[list[int]], Found]) -> Iterator[tuple[list[int], Found]]:
         """Run some of the requests, by number, in passes of like lengths, as large as memory allows."""
         return in_passes(self.budget, numbers, self.lengths(numbers), run)
@@ -126,9 +131,10 @@ class Call:
 
     def forms(self, request: EditRequest, paraphrases: Sequence[str] = ()) -> dict[str, Query]:
         """Return the forms in which a request's edit is made, and of its paraphrases those that give it keys."""
-        longest = longest_input(self.context.split.model.config)
         paraphrases = request.paraphrases if request.in_paraphrases else paraphrases
-        return own_queries(request.query, self.encoder, paraphrases, self.context.method.in_further_forms, longest)
+        return own_queries(
+            request.query, self.encoder, paraphrases, self.context.method.in_further_forms, self.longest
+        )
 
     @torch.no_grad()
     def answers(self, queries: Sequence[Query]) -> Answers:

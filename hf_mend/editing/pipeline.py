@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bases.fingerprint import editor_id
-from ..data.encoding import Encoder
+from ..data.encoding import Encoder, Query
 from ..data.estimate import Estimate
 from ..edits.active import ActiveEdits
 from ..edits.edit import Edit, acting_ids
@@ -34,12 +34,13 @@ from .budget import Budget, estimated_cost, tried
 from .calibration_text import observe_calibration_text
 from .call import AfterEdits, Call
 from .context import EditingContext
+from .contrasts import named_in, subject_of, with_contrasts
 from .edit_result import EditResult, LostEdit
 from .look import BatchLook
 from .proposals import SearchOptions
 from .requests import EditRequest
 from .results import absence_edit, as_edit, as_result, base_delta_edit, unchanged_result
-from .scoping import found_keys, scopes_of
+from .scoping import FoundKeys, found_keys, scopes_of
 from .search import find_updates
 from .summary import in_bfloat16
 from .together import processes_of_call
@@ -249,9 +250,23 @@ def _scopes(call: Call, batches: Sequence[Sequence[int]], found: Sequence[FoundU
     call.before.update(zip(numbers, [one.before for one in keys], strict=True))
     forms = [call.forms(one, one.paraphrases) for one in requests]
     excluded = [one.probes[len(one.paraphrases) :] for one in requests]
-    return dict(
-        zip(numbers, scopes_of(gate, split, call.encoder, forms, excluded, [one.forms for one in keys]), strict=True)
-    )
+    scopes = scopes_of(gate, split, call.encoder, forms, excluded, [one.forms for one in keys])
+    subjects = [_subject(call, *of_one) for of_one in zip(requests, forms, keys, strict=True)]
+    queries = [next(iter(one.values())) for one in forms]
+    scopes = with_contrasts(gate, split, call.encoder, scopes, queries, subjects, call.longest)
+    return dict(zip(numbers, scopes, strict=True))
+
+
+def _subject(call: Call, request: EditRequest, forms: Mapping[str, Query], keys: FoundKeys) -> str | None:
+    """Return what a request is about: what it says, or what the scope takes for it."""
+    table = None if call.gate is None else call.gate.table
+    if keys.subject_odds is None or table is None:
+        return None
+    if (given := named_in(request.prompt, request.subject)) is not None:
+        return given
+    made = [*forms.values()][: len(keys.forms)]
+    row = next((row for row, form in enumerate(made) if form.chat), 0)
+    return subject_of(made[row], keys.subject_odds[row].tolist(), call.encoder, table)
 
 
 def _find_in_batches(

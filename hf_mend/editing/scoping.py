@@ -43,6 +43,8 @@ class ScopeReport:
         taken_by (`str`, *optional*): Id of another edit that acts in its place, as their keys are alike.
         nearest (`str`, *optional*): Id of the other edit whose keys are most alike.
         nearest_score (`float`): How alike they are, at most 1.
+        about (`str`, *optional*): What the edit is about, if it is kept apart from texts that only name that: a
+            record's `subject`, or what the scope takes for it.
     """
 
     score: float
@@ -51,6 +53,7 @@ class ScopeReport:
     taken_by: str | None = None
     nearest: str | None = None
     nearest_score: float = 0.0
+    about: str | None = None
 
     @property
     def holds(self) -> bool:
@@ -59,6 +62,8 @@ class ScopeReport:
 
     def __str__(self) -> str:
         text = f"acts from a score of {self.threshold:.2f} on, its own texts have {self.score:.2f} or more"
+        if self.about is not None:
+            text += f"; kept apart from what only names {self.about!r}"
         if self.nearest is not None:
             text += f"; the nearest other edit is {self.nearest} ({self.nearest_score:.2f})"
         if self.missed:
@@ -164,10 +169,13 @@ class FoundKeys:
     Args:
         forms (`list[torch.Tensor]`): Of each form, those at the tokens that predict the answer, `(tokens, width)`.
         before (`torch.Tensor` of shape `(tokens, width)`): Of the first form, those at its tokens before these.
+        subject_odds (`torch.Tensor` of shape `(forms, tokens)`, *optional*): Of each token of each form, the log odds
+            that the word which ends there names what the text is about; `None` where the scope does not know.
     """
 
     forms: list[torch.Tensor]
     before: torch.Tensor
+    subject_odds: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -179,14 +187,26 @@ def found_keys(gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: H
         gate, split, rows, hidden: As for [`keys_of`].
     """
     keys, step = _all_keys(gate, split, rows, hidden), rows.forms
+    odds = [_subject_odds(gate, hidden)] if gate.knows_subjects else []
     if _of_two(rows):
-        (keys,) = fetched([keys])
-        return [FoundKeys(list(keys[i : i + step]), keys[i, :0]) for i in range(0, len(rows), step)]
-    at, first = fetched([rows.places.at(keys), keys[::step]])
-    forms, starts = at.split(rows.places.counts), [start for start, _ in rows.places.spans[::step]]
-    return [
-        FoundKeys(list(forms[i * step : (i + 1) * step]), first[i, :start].clone()) for i, start in enumerate(starts)
-    ]
+        keys, *odds = fetched([keys, *odds])
+        found = [FoundKeys(list(keys[i : i + step]), keys[i, :0]) for i in range(0, len(rows), step)]
+    else:
+        at, first, *odds = fetched([rows.places.at(keys), keys[::step], *odds])
+        forms, starts = at.split(rows.places.counts), [start for start, _ in rows.places.spans[::step]]
+        found = [
+            FoundKeys(list(forms[i * step : (i + 1) * step]), first[i, :start].clone())
+            for i, start in enumerate(starts)
+        ]
+    if not odds:
+        return found
+    return [replace(one, subject_odds=part) for one, part in zip(found, odds[0].split(step), strict=True)]
+
+
+def _subject_odds(gate: ScopeGate, hidden: HiddenState) -> torch.Tensor:
+    read = hidden.hidden if hidden.encoder is None else hidden.encoder
+    with torch.autocast(read.device.type, enabled=False):
+        return gate.scope.to(read.device).subject_odds(read)
 
 
 def scopes_of(  # one argument each for what it reads and what it is for
@@ -315,5 +335,11 @@ def report(edit: Edit, bank: KeyBank, strictness: float = 0.0) -> ScopeReport:
     with torch.autocast(scope.keys.device.type, enabled=False):
         own = key_scores(scope.keys, scope.keys).max(-1).values.min()
     return ScopeReport(
-        float(own), float(scope.thresholds.max()) + strictness, tuple(missed), taken, nearest, nearest_score
+        float(own),
+        float(scope.thresholds.max()) + strictness,
+        tuple(missed),
+        taken,
+        nearest,
+        nearest_score,
+        scope.about,
     )

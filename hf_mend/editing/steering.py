@@ -118,7 +118,7 @@ class ActsWhereAsked:
 
     def _new_gate(self, scope: ScopeNetwork) -> ScopeGate:
         if self.config.is_encoder_decoder:
-            return EncoderGate(self.base_model, scope.eval(), scope_id(scope))
+            return EncoderGate(self.base_model, scope.eval(), scope_id(scope), self.tokenizer)
         block = self.split.blocks[self.split.block]
         return ScopeGate(self.base_model, block, self.split.block, scope.eval(), scope_id(scope), self.tokenizer)
 
@@ -160,12 +160,13 @@ class ActsWhereAsked:
         rows = self.encoder([query]).to(self.split.device)
         with self._active.cleared_after_error():
             key = keys_of(gate, self.split, rows)[0][0].to(gate.scope.centre.device)
-        scores, thresholds = (values.tolist() for values in bank.scores(key))
+        scores, thresholds, contrasts = bank.scores(key)
+        scores, needed = scores.tolist(), torch.maximum(thresholds + gate.strictness, contrasts).tolist()
         acting = self._active.acting.bank  # none while edits are disabled
         chosen = -1 if acting is None else int(acting.choose(key[None], gate.strictness)[0])
         acts, numbers = None if acting is None or chosen < 0 else acting.ids[chosen], bank.numbers
         found = [
-            ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], thresholds[i] + gate.strictness, edit.id == acts)
+            ScopedEdit(edit.id, edit.prompt, edit.target, scores[i], needed[i], edit.id == acts)
             for edit in edits
             for i in [numbers[edit.id]]
         ]
@@ -198,7 +199,8 @@ class ActsWhereAsked:
             alone (`bool`, defaults to `False`): For its own edit as if that were the only one.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit.
+            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit, or it is kept
+            from the text.
         """
         gate, bank = self._scoped(), self._active.acting.bank
         bank = gate.bank([]) if bank is None else bank
@@ -242,7 +244,7 @@ class ActsWhereAsked:
         scope = replace(
             edit.scope,
             keys=joined([edit.scope.keys, more.keys]),
-            thresholds=torch.cat([edit.scope.thresholds, more.thresholds]),
+            thresholds=torch.cat([edit.scope.thresholds, edit.scope.thresholds.min().expand(len(more.texts))]),
             texts=[*edit.scope.texts, *more.texts],
         )
         return self._changed(edit, replace(edit, scope=scope))

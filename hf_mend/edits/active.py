@@ -179,6 +179,12 @@ class ActiveEdits(ActsInPasses):
                 f"{source}: the keys of the edit {edit.id!r} have {width} numbers, this model's scope gives "
                 f"{self.gate.key_width}; the file was altered, restore it from a copy"
             )
+        contrasts = edit.scope.contrasts
+        if self.gate is not None and len(contrasts) and contrasts.shape[1] != self.gate.contrast_width:
+            raise ValueError(
+                f"{source}: the contrasts of the edit {edit.id!r} have {contrasts.shape[1]} numbers, this model's "
+                f"scope gives {self.gate.contrast_width}; the file was altered, restore it from a copy"
+            )
 
     def _others(self, edits: Sequence[Edit]) -> list[Target]:
         """Return the layers that these edits change and none did before."""
@@ -260,14 +266,15 @@ class ActiveEdits(ActsInPasses):
 def _check_keys(edits: Sequence[Edit], source: str | Path) -> None:
     """Refuse keys that are no unit vectors, of all edits at once: an overflow in a score would stop every text."""
     scopes = [edit.scope for edit in edits if edit.scope is not None]
-    tensors = [*(one.keys for one in scopes), *(one.excluded for one in scopes if one.excluded.numel())]
-    if tensors and float(joined(tensors).abs().max()) > _LARGEST_IN_KEY:
+    tensors: dict[str, list[torch.Tensor]] = {}
+    for name, (keys, _) in (item for one in scopes for item in one.tensors().items()):
+        tensors.setdefault(name, []).append(keys)
+    if any(float(joined(keys).abs().max()) > _LARGEST_IN_KEY for keys in tensors.values()):
         first = next(
             edit.id
             for edit in edits
             if edit.scope is not None
-            and max(float(one.abs().max()) for one in (edit.scope.keys, edit.scope.excluded) if one.numel())
-            > _LARGEST_IN_KEY
+            and max(float(one.abs().max()) for one, _ in edit.scope.tensors().values()) > _LARGEST_IN_KEY
         )
         raise ValueError(
             f"{source}: a key of the edit {first!r} has numbers beyond 1, and keys are unit vectors; the file was "

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.deprecation import renamed_arguments
 from ..data.display import html_table, shown
 from ..hub.files import shortened
-from .edit_scope import EXCLUDED_TENSORS, SCOPE_TENSORS, EditScope, is_scope_description
+from .edit_scope import SCOPE_NAMES, EditScope, is_scope_description
 from .four_bit import FOUR_BIT_TENSORS, FourBitUpdates, is_four_bit_description
 from .low_rank import Update, same_pairs
 
@@ -141,7 +141,7 @@ class Edit:
         scope, four_bit = described.get("scope"), described.get("four_bit")
         updates: Mapping[str, Update] = dict(pairs)
         if scope is not None:
-            updates = {name: pair for name, pair in pairs.items() if name not in (SCOPE_TENSORS, EXCLUDED_TENSORS)}
+            updates = {name: pair for name, pair in pairs.items() if name not in SCOPE_NAMES}
             state["scope"] = EditScope.from_file(scope, pairs, where)
         codes = [name for name, pair in updates.items() if torch.uint8 in (pair[0].dtype, pair[1].dtype)]
         expected = [] if four_bit is None else [f"{FOUR_BIT_TENSORS}{number}" for number in range(len(four_bit))]

@@ -140,6 +140,7 @@ class Gate(Protocol):
 
     scope_id: str
     key_width: int
+    contrast_width: int
     # The bank of the edits that act in the pass that this thread is in, `None` where none does.
     bank_now: Callable[[], Any]
 

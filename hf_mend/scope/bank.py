@@ -14,7 +14,18 @@ import torch
 from ..data.places import joined, on_device
 from ..edits.edit import Edit
 from ..edits.growing import GrowingRows
-from .network import key_parts, key_scores, key_words, may_ask, may_pass, missing_words, other_words, part_scores
+from .network import (
+    MEANING_WIDTH,
+    key_parts,
+    key_scores,
+    key_words,
+    may_ask,
+    may_pass,
+    missing_words,
+    other_words,
+    part_scores,
+)
+from .penalties import least_near, penalty_of
 
 
 Found = TypeVar("Found")
@@ -25,67 +36,6 @@ _SCORES_AT_ONCE = 1 << 24
 _OUT = -2.0
 # Scores as near as this are one: rounding in half precision, in passes of other texts.
 _ONE = 1e-4
-# An edit that says something else and is nearly as near to a text speaks against both: where many facts of a kind are
-# edited, a neighbour that none is about is about as near to several of them. The nearest rival counts from as far
-# below its threshold on as a perfect score is above it, and a share of what it has above that is added to what the
-# best has to reach: the larger, the more the words that matter in the text and in the edit's differ, the subject's
-# name above all, and the more rivals are at most a part of that room short of acting. It is no more than most of what
-# a perfect score has left.
-RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.25, 0.8
-
-# A text that names something else in the place of what an edit's own names ("Portugal" for "France") has more to
-# reach, whether there are rivals or not: from this share of its words on, and all of it from that share on, so much of
-# what a perfect score has left.
-OTHER_FROM, OTHER_TO, OTHER_MOST = 0.4, 0.8, 0.8
-
-
-def penalty_of(
-    rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
-    """
-    Return what is added to an edit's threshold: because of its rivals ([`rival_penalty`]), or because the text names
-    something else ([`other_penalty`]), whichever is more.
-
-    Args:
-        rival, threshold, missing, count: As for [`rival_penalty`].
-        other: As for [`other_penalty`].
-    """
-    return torch.maximum(rival_penalty(rival, threshold, missing, count), other_penalty(threshold, other))
-
-
-def other_penalty(threshold: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """
-    Return what is added to an edit's threshold because a text names something else.
-
-    Args:
-        threshold (`torch.Tensor`): The edit's.
-        other (`torch.Tensor` of the same shape): How far it does ([`~hf_mend.scope.network.other_words`]).
-    """
-    share = ((other - OTHER_FROM) / (OTHER_TO - OTHER_FROM)).clamp(0.0, 1.0)
-    return OTHER_MOST * share * (1.0 - threshold).clamp(min=0.0)
-
-
-def rival_penalty(
-    rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
-    """
-    Return what is added to an edit's threshold because of its rivals.
-
-    Args:
-        rival (`torch.Tensor`): How far the text is past the nearest rival's threshold, or short of it.
-        threshold (`torch.Tensor` of the same shape): The edit's.
-        missing (`torch.Tensor` of the same shape): How much the words of the edit and of the text differ
-            ([`~hf_mend.scope.network.missing_words`]).
-        count (`torch.Tensor` of the same shape): How many of the rivals' keys are near ([`least_near`]).
-    """
-    room = (1.0 - threshold).clamp(min=0.0)
-    share = RIVAL_MISSING * missing * (1.0 + RIVAL_MANY * (1.0 + count).log2())
-    return torch.minimum(share * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
-
-
-def least_near(threshold: torch.Tensor) -> torch.Tensor:
-    """Return how far past a rival key's threshold, or short of it, a text has to be for the key to count as near."""
-    return RIVAL_NEAR * (threshold - 1.0)
 
 
 def _in_full_precision(method: Callable[..., Found]) -> Callable[..., Found]:
@@ -117,6 +67,9 @@ class KeyBank:
         self._thresholds = GrowingRows(torch.zeros(0, dtype=torch.float32))  # infinite for an edit that is gone
         self._parts: list[GrowingRows] = []  # of the keys, and behind them their words
         self._excluded: dict[int, torch.Tensor] = {}
+        # Keys of texts that only name what an edit is about, without words, and their edits' numbers.
+        self._contrasts = GrowingRows(torch.zeros(0, MEANING_WIDTH, dtype=torch.float16))
+        self._contrasted = GrowingRows(torch.zeros(0, dtype=torch.long))
         # A device -> keys, thresholds and owners there. What asks of one edit reads the host's own.
         self._elsewhere: dict[torch.device, list[GrowingRows]] = {}
         self._add(edits)
@@ -144,6 +97,12 @@ class KeyBank:
         excluded = {first + i: one.excluded.float() for i, one in enumerate(scopes) if len(one.excluded)}
         if excluded:
             self._excluded = self._excluded | excluded
+        contrasts = [one.contrasts for one in scopes if len(one.contrasts)]
+        if contrasts:
+            counts = torch.tensor([len(one.contrasts) for one in scopes])
+            owner = torch.arange(first, first + len(scopes)).repeat_interleave(counts)
+            self._contrasts = self._contrasts.extended([_on(joined(contrasts).half(), self._contrasts)])
+            self._contrasted = self._contrasted.extended([_on(owner, self._contrasted)])
 
     def extended(self, edits: Sequence[Edit]) -> KeyBank:
         """Return the bank of these edits and further ones."""
@@ -180,6 +139,9 @@ class KeyBank:
         new._thresholds = GrowingRows(self._thresholds.rows[there])
         new._parts = [GrowingRows(part.rows[there]) for part in self._parts]
         new._excluded = {int(renumbered[number]): keys for number, keys in self._excluded.items()}
+        numbers = renumbered[self._contrasted.rows]
+        new._contrasts = GrowingRows(self._contrasts.rows[numbers >= 0])
+        new._contrasted = GrowingRows(numbers[numbers >= 0])
         return new
 
     def __len__(self) -> int:
@@ -187,17 +149,16 @@ class KeyBank:
 
     def _on(self, device: torch.device) -> _Keys:
         """Return the keys on a device, where they stay: those of further edits come behind them."""
-        own = [self._owner, self._target, self._thresholds, *self._parts]
+        own = [self._owner, self._target, self._thresholds, self._contrasts, self._contrasted, *self._parts]
         held = own
         if self._owner.rows.device != device:
             held = self._elsewhere.get(device) or [GrowingRows(one.rows[:0].to(device)) for one in own]
-            count = len(held[0].rows)
-            if count < len(self._owner.rows):
-                more = [on_device(one.rows[count:], device) for one in own]
+            if len(held[0].rows) < len(self._owner.rows):
+                more = [on_device(one.rows[len(there.rows) :], device) for one, there in zip(own, held, strict=True)]
                 held = [one.extended([rows]) for one, rows in zip(held, more, strict=True)]
                 self._elsewhere = {**self._elsewhere, device: held}
-        owner, target, thresholds, *parts, words = (one.rows for one in held)
-        return _Keys(parts, words, owner, target, thresholds, self._excluded)
+        owner, target, thresholds, contrasts, contrasted, *parts, words = (one.rows for one in held)
+        return _Keys(parts, words, owner, target, thresholds, self._excluded, contrasts, contrasted, len(self.ids))
 
     @_in_full_precision
     def choose(self, queries: torch.Tensor, strictness: float = 0.0, only: torch.Tensor | None = None) -> torch.Tensor:
@@ -233,7 +194,7 @@ class KeyBank:
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(texts,)`; -2 where there is no such edit, or a text is
-            excluded.
+            excluded, or more like what only names what the edit is about.
         """
         none = queries.new_full((len(queries),), _OUT)
         if not self.numbers:
@@ -258,16 +219,17 @@ class KeyBank:
         return own_margins, others
 
     @_in_full_precision
-    def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Return each edit's score with a text, and what it has to reach, by number: the threshold of the key that it is
-        nearest to passing, and what its nearest rival adds.
+        nearest to passing, with what its rivals and other names add, and whatever the strictness, the score of the
+        nearest contrast.
 
         Args:
             query (`torch.Tensor` of shape `(width,)`): The text's key.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Two of shape `(numbers,)`.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Three of shape `(numbers,)`.
         """
         held = self._on(query.device)
         scores = part_scores(query[None], held.parts)[0]
@@ -285,7 +247,7 @@ class KeyBank:
         same = over.new_zeros(len(self._targets)).index_add(0, held.target, near)[held.target[best]]
         thresholds, pair = held.thresholds[best], (query, held.words[best])
         added = penalty_of(rivals, thresholds, missing_words(*pair), other_words(*pair), near.sum() - same)
-        return scores[best], thresholds + added
+        return scores[best], thresholds + added, held.contrast_scores(query[None], held.owner)[0, best]
 
     @_in_full_precision
     def nearest(self, edit_id: str, keys: torch.Tensor) -> tuple[str | None, float]:
@@ -311,7 +273,8 @@ class KeyBank:
 class _Keys:
     """
     All keys on one device: parts and words `(keys, width)`, owner, number of its target and threshold,
-    `(keys,)`, and number -> excluded keys.
+    `(keys,)`, and number -> excluded keys; the contrasts of the `count` edits, `(contrasts, MEANING_WIDTH)`, and their
+    edits' numbers, `(contrasts,)`.
     """
 
     parts: Sequence[torch.Tensor]
@@ -320,6 +283,9 @@ class _Keys:
     target: torch.Tensor
     thresholds: torch.Tensor
     excluded: Mapping[int, torch.Tensor]
+    contrasts: torch.Tensor
+    contrasted: torch.Tensor
+    count: int
 
     def choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
@@ -384,7 +350,30 @@ class _Keys:
             own = owner == number
             nearest = key_scores(queries, self.excluded[number].to(queries.device)).max(-1).values
             over[:, own] = torch.where(scores[:, own] > nearest[:, None], over[:, own], _OUT)
+        if len(self.contrasts):
+            # A text that is one of the edit's own, and a contrast too, asks for the edit.
+            over = over.masked_fill(scores < self.contrast_scores(queries, owner) - _ONE, _OUT)
         return over.clamp(min=_OUT)
+
+    def contrast_scores(self, queries: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+        """
+        Return how much texts are like the nearest text that only names what an edit is about, `(texts, keys)`, -2
+        where there is none.
+
+        Args:
+            queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
+            owner (`torch.Tensor` of shape `(keys,)`): The numbers of the edits, of each key.
+        """
+        there = torch.zeros(self.count, dtype=torch.bool, device=owner.device)
+        there[owner] = True
+        (rows,) = there[self.contrasted].nonzero(as_tuple=True)
+        if not len(rows):
+            return queries.new_full((len(queries), len(owner)), _OUT)
+        place = there.cumsum(0) - 1  # of each edit among these
+        scores = part_scores(queries, key_parts(self.contrasts[rows]))
+        nearest = scores.new_full((len(queries), int(place[-1]) + 1), _OUT)
+        nearest = nearest.scatter_reduce(1, place[self.contrasted[rows]].expand_as(scores), scores, "amax")
+        return nearest[:, place[owner]]
 
 
 def _on(tensor: torch.Tensor, rows: GrowingRows) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
@@ -29,10 +30,13 @@ class EncoderGate(ScopeGate):
         model (`nn.Module`): The base model.
         scope ([`ScopeNetwork`]): Gives the keys.
         scope_id (`str`): The scope's id.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tells what the texts of edits are about.
     """
 
-    def __init__(self, model: Any, scope: ScopeNetwork, scope_id: str):
-        super().__init__(model, model.get_decoder(), 0, scope, scope_id)
+    def __init__(
+        self, model: Any, scope: ScopeNetwork, scope_id: str, tokenizer: PreTrainedTokenizerBase | None = None
+    ):
+        super().__init__(model, model.get_decoder(), 0, scope, scope_id, tokenizer)
 
     def words(
         self, tokens: torch.Tensor, mask: torch.Tensor | None = None, before: torch.Tensor | None = None

@@ -12,14 +12,21 @@ from ..hub.files import SCOPE_NAME, read_weights, write_weights
 from .network import ScopeNetwork
 
 
+# What a scope of before does not have, and what no key depends on.
+_SUBJECTS = ("subject.weight", "subject.bias")
 # No value that a training leaves is as large: hidden states' own are some thousands at most.
 _MOST = 1e6
 
 
 def scope_id(scope: ScopeNetwork) -> str:
-    """Return a scope's id, a hash of its values rounded to bfloat16: edits keep the id of the scope of their keys."""
+    """
+    Return a scope's id, a hash of its values rounded to bfloat16, of all that keys depend on: edits keep the id of the
+    scope of their keys.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(scope.state_dict().items()):
+        if name in _SUBJECTS:
+            continue
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return f"scope-{digest.hexdigest()[:12]}"
@@ -79,7 +86,11 @@ def read_scope(path: str | Path, width: int) -> ScopeNetwork:
         ValueError: The file is damaged, or for hidden states of another width.
     """
     scope = ScopeNetwork(width)
-    tensors, _ = read_weights(path, {name: tuple(value.shape) for name, value in scope.state_dict().items()})
+    state = scope.state_dict()
+    tensors, _ = read_weights(path)
+    if not {*_SUBJECTS} & tensors.keys():
+        state = {name: value for name, value in state.items() if name not in _SUBJECTS}
+    tensors, _ = read_weights(path, {name: tuple(value.shape) for name, value in state.items()})
     _check_values(path, tensors)
-    scope.load_state_dict({name: value.float() for name, value in tensors.items()})
+    scope.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
     return scope.eval().requires_grad_(False)

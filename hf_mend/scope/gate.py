@@ -21,7 +21,7 @@ from ..edits.edit import Edit
 from ..edits.hook import Acting, Hook
 from .bank import KeyBank
 from .cache_layer import ScopeLayer, past_length, scope_layer
-from .network import KEY_WIDTH, ScopeNetwork, TokenStates
+from .network import KEY_WIDTH, MEANING_WIDTH, ScopeNetwork, TokenStates
 from .words import WordTable, word_numbers, word_table
 
 
@@ -111,7 +111,8 @@ class ScopeGate:
     ):
         self.model, self.block, self.number = model, block, number
         self.stack = _stack_of(model, block)
-        self.scope, self.scope_id, self.key_width = scope, scope_id, KEY_WIDTH
+        self.scope, self.scope_id = scope, scope_id
+        self.key_width, self.contrast_width = KEY_WIDTH, MEANING_WIDTH
         self.tokenizer = tokenizer
         self.strictness = 0.0
         self.bank_now: Callable[[], KeyBank | None] = _no_bank
@@ -131,13 +132,24 @@ class ScopeGate:
         return self.scope.threshold.detach().cpu()
 
     @cached_property
-    def _table(self) -> WordTable | None:
+    def knows_subjects(self) -> bool:
+        """Whether the scope has learned which words name what a text is about."""
+        return self.scope.knows_subjects
+
+    @cached_property
+    def table(self) -> WordTable | None:
+        """What the tokens of the tokenizer are to words, in the host's memory; `None` without a tokenizer."""
         return None if self.tokenizer is None else word_table(self.tokenizer)
+
+    @cached_property
+    def _table(self) -> WordTable | None:
+        return self.table
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell words apart by another tokenizer."""
         self.tokenizer = tokenizer
-        self.__dict__.pop("_table", None)
+        for name in ("table", "_table"):
+            self.__dict__.pop(name, None)
 
     def words(
         self, tokens: torch.Tensor, mask: torch.Tensor | None = None, before: torch.Tensor | None = None

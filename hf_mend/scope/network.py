@@ -97,6 +97,11 @@ class ScopeNetwork(nn.Module):
         with torch.no_grad():
             self.word.weight.zero_()
             self.word.bias.zero_()
+        # Log odds that a word names what the text is about, at its last token; none is known before training.
+        self.subject = nn.Linear(width, 1)
+        with torch.no_grad():
+            self.subject.weight.zero_()
+            self.subject.bias.zero_()
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
         self.threshold = nn.Parameter(torch.tensor(0.5))
 
@@ -109,6 +114,11 @@ class ScopeNetwork(nn.Module):
     def is_trained(self) -> bool:
         """Whether it knows what hidden states are ordinary, which training learns first."""
         return bool((self.spread != 1.0).any())
+
+    @property
+    def knows_subjects(self) -> bool:
+        """Whether it has learned which words name what a text is about."""
+        return bool(self.subject.weight.any())
 
     @torch.no_grad()
     def standardise(self, hidden: torch.Tensor) -> None:
@@ -221,6 +231,10 @@ class ScopeNetwork(nn.Module):
     def log_odds(self, hidden: torch.Tensor) -> torch.Tensor:  # (..., width) -> (...)
         """Return the log odds that tokens' words are said in whatever way the same is asked for."""
         return self.word(self._standardised(hidden))[..., 0]
+
+    def subject_odds(self, hidden: torch.Tensor) -> torch.Tensor:  # (..., width) -> (...)
+        """Return the log odds that words name what their text is about, from their last tokens' hidden states."""
+        return self.subject(self._standardised(hidden))[..., 0]
 
     def _matters(self, x: torch.Tensor) -> torch.Tensor:  # (..., width) -> (...)
         """Return how much the words of tokens matter, from their standardised hidden states."""

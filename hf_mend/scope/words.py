@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,54 @@ def word_table(tokenizer: PreTrainedTokenizerBase) -> WordTable:
         begins.append(not letters or token[0] in _SPACES + _BREAKS or not letters[0].isalnum())
         ends.append(bool(letters) and token[-1] not in _SPACES + _BREAKS and letters[-1].isalnum())
     return WordTable(*(torch.tensor(values) for values in (hashes, powers, begins, ends)))
+
+
+@dataclass(frozen=True)
+class Word:
+    """
+    A word of a text.
+
+    Args:
+        hash (`int`): Of its letters.
+        first (`int`), last (`int`): Its tokens.
+    """
+
+    hash: int
+    first: int
+    last: int
+
+
+def words_in(table: WordTable, tokens: Sequence[int]) -> list[Word]:
+    """
+    Return the words of a text, punctuation among them.
+
+    Args:
+        table ([`WordTable`]): Of the tokenizer.
+        tokens (`Sequence[int]`): The text's token ids; one that the table lacks is a word of its own.
+    """
+    ids = torch.tensor([*tokens], dtype=torch.long)
+    numbers = word_numbers(table, ids[None])[0].tolist()
+    begins = table.begins[ids.clamp(0, len(table.begins) - 1)].tolist()
+    found: list[Word] = []
+    before = 0  # its last bit tells whether the word may go on
+    for place, number in enumerate(numbers):
+        if number == ANY_WORD:
+            found.append(Word(ANY_WORD, place, place))
+            before = 0
+            continue
+        if before % 2 and not begins[place]:
+            found[-1] = Word(number // 2, found[-1].first, place)
+        elif number // 2:  # more than white space
+            found.append(Word(number // 2, place, place))
+        before = number
+    return found
+
+
+def place_within(part: Sequence[Word], whole: Sequence[Word]) -> int | None:
+    """Return where some words stand in a row among others for the last time; `None` where they do not."""
+    wanted, given = [word.hash for word in part], [word.hash for word in whole]
+    places = range(len(given) - len(wanted), -1, -1) if wanted else ()
+    return next((place for place in places if given[place : place + len(wanted)] == wanted), None)
 
 
 def word_numbers(

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.encoding import length_batches
 from ..scope.network import ScopeNetwork
+from ..scope.words import Word, WordTable
 from .scope_examples import MarkedText
 
 
@@ -23,6 +24,9 @@ class ScopeTexts:
         texts (`Sequence[Sequence[MarkedText]]`): Of each fact, its texts, the bare prompt first.
         relations (`Sequence[str | None]`): Of each fact, its relation.
         words (`Callable`, *optional*): Gives the numbers of tokens' words; any may be said where it is missing.
+        table ([`~hf_mend.scope.words.WordTable`], *optional*): What the tokenizer's tokens are to words.
+        subjects (`Sequence[Sequence[Word]]`): Of each fact, the words that name its subject; none where that is not
+            known.
 
     Attributes:
         weights (`list[float]`): Of each fact, how often it is drawn: the root of how many there are of its relation.
@@ -33,8 +37,11 @@ class ScopeTexts:
         texts: Sequence[Sequence[MarkedText]],
         relations: Sequence[str | None],
         words: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        table: WordTable | None = None,
+        subjects: Sequence[Sequence[Word]] = (),
     ):
         self.texts, self.relations, self._words = texts, relations, words
+        self.table, self.subjects = table, subjects
         self.alike: dict[str | None, list[int]] = {}  # the facts of each relation
         for fact, relation in enumerate(relations):
             self.alike.setdefault(relation, []).append(fact)

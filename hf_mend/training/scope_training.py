@@ -19,8 +19,9 @@ from transformers.utils import logging
 from ..bases.limits import longest_input
 from ..data.forms import DEFAULT_FORMS, available_forms
 from ..model import EditableModel
-from ..scope.bank import least_near, penalty_of
 from ..scope.network import ScopeNetwork, key_scores, key_words, missing_words, other_words
+from ..scope.penalties import least_near, penalty_of
+from ..scope.words import word_table, words_in
 from .cache import HiddenStateCache
 from .examples import TrainingExamples
 from .scope_checkpoint import ScopeCheckpoint, ScopeProgress
@@ -36,7 +37,7 @@ from .scope_examples import (
     within,
 )
 from .scope_texts import ScopeTexts, states_of
-from .scope_words import learn_words
+from .scope_words import learn_subjects, learn_words
 
 
 logger = logging.get_logger(__name__)
@@ -130,7 +131,11 @@ def scope_texts(model: EditableModel, examples: TrainingExamples, args: ScopeTra
     cache = None if args.hidden_states_dir is None else HiddenStateCache(model.split, args.hidden_states_dir)
     read_hidden_states([text for one in kept for text in one], model.split, model.encoder, args.bf16, cache)
     set_others(records, kept)
-    return ScopeTexts(kept, [record.relation for record in records], model.numbers_of_words)
+    tokenizer = model.encoder.tokenizer
+    table = word_table(tokenizer)
+    named = [tokenizer(f" {one.subject or ''}", add_special_tokens=False)["input_ids"] for one in records]
+    subjects = [words_in(table, tokens) for tokens in named]
+    return ScopeTexts(kept, [record.relation for record in records], model.numbers_of_words, table, subjects)
 
 
 def scope_loss(
@@ -244,12 +249,13 @@ def train_scope(
 
 
 def _begun(width: int, data: ScopeTexts, draw: random.Random, seed: int) -> ScopeNetwork:
-    """Return a new scope that knows what hidden states are like, and which words matter."""
+    """Return a new scope that knows what hidden states are like, which words matter, and which name a subject."""
     scope = ScopeNetwork(width)
     sample = [text for one in draw.sample(range(len(data)), min(len(data), 500)) for text in data.texts[one]]
     # The first token's values are no text's.
     scope.standardise(torch.cat([states_of(text)[1:] for text in sample]))
     learn_words(scope, data, seed)
+    learn_subjects(scope, data, seed)
     return scope
 
 
@@ -270,6 +276,7 @@ def _checkpoint(
     digest.update(states_of(data.texts[0][0])[1:].bfloat16().view(torch.int16).numpy().tobytes())
     names = ("steps", "facts_per_step", "learning_rate", "go_on", "rounds", "seed")
     settings = {name: getattr(args, name) for name in names} | {"texts": digest.hexdigest()[:16]}
+    settings["tensors"] = [*scope.state_dict()]  # an earlier version's scope has others
     return ScopeCheckpoint(Path(path), settings, scope, draw)
 
 

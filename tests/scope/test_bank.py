@@ -9,8 +9,9 @@ import torch
 
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank, other_penalty, rival_penalty
+from hf_mend.scope.bank import KeyBank
 from hf_mend.scope.network import key_scores, may_ask, may_pass, said_words
+from hf_mend.scope.penalties import other_penalty, rival_penalty
 
 
 def unit(count: int) -> torch.Tensor:
@@ -18,11 +19,18 @@ def unit(count: int) -> torch.Tensor:
 
 
 def scoped_edit(
-    number: int, keys: torch.Tensor, threshold: float, excluded: torch.Tensor | None = None, target: str | None = None
+    number: int,
+    keys: torch.Tensor,
+    threshold: float,
+    excluded: torch.Tensor | None = None,
+    target: str | None = None,
+    contrasts: torch.Tensor | None = None,
 ) -> Edit:
     scope = EditScope("scope-x", keys, torch.full((len(keys),), threshold), ["prompt"] * len(keys))
     if excluded is not None:
         scope.excluded, scope.excluded_texts = excluded, ["other"] * len(excluded)
+    if contrasts is not None:
+        scope.contrasts, scope.about = contrasts.half(), "it"
     return Edit(f"e{number}", f"p{number}", target or f"t{number}", {}, scope=scope)
 
 
@@ -30,11 +38,13 @@ def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[f
     """Number of edit -> how far the text is past its threshold, and what its rivals add to it."""
     over, thresholds, every = {}, {}, {}
     for i, edit in enumerate(edits):
-        kept_out = edit.scope.excluded if len(edit.scope.excluded) else torch.zeros(0, 128)
-        nearest = max([float(key_scores(query[None], one[None])) for one in kept_out], default=-1.0)
+        nearest, contrast = (
+            max([float(key_scores(query[None], one[None])) for one in keys], default=-1.0)
+            for keys in (edit.scope.excluded, edit.scope.contrasts.float())
+        )
         scores = [float(key_scores(query[None], key[None])) for key in edit.scope.keys]
         margins = [
-            score - float(threshold) if score > nearest else -2.0
+            score - float(threshold) if score > nearest and score >= contrast else -2.0
             for score, threshold in zip(scores, edit.scope.thresholds, strict=True)
         ]
         every[i] = [*zip(margins, edit.scope.thresholds.tolist(), strict=True)]
@@ -57,6 +67,9 @@ def test_the_chosen_edit_is_the_one_furthest_past_its_threshold(strictness):
     edits = [scoped_edit(i, unit(3), 0.4 + 0.01 * i) for i in range(20)]
     excluded = edits[3].scope.keys[:1] + 0.05 * torch.randn(1, 128)
     edits[3] = scoped_edit(3, edits[3].scope.keys, 0.43, excluded)
+    for i in (5, 7, 11):
+        contrasts = torch.cat([edits[i].scope.keys[:1] + 0.08 * torch.randn(1, 128), unit(2)])
+        edits[i] = scoped_edit(i, edits[i].scope.keys, 0.4 + 0.01 * i, contrasts=contrasts)
     near = torch.cat([edit.scope.keys[:1] + 0.12 * torch.randn(1, 128) for edit in edits])
     queries = torch.nn.functional.normalize(torch.cat([near, unit(30)]).unflatten(1, (2, 64)), dim=-1).flatten(1)
     bank = KeyBank(edits)
@@ -73,10 +86,13 @@ def test_the_chosen_edit_is_the_one_furthest_past_its_threshold(strictness):
         other = max((i for i in margins if i != 7), key=lambda i: margins[i][0])
         assert float(others[n]) == pytest.approx(max(reached[other], -2.0), abs=1e-5)
         if margins[best][0] > -1:
-            scores, needed = bank.scores(query)
-            assert float(scores[best] - needed[best]) == pytest.approx(reached[best], abs=1e-5)
+            scores, needed, contrasts = bank.scores(query)
+            if margins[best][0] > -2:
+                assert float(scores[best] - needed[best]) == pytest.approx(reached[best], abs=1e-5)
+            nearest = [float(key_scores(query[None], one[None])) for one in edits[best].scope.contrasts.float()]
+            assert float(contrasts[best]) == pytest.approx(max(nearest, default=-2.0), abs=1e-5)
     if strictness == 0.0:
-        assert {3} & {*found} == set() and len({*found}) > 15
+        assert {3} & {*found} == set() and len({*found}) > 13
 
 
 def test_a_rival_raises_what_the_best_has_to_reach_unless_it_says_the_same():
@@ -159,7 +175,7 @@ def test_of_two_edits_alike_a_text_asks_for_the_one_whose_words_it_has():
         assert alone.choose(torch.cat([between, said], 1)).tolist() == [0]
     text = torch.cat([between, words(8, 9)], 1)
     assert alone.choose(text).tolist() == [-1]
-    (_, margin), (score, needed) = alone.margins(text, [edits[1].id]), alone.scores(text[0])
+    (_, margin), (score, needed, _) = alone.margins(text, [edits[1].id]), alone.scores(text[0])
     assert float(margin) == pytest.approx(float(score - needed), abs=1e-5) and float(margin) < 0
     (own, _) = alone.margins(text, [edits[0].id], alone=True)
     assert float(own) == pytest.approx(float(score - needed), abs=1e-5)
@@ -201,6 +217,15 @@ def test_a_text_that_is_near_to_a_key_in_one_part_alone_asks_for_nothing():
     assert bank.choose(torch.cat([other[:, :64], key[:, 64:]], 1)).tolist() == [-1]
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_key_that_is_a_contrast_too_asks_for_the_edit(seed):
+    """Their scores come of products of other shapes, and differ in their last digits."""
+    torch.manual_seed(seed)
+    keys = unit(5).half()
+    edit = scoped_edit(0, keys, 0.3, contrasts=torch.cat([unit(2).half(), keys[:1]]))
+    assert KeyBank([edit]).choose(keys[:1].float()).tolist() == [0]
+
+
 def test_a_bank_without_edits_chooses_none():
     assert KeyBank([]).choose(unit(3)).tolist() == [-1, -1, -1]
 
@@ -224,6 +249,8 @@ def test_keys_on_a_device_grow_with_the_bank_s_and_the_host_keeps_its_own():
 def test_a_bank_without_some_edits_chooses_as_one_made_of_the_others(gone):
     torch.manual_seed(2)
     edits = [scoped_edit(i, unit(1 + i % 3), 0.3, unit(1) if i % 4 == 0 else None) for i in range(20)]
+    for i in range(0, 20, 3):
+        edits[i].scope.contrasts, edits[i].scope.about = unit(1 + i % 2).half(), "it"
     left, later = edits[:2] + edits[2 + gone :], scoped_edit(99, edits[2].scope.keys, 0.3)
     whole = KeyBank(edits)
     bank = whole.without([edit.id for edit in edits[2 : 2 + gone]]).extended([later])
@@ -247,7 +274,7 @@ def test_each_edit_is_scored_by_the_key_that_is_nearest_to_passing():
         edit.scope.thresholds = torch.rand(3)
     bank = KeyBank(edits).without(["e1"])
     (query,) = unit(1)
-    scores, thresholds = bank.scores(query)
+    scores, thresholds, _ = bank.scores(query)
     assert bank.numbers.keys() == {"e0", "e2", "e3", "e4", "e5"}
     by_hand = margins_by_hand(query, edits[:1] + edits[2:])
     for number, (one, place) in zip(by_hand, bank.numbers.items(), strict=True):

@@ -11,7 +11,7 @@ from support.scope import scoped
 from transformers import DynamicCache
 
 from hf_mend.scope.network import ANY_WORD, MEANING_WIDTH, WORDS, ScopeNetwork
-from hf_mend.scope.words import word_numbers, word_table
+from hf_mend.scope.words import place_within, word_numbers, word_table, words_in
 
 
 PROMPT = "The capital of France is"
@@ -66,6 +66,17 @@ def test_words_in_pieces_are_those_of_the_whole_text(size):
     assert [number % 2 == 1 for number in whole[:, 0].tolist()] == [
         word[-1].isalnum() and word[-1] != "\u010a" for word in words
     ]
+
+
+def test_words_are_told_with_their_tokens_and_found_within_others():
+    table = word_table(_Tokens())
+    tokens = [1, 2, 6, 4, 5, 3, 0, 8]  # Paris - London paris Paris
+    words = words_in(table, tokens)
+    assert [(word.first, word.last) for word in words] == [(0, 1), (2, 2), (4, 4), (5, 5), (6, 6)]
+    assert words[0].hash == words[3].hash == words[4].hash == by_hand("paris") // 2
+    assert words[2].hash == by_hand("london") // 2
+    assert place_within(words[2:4], words) == 2 and place_within(words[:1], words) == 4, "the last place"
+    assert place_within(words, words[1:]) is None and place_within([], words) is None
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from hf_mend.cli.scope import scope
 from hf_mend.data.records import EditRecord
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
-from hf_mend.scope.bank import KeyBank, other_penalty, rival_penalty
+from hf_mend.scope.bank import KeyBank
 from hf_mend.scope.network import ScopeNetwork, key_scores
+from hf_mend.scope.penalties import other_penalty, rival_penalty
+from hf_mend.scope.words import word_table, words_in
 from hf_mend.training import scope_training, scope_words
 from hf_mend.training.examples import Asking, TrainingExamples
 from hf_mend.training.scope_examples import (
@@ -41,7 +43,7 @@ from hf_mend.training.scope_training import (
     threshold_for,
     train_scope,
 )
-from hf_mend.training.scope_words import learn_words
+from hf_mend.training.scope_words import learn_subjects, learn_words
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,9 @@ def test_the_loss_is_cross_entropy_over_all_keys_and_none(llama, tokenizer, exam
     bank = data.bank(scope, facts)
     loss = scope_loss(scope, data, facts, bank)
     loss.backward()
-    assert all(p.grad is not None for name, p in scope.named_parameters() if not name.startswith("word."))
+    assert all(
+        p.grad is not None for name, p in scope.named_parameters() if not name.startswith(("word.", "subject."))
+    )
     # With keys that say nothing, each key and "none" are alike.
     with torch.no_grad():
         scope.log_sharpness.fill_(-20.0)
@@ -334,6 +338,30 @@ def test_no_word_matters_where_there_is_one_form_of_asking(llama, tokenizer, exa
     learn_words(model.scope, alone)
     learn_words(model.scope, ScopeTexts(data.texts, data.relations))  # of an encoder-decoder model
     assert torch.equal(model.scope.state_dict()["word.weight"], before)
+
+
+def test_the_words_that_name_a_subject_are_learned_and_others_of_the_text_are_not(llama, tokenizer, examples):
+    """From records whose subjects are known; RECORDS[6] is about three words, one has a subject it does not name."""
+    subjects = [record.prompt.removeprefix("the capital of ").removesuffix(" is") for record in RECORDS]
+    records = [replace(record, subject=name) for record, name in zip(RECORDS, subjects, strict=True)]
+    records[1] = replace(records[1], subject="somewhere")
+    model = scoped(llama, tokenizer)
+    known = TrainingExamples(records, examples.questions, asking=examples.asking)
+    data = scope_texts(model, known, ScopeTrainingArguments())
+    table = word_table(tokenizer)
+    assert [len(subject) for subject in data.subjects] == [len(name.split()) for name in subjects]
+    assert not model.scope.knows_subjects
+    learn_subjects(model.scope, data)
+    assert model.scope.knows_subjects and not model.scope.subject.weight.requires_grad
+    told = []
+    for bare, *_ in data.texts:
+        words = words_in(table, bare.tokens[: bare.marks[0].position + 1])
+        odds = model.scope.subject_odds(bare.hidden)[[word.last for word in words]].tolist()
+        told.append(max(odds[3:-1]) > max(*odds[:3], odds[-1]))
+    assert sum(told) >= 6, "a random model of few words tells most of eight"
+    before = model.scope.subject.weight.clone()
+    learn_subjects(model.scope, ScopeTexts(data.texts, data.relations))
+    assert torch.equal(model.scope.subject.weight, before), "nothing is known of these facts' subjects"
 
 
 def _finds(score, rivals, missing, other, threshold: float) -> torch.Tensor:
