@@ -132,8 +132,8 @@ def packaged_facts(count: int, seed: int = 0, kinds: FactKinds | None = None) ->
 
 
 def _fact(subject: str, relation: str, kind: FactKind, draw: random.Random) -> EditRecord:
-    prompt, *others = [_about(text, subject) for text in draw.sample(kind.statements, len(kind.statements))]
-    questions = [_about(text, subject) for text in kind.questions]
+    prompt, *others = [with_subject(text, subject) for text in draw.sample(kind.statements, len(kind.statements))]
+    questions = [with_subject(text, subject) for text in kind.questions]
     answer = draw.choice(kind.answers)
     return EditRecord(prompt, answer, others, relation=relation, subject=subject, questions=questions)
 
@@ -155,12 +155,13 @@ def with_more_asked(
     for record in records:
         others = [*kinds.of(record).values()]
         texts = [
-            _about(draw.choice(kind.statements + kind.questions), record.subject or "")
+            with_subject(draw.choice(kind.statements + kind.questions), record.subject or "")
             for kind in draw.sample(others, min(count, len(others)))
         ]
         filled.append(replace(record, same_subject=[*record.same_subject, *texts]) if texts else record)
     return filled
 
 
-def _about(template: str, subject: str) -> str:
+def with_subject(template: str, subject: str) -> str:
+    """Return a template filled in with a subject, its first letter a capital one."""
     return capital(template.replace("{}", subject))

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 
 from ..bases.split import SplitModel
-from ..data.encoding import Encoder, Query, bare_prompt, length_batches
+from ..data.encoding import Encoder, Query, bare_prompt
 from ..data.forms import writes_chats
 from ..edits.edit_scope import EditScope
 from ..scope.gate import ScopeGate
 from ..scope.network import MEANING_WIDTH, key_scores
 from ..scope.words import WordTable, place_within, words_in
-from .scoping import keys_of
+from .scoping import keys_of_queries
 
 
 # Texts that name a subject and ask for nothing in particular, and whether they are a turn of a chat where there are
@@ -35,7 +35,6 @@ _READY = 1.0
 _LONGEST = 200
 # What may stand around a subject in a prompt.
 _MARKS = " \t\n,;:!?\"'\u2018\u2019\u201c\u201d"
-_ROWS, _TOKENS = 64, 4096
 
 
 @torch.no_grad()
@@ -60,7 +59,8 @@ def with_contrasts(  # one argument each for what it reads and what it is for
         subjects (`Sequence[str]`): What each is about; a scope without one stays as it is.
         longest (`int`, *optional*): The most tokens that the model takes.
     """
-    texts: list[tuple[int, Query]] = []
+    # A turn of a chat is several times as long as the same text, which would be padding for the most part.
+    texts: dict[bool, list[tuple[int, Query]]] = {True: [], False: []}
     chats = writes_chats(encoder.tokenizer)
     for i, (query, subject) in enumerate(zip(queries, subjects, strict=True)):
         for template, chat in TEXTS if subject else ():
@@ -68,19 +68,15 @@ def with_contrasts(  # one argument each for what it reads and what it is for
             text = replace(text, context="", ends=False, separator=None)
             text = text if chat else replace(text, turns=(), system=None)
             if (chats or not chat) and _is_taken(text, encoder, longest):
-                texts.append((i, text))
-    found: dict[int, torch.Tensor] = {}
-    # A turn of a chat is several times as long as the same text, which would be padding for the most part.
-    for part in ([k for k, (_, text) in enumerate(texts) if text.chat is chat] for chat in (True, False)):
-        lengths = [len(encoder.tokens(texts[k][1])[0]) for k in part]
-        for batch in length_batches(lengths, _ROWS, _TOKENS):
-            rows = encoder([texts[part[k]][1] for k in batch]).to(split.device)
-            found.update(zip([part[k] for k in batch], keys_of(gate, split, rows), strict=True))
-    made, of_edits = [*scopes], dict[int, list[torch.Tensor]]()
-    for k, (i, _) in enumerate(texts):
-        of_edits.setdefault(i, []).append(found[k])
-    for i, keys in of_edits.items():
-        made[i] = _with(scopes[i], torch.cat(keys), subjects[i])
+                texts[chat].append((i, text))
+    found: dict[int, list[torch.Tensor]] = {}
+    for part in texts.values():
+        keys = keys_of_queries(gate, split, encoder, [text for _, text in part])
+        for (i, _), key in zip(part, keys, strict=True):
+            found.setdefault(i, []).append(key)
+    made = [*scopes]
+    for i, of_edit in found.items():
+        made[i] = _with(scopes[i], torch.cat(of_edit), subjects[i])
     return made
 
 

@@ -93,6 +93,25 @@ def keys_of(
     return list(keys.split(rows.places.counts))
 
 
+def keys_of_queries(
+    gate: ScopeGate, split: SplitModel, encoder: Encoder, queries: Sequence[Query]
+) -> list[torch.Tensor]:
+    """
+    Return what [`keys_of`] does, of any number of queries, in passes of like lengths.
+
+    Args:
+        gate, split: As for [`keys_of`].
+        encoder ([`Encoder`]): Tokenises and pads.
+        queries (`Sequence[Query]`): The queries.
+    """
+    lengths = [sum(map(len, encoder.tokens(query))) for query in queries]
+    found: dict[int, torch.Tensor] = {}
+    for batch in length_batches(lengths, _ROWS, _TOKENS):
+        rows = encoder([queries[k] for k in batch]).to(split.device)
+        found.update(zip(batch, keys_of(gate, split, rows), strict=True))
+    return [found[k] for k in range(len(queries))]
+
+
 def _of_two(rows: EncodedBatch) -> bool:
     """Whether these are texts of an encoder-decoder model, whose encoder decides once."""
     return "decoder_input_ids" in rows.inputs
@@ -234,11 +253,7 @@ def scopes_of(  # one argument each for what it reads and what it is for
     names = [list(one) for one in forms]
     missing = [(i, name) for i, one in enumerate(names) for name in one[len(keys[i]) :]]
     queries = [forms[i][name] for i, name in missing]
-    lengths = [sum(map(len, encoder.tokens(query))) for query in queries]
-    found: dict[tuple[int, str], torch.Tensor] = {}
-    for batch in length_batches(lengths, _ROWS, _TOKENS):
-        rows = encoder([queries[k] for k in batch]).to(split.device)
-        found.update(zip([missing[k] for k in batch], keys_of(gate, split, rows), strict=True))
+    found = dict(zip(missing, keys_of_queries(gate, split, encoder, queries), strict=True))
     scopes = []
     for i, one in enumerate(names):
         parts = keys[i] + [found[i, name] for name in one[len(keys[i]) :]]

@@ -10,8 +10,8 @@ from functools import cache
 
 from ..bases.limits import longest_input
 from ..data.encoding import Query
-from ..data.forms import Surroundings, capital, writes_chats
-from ..data.kinds import FactKinds
+from ..data.forms import Surroundings, writes_chats
+from ..data.kinds import FactKinds, with_subject
 from ..data.records import EditRecord
 from ..model import EditableModel
 
@@ -127,7 +127,7 @@ def _another_question(record: EditRecord, draw: random.Random) -> str:
     if not named or not record.subject:
         return ""
     kind = draw.choice(named)
-    return capital(draw.choice(kind.statements + kind.questions).replace("{}", record.subject))
+    return with_subject(draw.choice(kind.statements + kind.questions), record.subject)
 
 
 def _begun(record: EditRecord) -> str:
