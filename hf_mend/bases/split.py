@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from ..data.encoding import IGNORE, EncodedBatch
+from ..data.places import on_device
 from .beginnings import Group, expanded, groups_of, inputs_behind, keeps_all
 from .by_length import in_processes, parts_by_length
 from .caches import cache_name, continued, rows_of_cache, takes_positions
@@ -62,6 +63,19 @@ class HiddenState:
         cache = None if self.cache is None else rows_of_cache(self.cache, index)
         answers = None if self.answers is None else (self.answers[0][index], self.answers[1].rows(index))
         return HiddenState(self.hidden[index], encoder, cache, answers)
+
+    def of_facts(self, facts: torch.Tensor, rows: EncodedBatch) -> HiddenState:
+        """
+        Return the state of some of the facts' rows.
+
+        Args:
+            facts (`torch.Tensor` of shape `(facts,)`): Their numbers, in the host's memory.
+            rows ([`EncodedBatch`]): All rows.
+        """
+        found = self.rows(on_device(rows.rows_of(facts), self.hidden.device))
+        if self.answers is None or found.answers is None:
+            return found
+        return replace(found, answers=(self.answers[0].of_facts(facts), found.answers[1]))
 
 
 class SplitModel:

@@ -81,6 +81,23 @@ class EncodedBatch:
         answers = None if self.answers is None else self.answers[index]
         return EncodedBatch(inputs, self.next_tokens[index], self.positions[index], subjects, forms, answers=answers)
 
+    def of_facts(self, facts: torch.Tensor) -> EncodedBatch:
+        """
+        Return the texts of some of the facts, in all their forms; nothing waits for it.
+
+        Args:
+            facts (`torch.Tensor` of shape `(facts,)`): Their numbers, in the host's memory.
+        """
+        rows = self.rows_of(facts)
+        found = self[on_device(rows, self.positions.device)]
+        found.forms, found._places = self.forms, self.places.of_rows(rows.tolist(), self.positions.shape[1])
+        found.further = None if self.further is None else self.further.of_facts(facts)
+        return found
+
+    def rows_of(self, facts: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of the rows that ask for some of the facts."""
+        return (facts[:, None] * self.forms + torch.arange(self.forms)).reshape(-1)
+
     def to(self, device: torch.device | str) -> EncodedBatch:
         places = self.places.to(device)
         inputs = {name: on_device(value, device) for name, value in self.inputs.items()}

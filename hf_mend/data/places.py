@@ -64,6 +64,36 @@ class Places:
             self, positions=on_device(self.positions, device), labels=on_device(self.labels, device), read=read
         )
 
+    def of_rows(self, rows: Sequence[int], width: int) -> Places:
+        """
+        Return the places of some of the rows, in a batch of their own.
+
+        Args:
+            rows (`Sequence[int]`): Their numbers.
+            width (`int`): The tokens of a row, padding and all.
+        """
+        counts = torch.tensor(self.counts)
+        ends, moves = counts.cumsum(0).tolist(), [(i - row) * width for i, row in enumerate(rows)]
+        chosen = [number for row in rows for number in range(ends[row] - self.counts[row], ends[row])]
+        index = on_device(torch.tensor(chosen, dtype=torch.long), self.positions.device)
+        moved = torch.tensor(moves).repeat_interleave(counts[[*rows]])
+        positions = self.positions.index_select(0, index) + on_device(moved, self.positions.device)
+        lengths = [self.lengths[row] for row in rows] if self.lengths else []
+        read = None  # of other padding, the networks run on it too
+        if self.read is not None and self.pads_right and min(lengths) < width:
+            tokens = [i * width + place for i, length in enumerate(lengths) for place in range(length)]
+            read = on_device(torch.tensor(tokens), self.read.device)
+        return replace(
+            self,
+            positions=positions,
+            labels=self.labels.index_select(0, index),
+            read=read,
+            counts=[self.counts[row] for row in rows],
+            said=[self.said[row] for row in rows],
+            spans=[self.spans[row] for row in rows],
+            lengths=lengths,
+        )
+
     def at(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values at the positions, `(rows, seq, ...)` -> `(positions, ...)`."""
         index = self.positions.to(values.device)

@@ -71,8 +71,8 @@ class AcceptByRow(AcceptAll):
     def accept(self, number: int, proposal: Proposal) -> None:
         batch, (updates, _) = self.batches[number], proposal
 
-        def answers(shares: torch.Tensor) -> Answers:
-            return self.proposer.score(batch, side_by_side(batch.updates, _scaled(updates, shares)))
+        def answers(shares: torch.Tensor, among: torch.Tensor) -> Answers:
+            return self.proposer.score(batch, side_by_side(batch.updates, _scaled(updates, shares)), among)
 
         shares, after = best_shares(answers, batch.current_answers, batch.wanted)
         batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
@@ -90,23 +90,24 @@ class AcceptByRow(AcceptAll):
 
 
 def best_shares(
-    answers: Callable[[torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
+    answers: Callable[[torch.Tensor, torch.Tensor], Answers], previous: Answers, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, Answers]:
     """
     Return the share of a step that each row takes, and the model's answers then.
 
     Args:
-        answers (`Callable`): The shares, `(rows,)` -> the model's answers.
+        answers (`Callable`): The shares, `(rows,)`, and which rows are asked, `(rows,)` -> the model's answers; what
+            it gives for the others does not count.
         previous ([`Answers`]): The model's answers without the step.
         wanted (`torch.Tensor` of shape `(rows,)`, bool): The rows that want the step.
     """
     shares = wanted.float()
-    best = answers(shares)
+    best = chosen_answers(wanted, answers(shares, wanted), previous)
     for share in (0.5, 0.25, 0.125):
         open_rows = wanted & ~best.all_correct
         if not open_rows.any():
             break
-        found = answers(torch.where(open_rows, share, shares))
+        found = answers(torch.where(open_rows, share, shares), open_rows)
         better = open_rows & torch.tensor([found.rank(i) > best.rank(i) for i in range(len(wanted))])
         shares = torch.where(better, share, shares)
         best = chosen_answers(better, found, best)

@@ -9,11 +9,12 @@ import torch
 
 from ..bases.fused import fetched, largest
 from ..bases.gradients import Factors
-from ..bases.split import HiddenState
+from ..bases.split import HiddenState, SplitModel
 from ..data.encoding import EncodedBatch
 from ..data.places import on_device
 from ..edits.four_bit import FourBitUpdates
 from ..edits.low_rank import Update
+from .part import Part, part_of
 from .scoring import Answers
 
 
@@ -77,6 +78,7 @@ class BatchState:
         kept (`list[FourBitUpdates | None]`): As in [`FoundUpdates`].
         on_host (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The updates in the host's memory, where they are.
         further ([`HiddenState`], *optional*): The output of `run_below` for the rows' `further`.
+        last_part ([`Part`], *optional*): The facts that ran by themselves last.
     """
 
     rows: EncodedBatch
@@ -95,6 +97,7 @@ class BatchState:
     kept: list[FourBitUpdates | None] = field(default_factory=list)
     on_host: dict[str, Update] = field(default_factory=dict)
     further: HiddenState | None = None
+    last_part: Part | None = None
 
     def __post_init__(self) -> None:
         self.on_gradient = torch.zeros_like(self.wanted)
@@ -111,6 +114,19 @@ class BatchState:
         """The model's answers under `seen`, from the last look."""
         assert self.answers is not None
         return self.answers
+
+    def part(self, among: torch.Tensor, split: SplitModel) -> Part:
+        """
+        Return some of the facts by themselves, as [`part_of`] does.
+
+        Args:
+            among (`torch.Tensor` of shape `(facts,)`, bool): Which.
+            split ([`SplitModel`]): The model.
+        """
+        facts = among.nonzero()[:, 0]
+        if self.last_part is None or not torch.equal(self.last_part.facts, facts):
+            self.last_part = part_of(split, self.rows, self.hidden, self.further, facts)
+        return self.last_part
 
     def append(self, updates: Mapping[str, Update], steps: Sequence[int]) -> None:
         """Add a step of a method that does not join: its updates stand beside the earlier ones."""

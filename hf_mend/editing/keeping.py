@@ -49,7 +49,8 @@ def keep_in_four_bits(states: Sequence[BatchState], proposer: Proposer, error: f
         unsure = [not value > _SURE for value in answers.min_log_probability]
         tried = [bool(steps) and one for steps, one in zip(state.steps, unsure, strict=True)]
         if any(tried):
-            _keep_better(state, found, on_host, proposer.score(state, found), torch.tensor(tried))
+            among = torch.tensor(tried)
+            _keep_better(state, found, on_host, proposer.score(state, found, among), among)
 
 
 def _fetched(updates: Mapping[str, Update]) -> dict[str, Update]:

@@ -18,7 +18,7 @@ from ..methods import EditMethod, IterativeMethod
 from .batch_state import BatchState, check_finite, per_row
 from .context import EditingContext
 from .look import BatchLook
-from .scoring import Answers, score_and_fetch
+from .scoring import Answers, placed_answers, score_and_fetch
 
 
 # Rounds of a method that searches and joins; the later ones are for rows that miss their targets beside others.
@@ -108,20 +108,27 @@ class Proposer(ABC):
     def propose(self, batch: BatchState) -> Proposal:
         """Propose a step for the batch's wanted rows, on the model as it was at the last look."""
 
-    def score(self, batch: BatchState, updates: Mapping[str, Update]) -> Answers:
+    def score(self, batch: BatchState, updates: Mapping[str, Update], among: torch.Tensor | None = None) -> Answers:
         """
         Return the model's answers to a batch under some updates.
+
+        Args:
+            batch ([`BatchState`]): The batch.
+            updates (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): The updates.
+            among (`torch.Tensor` of shape `(facts,)`, bool, *optional*): Which facts are asked; the answers to the
+                others are their last ones. All when missing.
 
         Raises:
             ValueError: The proposal that they come from is not finite.
         """
         proposed, batch.proposed = batch.proposed, {}
         further = [largest(proposed)] if proposed else []
-        under = (self.base_delta, updates)
-        answers, found = self.context.answers_and(further, batch.rows, batch.hidden, under, batch.further)
+        part = batch.part(torch.ones_like(batch.wanted) if among is None else among, self.context.split)
+        under = (self.base_delta, part.of(updates))
+        answers, found = self.context.answers_and(further, part.rows, part.hidden, under, part.further)
         if found:
             check_finite("update", proposed, found[0])
-        return answers
+        return answers if part.is_whole else placed_answers(part.facts, answers, batch.current_answers)
 
     def look_again(self, batches: Sequence[BatchState]) -> None:
         """Score the batches whose updates have changed since the last look."""
@@ -168,20 +175,23 @@ class FromGradient(Proposer):
         return batch
 
     def look(self, batch: BatchState) -> None:
-        factors, logits = self.context.trace(batch.rows, batch.hidden, (self.base_delta, batch.seen))
-        batch.factors = factors
+        # Where a look judges the last steps, it is of all rows.
+        part = batch.part(torch.ones_like(batch.wanted) if batch.answers is None else batch.wanted, self.context.split)
+        factors, logits = self.context.trace(part.rows, part.hidden, (self.base_delta, part.of(batch.seen)))
         each = []
         for names in of_one_shape(factors):
             for side in (0, 1):  # (layers, facts, tokens, width) -> (facts,)
                 values = stacked([factors[name][side] for name in names])
                 each.append(values.abs().amax((0, 2, 3)))
-        answers, largest_of_rows = score_and_fetch(batch.rows, logits, each)
+        answers, largest_of_facts = score_and_fetch(part.rows, logits, each)
         if batch.answers is None:
             batch.answers = answers
         # Rows that overflow by their last step, on a float16 base, get no further one: that one is made smaller.
-        sound = torch.tensor(batch.answers.finite) & torch.stack(largest_of_rows).isfinite().all(0)
+        sound = torch.tensor(batch.answers.finite)
+        sound[part.facts] &= torch.stack(largest_of_facts).isfinite().all(0)
+        batch.factors = placed = part.in_place(factors, batch.rows)
         if not sound.all():
-            batch.factors = Factors({name: (_rows(x, sound), _rows(d, sound)) for name, (x, d) in factors.items()})
+            batch.factors = Factors({name: (_rows(x, sound), _rows(d, sound)) for name, (x, d) in placed.items()})
 
     def propose(self, batch: BatchState) -> Proposal:
         method = self.context.method

@@ -102,13 +102,24 @@ def _of_facts(answers: Answers, forms: int) -> Answers:
 
 def chosen_answers(first: torch.Tensor, one: Answers, other: Answers) -> Answers:
     """Return the rows of `one` where `first`, `(rows,)`, is set, and those of `other` elsewhere."""
-    picks = [one if flag else other for flag in first.tolist()]
+    return _picked([(one if flag else other, i) for i, flag in enumerate(first.tolist())])
+
+
+def placed_answers(facts: torch.Tensor, some: Answers, others: Answers) -> Answers:
+    """Return the answers `some` in the places of `facts`, `(facts,)`, and those of `others` elsewhere."""
+    place = {fact: i for i, fact in enumerate(facts.tolist())}
+    picks = [(some, place[i]) if i in place else (others, i) for i in range(len(others.tokens))]
+    return _picked(picks)
+
+
+def _picked(picks: Sequence[tuple[Answers, int]]) -> Answers:
+    """Return the answers that are named, each by where it stands and its number there."""
     return Answers(
-        [pick.log_probability[i] for i, pick in enumerate(picks)],
-        [pick.tokens[i] for i, pick in enumerate(picks)],
-        [pick.correct[i] for i, pick in enumerate(picks)],
-        [pick.min_log_probability[i] for i, pick in enumerate(picks)],
-        [pick.following[i] for i, pick in enumerate(picks)],
+        [one.log_probability[i] for one, i in picks],
+        [one.tokens[i] for one, i in picks],
+        [one.correct[i] for one, i in picks],
+        [one.min_log_probability[i] for one, i in picks],
+        [one.following[i] for one, i in picks],
     )
 
 

@@ -19,6 +19,7 @@ from .network import (
     key_parts,
     key_scores,
     key_words,
+    least_cosines,
     may_ask,
     may_pass,
     missing_words,
@@ -292,23 +293,28 @@ class _Keys:
         # Of tens of thousands of keys a few are worth a whole look; outside every scope none is. The shipped scope's
         # last part tells them apart, where a fifth of all keys are near in the first.
         needed = self.thresholds + strictness
-        passing = may_pass(queries, self.parts[-1:], needed).nonzero()[:, 0]
+        cosines = least_cosines(queries, self.parts[-1:])  # (texts, keys)
+        passing = may_pass(cosines, needed).nonzero()[:, 0]
         if not len(passing):
             return none
-        if len(queries) > 1:  # of a prompt's tokens few may ask for anything
-            asking = may_ask(queries, [self.parts[-1][passing]], needed[passing]).nonzero()[:, 0]
-            if not len(asking):
-                return none
-            chosen = self._choose(queries[asking], None if only is None else only[asking], strictness)
-            return none.index_copy(0, asking, chosen)
-        return self._choose(queries, only, strictness)
+        if len(queries) == 1:
+            return self._choose(queries, cosines, only, strictness)
+        # Of a prompt's tokens few may ask for anything.
+        asking = may_ask(cosines[:, passing], needed[passing]).nonzero()[:, 0]
+        if not len(asking):
+            return none
+        allowed = None if only is None else only[asking]
+        return none.index_copy(0, asking, self._choose(queries[asking], cosines[asking], allowed, strictness))
 
-    def _choose(self, queries: torch.Tensor, only: torch.Tensor | None, strictness: float) -> torch.Tensor:
+    def _choose(
+        self, queries: torch.Tensor, cosines: torch.Tensor, only: torch.Tensor | None, strictness: float
+    ) -> torch.Tensor:
         """Return the number of the edit that each text asks for, by a look at all keys that are near to any."""
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
         least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
-        near = may_pass(queries, self.parts, least).nonzero()[:, 0]
+        near = may_pass(cosines, least).nonzero()[:, 0]
+        near = near[may_pass(least_cosines(queries, [part[near] for part in self.parts]), least[near])]
         if not len(near):
             return none
         over, owner = self.over(queries, near), self.owner[near]

@@ -325,30 +325,35 @@ def _missing(said: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return torch.where(known, (absent * shares).sum(-1), WORDS_UNKNOWN)
 
 
-def may_pass(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
+def least_cosines(queries: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool: by their last
-    parts alone, or by the least of the parts' cosines, at a fraction of the cost of [`key_scores`].
+    Return the least of the cosines of texts with keys in some of the parts, `(queries, keys)`: no score is much above
+    it, and it costs a fraction of [`key_scores`].
 
     Args:
         queries (`torch.Tensor` of shape `(queries, KEY_WIDTH)`): The texts' keys.
         parts (`Sequence[torch.Tensor]`, each of shape `(keys, MEANING_WIDTH / KEY_PARTS)`): The last parts of the
             keys, one or more.
+    """
+    own = key_parts(queries)[-len(parts) :]
+    return reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True)))
+
+
+def may_pass(cosines: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """
+    Return which keys may have a score of at least `least` with one of the queries, `(keys,)`, bool.
+
+    Args:
+        cosines (`torch.Tensor` of shape `(queries, keys)`): As [`least_cosines`] gives them.
         least (`torch.Tensor` of shape `(keys,)`): The scores.
     """
     # `max` finds the places too, at many times the cost.
-    return _least_cosine(queries, parts).amax(0) + _ABOVE_PARTS >= least
+    return cosines.amax(0) + _ABOVE_PARTS >= least
 
 
-def may_ask(queries: torch.Tensor, parts: Sequence[torch.Tensor], least: torch.Tensor) -> torch.Tensor:
+def may_ask(cosines: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """Return which queries may have such a score with one of the keys, `(queries,)`, bool; as for [`may_pass`]."""
-    return (_least_cosine(queries, parts) + _ABOVE_PARTS >= least).any(1)
-
-
-def _least_cosine(queries: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the least of the cosines of some of the last parts, `(queries, keys)`."""
-    own = key_parts(queries)[-len(parts) :]
-    return reduce(torch.minimum, (q @ k.T for q, k in zip(own, parts, strict=True)))
+    return (cosines + _ABOVE_PARTS >= least).any(1)
 
 
 def key_parts(keys: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -27,12 +27,14 @@ def test_each_row_takes_the_share_that_does_best():
         {0.0: -5.0},
     ]
     says_it = {(0, 1.0), (2, 0.125)}
-    asked: list[list[float]] = []
+    asked: list[list[int]] = []
 
-    def answers(shares: torch.Tensor) -> Answers:
-        asked.append(shares.tolist())
+    def answers(shares: torch.Tensor, among: torch.Tensor) -> Answers:
+        """What is said of rows that are not asked for is of no use."""
+        asked.append(among.nonzero()[:, 0].tolist())
         pairs = list(enumerate(shares.tolist()))
-        return made_up([log_probability[i][share] for i, share in pairs], [pair in says_it for pair in pairs])
+        values = [log_probability[i][share] if i in asked[-1] else 0.0 for i, share in pairs]
+        return made_up(values, [pair in says_it or pair[0] not in asked[-1] for pair in pairs])
 
     wanted = torch.tensor([True, True, True, True, False])
     before = made_up([-5.0] * 5, [False] * 5)
@@ -40,7 +42,8 @@ def test_each_row_takes_the_share_that_does_best():
     assert shares.tolist() == [1.0, 0.25, 0.125, 0.0, 0.0]
     assert after.log_probability == [-1.0, -2.0, -2.5, -5.0, -5.0]
     assert after.all_correct.tolist() == [True, False, True, False, False]
-    assert len(asked) == 4, "no more looks than there are shares"
+    # No more looks than there are shares, and at none but the rows that it is not decided for.
+    assert asked == [[0, 1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]]
 
 
 def test_targets_are_scored_at_their_own_tokens():

@@ -10,7 +10,7 @@ import torch
 from hf_mend.edits.edit import Edit
 from hf_mend.edits.edit_scope import EditScope
 from hf_mend.scope.bank import KeyBank
-from hf_mend.scope.network import key_scores, may_ask, may_pass, said_words
+from hf_mend.scope.network import key_scores, least_cosines, may_ask, may_pass, said_words
 from hf_mend.scope.penalties import other_penalty, rival_penalty
 
 
@@ -197,15 +197,16 @@ def test_no_key_that_passes_is_left_out_of_the_whole_look():
     keys, queries = unit(200), unit(50)
     scores = key_scores(queries, keys).max(0).values
     for parts in (keys.chunk(2, 1)[1:], keys.chunk(2, 1)):
-        assert may_pass(queries, parts, scores).all()
-        assert not may_pass(queries, parts, torch.full((200,), 0.9)).any()
+        assert may_pass(least_cosines(queries, parts), scores).all()
+        assert not may_pass(least_cosines(queries, parts), torch.full((200,), 0.9)).any()
     best = key_scores(queries, keys).max(1).values
     for parts in (keys.chunk(2, 1)[1:], keys.chunk(2, 1)):
         for query, score in zip(queries, best.tolist(), strict=True):
-            assert may_ask(query[None], parts, torch.full((200,), score)).all()
-        assert may_ask(queries, parts, torch.full((200,), float(best.median())))[best >= best.median()].all()
-        assert not may_ask(queries, parts, torch.full((200,), 0.9)).any()
-    first, both = (may_pass(queries, keys.chunk(2, 1)[-n:], scores + 0.1).sum() for n in (1, 2))
+            assert may_ask(least_cosines(query[None], parts), torch.full((200,), score)).all()
+        cosines, half = least_cosines(queries, parts), best.median()
+        assert may_ask(cosines, torch.full((200,), float(half)))[best >= half].all()
+        assert not may_ask(cosines, torch.full((200,), 0.9)).any()
+    first, both = (may_pass(least_cosines(queries, keys.chunk(2, 1)[-n:]), scores + 0.1).sum() for n in (1, 2))
     assert both < first / 2  # one look more leaves far fewer
 
 
