@@ -76,7 +76,7 @@ class AcceptByRow(AcceptAll):
 
         shares, after = best_shares(answers, batch.current_answers, batch.wanted)
         batch.append(_scaled(updates, shares), (shares > 0).int().tolist())
-        batch.answers = after
+        batch.set_answers(after)
         moved = shares > 0
         if self.proposer.options.gradient:
             short = torch.tensor([len(tokens) <= _LONGEST for tokens in after.correct])
@@ -196,6 +196,7 @@ class AcceptByGroup(AcceptAll):
             batch.residuals[name] = torch.where(per_row(again, residual), (best + residual) / 2, best)
         progress.level = torch.where(worse, progress.level, level)
         progress.tried = torch.where(again, progress.tried + 1, 0.0)
+        batch.changed = batch.changed | worse
         settled = ~_unsure(batch) if self.method.sizes_steps else batch.current_answers.all_correct
         batch.wanted = ~worse & ~settled & torch.tensor(batch.steps).bool()
         self.reverted = self.reverted or bool(worse.any())
@@ -208,6 +209,7 @@ class AcceptByGroup(AcceptAll):
             missed = _unsure(batch) & torch.tensor(batch.steps).bool() & (level < progress.level)
             for name, residual in batch.residuals.items():
                 batch.residuals[name] = torch.where(per_row(missed, residual), progress.best[name], residual)
+            batch.changed = batch.changed | missed
             found = found or bool(missed.any())
         return found
 
@@ -245,6 +247,7 @@ class AcceptByGroup(AcceptAll):
             for name, residual in batch.residuals.items():
                 if name in progress.top:
                     batch.residuals[name] = torch.where(per_row(worse, residual), progress.top[name], residual)
+            batch.changed = batch.changed | worse
             batch.steps = torch.where(worse, progress.top_steps, torch.tensor(batch.steps)).tolist()
             found = found or bool(worse.any())
         return found

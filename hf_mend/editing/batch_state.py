@@ -65,6 +65,8 @@ class BatchState:
         on_gradient (`torch.Tensor` of shape `(rows,)`, bool): The rows whose next steps go down the gradient itself.
         steps (`list[int]`): The number of steps of each row.
         answers ([`Answers`], *optional*): The model's answers under `seen`; `None` until they are scored.
+        known ([`Answers`]): The last answers that were scored.
+        changed (`torch.Tensor` of shape `(rows,)`, bool): The rows whose updates have changed since then.
         factors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The factors of the last look's gradients, where the
             method uses them.
         proposed (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): The last proposal, until it is known to be finite.
@@ -86,6 +88,8 @@ class BatchState:
     before: Answers
     wanted: torch.Tensor
     on_gradient: torch.Tensor = field(init=False)
+    changed: torch.Tensor = field(init=False)
+    known: Answers = field(init=False)
     steps: list[int] = field(default_factory=list)
     answers: Answers | None = None
     factors: Factors = field(default_factory=Factors)
@@ -102,7 +106,7 @@ class BatchState:
     def __post_init__(self) -> None:
         self.on_gradient = torch.zeros_like(self.wanted)
         self.steps = [0] * self.rows.facts
-        self.answers = self.before
+        self.set_answers(self.before)
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -114,6 +118,15 @@ class BatchState:
         """The model's answers under `seen`, from the last look."""
         assert self.answers is not None
         return self.answers
+
+    def set_answers(self, answers: Answers) -> None:
+        """Note the model's answers under `seen`."""
+        self.answers = self.known = answers
+        self.changed = torch.zeros_like(self.wanted)
+
+    def forget_answers(self, changed: torch.Tensor | bool = False) -> None:
+        """Note that the answers are no longer known, as some rows' updates have changed, `(rows,)`, or all."""
+        self.answers, self.changed = None, self.changed | changed
 
     def part(self, among: torch.Tensor, split: SplitModel) -> Part:
         """
@@ -133,7 +146,8 @@ class BatchState:
         joined = side_by_side(self.updates, updates)
         self.keys = {name: u for name, (u, _) in joined.items()}
         self.residuals = {name: v for name, (_, v) in joined.items()}
-        self.seen, self.answers = joined, None
+        self.seen = joined
+        self.forget_answers(True)
         self._count(steps)
 
     def accumulate(self, wanted: Mapping[str, Update], steps: Sequence[int]) -> None:
@@ -141,6 +155,7 @@ class BatchState:
         for name, (x, residual) in wanted.items():
             self.inputs.setdefault(name, x)
             self.residuals[name] = self.residuals[name] + residual if name in self.residuals else residual
+        self.changed = self.changed | (torch.tensor(steps) > 0)
         self._count(steps)
 
     def _count(self, steps: Sequence[int]) -> None:

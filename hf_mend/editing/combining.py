@@ -42,7 +42,7 @@ class Combination:
         if not any(batch.keys for batch in started):
             self._set_keys(started)
         for batch in started if self.group_size is not None else self.batches:
-            batch.answers = None
+            batch.forget_answers(self.group_size != 1)  # a group's rows change one another's answers
         if self.group_size is None:
             self._show_all(started)
         else:

@@ -41,7 +41,7 @@ def keep_in_four_bits(states: Sequence[BatchState], proposer: Proposer, error: f
         state.kept = [*in_four_bits(on_host, error)]
         state.on_host = _decoded(state.kept, on_host)
         _put(state, _moved(state.on_host, found))
-        state.answers = None
+        state.forget_answers(True)
         if not proposer.options.check:
             continue
         proposer.look_again([state])
@@ -92,7 +92,7 @@ def _keep_better(
     state.kept = [None if one else kept for one, kept in zip(lost.tolist(), state.kept, strict=True)]
     _put(state, _chosen(lambda side: per_row(lost, side), found, state.updates))
     state.on_host = _chosen(lambda side: lost[:, None, None], on_host, state.on_host)
-    state.answers = chosen_answers(lost, whole, answers)
+    state.set_answers(chosen_answers(lost, whole, answers))
 
 
 def _decoded(kept: Sequence[FourBitUpdates | None], found: Mapping[str, Update]) -> dict[str, Update]:

@@ -128,13 +128,13 @@ class Proposer(ABC):
         answers, found = self.context.answers_and(further, part.rows, part.hidden, under, part.further)
         if found:
             check_finite("update", proposed, found[0])
-        return answers if part.is_whole else placed_answers(part.facts, answers, batch.current_answers)
+        return answers if part.is_whole else placed_answers(part.facts, answers, batch.known)
 
     def look_again(self, batches: Sequence[BatchState]) -> None:
         """Score the batches whose updates have changed since the last look."""
         for batch in batches:
             if batch.answers is None:
-                batch.answers = self.score(batch, batch.seen)
+                batch.set_answers(self.score(batch, batch.seen, batch.changed))
 
     def _state(
         self, rows: EncodedBatch, hidden: HiddenState, further: HiddenState | None, before: Answers
@@ -175,8 +175,8 @@ class FromGradient(Proposer):
         return batch
 
     def look(self, batch: BatchState) -> None:
-        # Where a look judges the last steps, it is of all rows.
-        part = batch.part(torch.ones_like(batch.wanted) if batch.answers is None else batch.wanted, self.context.split)
+        # Where a look judges the last steps, it is of the rows that made one.
+        part = batch.part(batch.changed if batch.answers is None else batch.wanted, self.context.split)
         factors, logits = self.context.trace(part.rows, part.hidden, (self.base_delta, part.of(batch.seen)))
         each = []
         for names in of_one_shape(factors):
@@ -185,9 +185,9 @@ class FromGradient(Proposer):
                 each.append(values.abs().amax((0, 2, 3)))
         answers, largest_of_facts = score_and_fetch(part.rows, logits, each)
         if batch.answers is None:
-            batch.answers = answers
+            batch.set_answers(answers if part.is_whole else placed_answers(part.facts, answers, batch.known))
         # Rows that overflow by their last step, on a float16 base, get no further one: that one is made smaller.
-        sound = torch.tensor(batch.answers.finite)
+        sound = torch.tensor(batch.current_answers.finite)
         sound[part.facts] &= torch.stack(largest_of_facts).isfinite().all(0)
         batch.factors = placed = part.in_place(factors, batch.rows)
         if not sound.all():

@@ -113,6 +113,7 @@ def _search(states: Sequence[BatchState], proposer: Proposer, combine: Combinati
     if method.sizes_steps:
         for state in states:
             state.residuals = {name: d * method.config.margin for name, d in state.residuals.items()}
+            state.forget_answers(True)
     if method.sizes_steps or acceptance.reverted:
         combine()
     error = proposer.context.four_bit_error

@@ -58,8 +58,13 @@ def _at(rows, values):
     return torch.cat([parts[i] for i in FACTS])
 
 
-@pytest.mark.parametrize("make", [editable, scoped])
-def test_edits_of_a_call_are_those_of_a_search_that_runs_all_of_them(tokenizer, monkeypatch, make):
+def without_an_editor(base, tokenizer):
+    """Edits with a scope by the default method, which joins the steps of an edit's forms."""
+    return scoped(base, tokenizer, method="gradient", ridge=0.01, margin=1.0)
+
+
+@pytest.mark.parametrize(("make", "steps"), [(editable, 4), (scoped, 4), (without_an_editor, 20)])
+def test_edits_of_a_call_are_those_of_a_search_that_runs_all_of_them(tokenizer, monkeypatch, make, steps):
     """Overshooting steps are tried at a half, a quarter and an eighth: the passes of that are of these rows alone."""
     asked = [(RECORDS[0].prompt, "rome paris lima"), *((r.prompt, r.target) for r in RECORDS[1:5])]
     found, sizes = {}, {}
@@ -76,7 +81,8 @@ def test_edits_of_a_call_are_those_of_a_search_that_runs_all_of_them(tokenizer, 
                 seen.append(len(inputs["input_ids"])) or before(self, inputs, *args, **more)
             ),
         )
-        found[narrowed] = model.edit(*map(list, zip(*asked, strict=True)), max_steps=4, force=True, keep_failed=True)
+        prompts, targets = map(list, zip(*asked, strict=True))
+        found[narrowed] = model.edit(prompts, targets, max_steps=steps, force=True, keep_failed=True)
         monkeypatch.undo()
     assert sum(sizes[True]) < sum(sizes[False]) and len(sizes[True]) == len(sizes[False])
     for one, other in zip(found[True], found[False], strict=True):
