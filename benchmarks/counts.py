@@ -23,6 +23,7 @@ from hf_mend.bases import by_length, prefix, projection
 from hf_mend.bases.split import SplitModel
 from hf_mend.bases.targets import block_lists, lowest_block
 from hf_mend.data.encoding import Query
+from hf_mend.editing import contrasts
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -39,14 +40,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def counts(scope: bool) -> dict[str, dict[str, float]]:
-    """Kernels, their number over a forward pass's, and waits, of each call."""
+def counts(scope: bool, subjects: bool = False) -> dict[str, dict[str, float]]:
+    """Kernels, their number over a forward pass's, and waits, of each call; a scope may know subjects."""
     base, tokenizer = load_base()
     torch.manual_seed(0)
     model = EditableModel(base, EditorConfig(scope=scope), tokenizer)
     if model.scope is not None:  # a random one, so strict that an edit acts where its prompt ends alone
         with torch.no_grad():
             model.scope.threshold.fill_(0.9999)
+            if subjects:
+                model.scope.subject.weight.normal_()
         model.set_scope(model.scope)
     model.edit(PROMPT, TARGET, max_steps=1, force=True)  # the first edit looks at the model
     model.undo_all()
@@ -87,21 +90,28 @@ def as_on_a_device() -> Iterator[None]:
     not so within the context.
     """
     before = projection._LARGE, by_length._FEW_TOKENS, prefix.pays
+    few_passes = contrasts.wants_few_passes
     shares = SplitModel.shares
     projection._LARGE = by_length._FEW_TOKENS = sys.maxsize
+    contrasts.wants_few_passes = lambda device: True
     SplitModel.shares = lambda self, rows: False  # type: ignore[method-assign]
     prefix.pays = lambda device, tokens, parameters: tokens * parameters >= prefix.MUCH
     try:
         yield
     finally:
         projection._LARGE, by_length._FEW_TOKENS, prefix.pays = before
+        contrasts.wants_few_passes = few_passes
         SplitModel.shares = shares  # type: ignore[method-assign]
 
 
 def main() -> None:
     arguments = parse_arguments()
     with as_on_a_device():
-        found = {"without a scope": counts(False), "with a scope": counts(True)}
+        found = {
+            "without a scope": counts(False),
+            "with a scope": counts(True),
+            "with a scope that knows subjects": counts(True, subjects=True),
+        }
     lines = ["| | call | kernels | of a forward pass's | waits |", "|---|---|---|---|---|"]
     for kind, calls in found.items():
         for name, one in calls.items():

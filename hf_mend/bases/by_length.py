@@ -24,7 +24,7 @@ def parts_by_length(lengths: Sequence[int], device: torch.device) -> list[list[i
         lengths (`Sequence[int]`): The tokens of each text.
         device (`torch.device`): Where the passes run.
     """
-    if device.type != "cpu" or in_processes() or len(lengths) * max(lengths, default=0) < _FEW_TOKENS:
+    if wants_few_passes(device) or len(lengths) * max(lengths, default=0) < _FEW_TOKENS:
         return [[*range(len(lengths))]]
     parts: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -57,6 +57,14 @@ def by_length(rows: EncodedBatch) -> Iterator[tuple[torch.Tensor | None, Encoded
         answers = None if rows.answers is None else rows.answers[index, :width]
         next_tokens, positions = rows.next_tokens[index, :width], rows.positions[index, :width]
         yield index, EncodedBatch(inputs, next_tokens, positions, subjects, answers=answers)
+
+
+def wants_few_passes(device: torch.device) -> bool:
+    """
+    Whether texts of unlike lengths had better run in one pass: on a GPU, where a short pass is as long as its kernels
+    take to launch, and where processes that share a base out have to make the same passes.
+    """
+    return device.type != "cpu" or in_processes()
 
 
 def in_processes() -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from ..bases.by_length import wants_few_passes
 from ..bases.split import SplitModel
 from ..data.encoding import Encoder, Query, bare_prompt
 from ..data.forms import writes_chats
@@ -61,14 +62,14 @@ def with_contrasts(  # one argument each for what it reads and what it is for
     """
     # A turn of a chat is several times as long as the same text, which would be padding for the most part.
     texts: dict[bool, list[tuple[int, Query]]] = {True: [], False: []}
-    chats = writes_chats(encoder.tokenizer)
+    chats, apart = writes_chats(encoder.tokenizer), not wants_few_passes(split.device)
     for i, (query, subject) in enumerate(zip(queries, subjects, strict=True)):
         for template, chat in TEXTS if subject else ():
             text = replace(query, prompt=template.replace("{}", subject or ""), chat=chat, answer=None, subject=None)
             text = replace(text, context="", ends=False, separator=None)
             text = text if chat else replace(text, turns=(), system=None)
             if (chats or not chat) and _is_taken(text, encoder, longest):
-                texts[chat].append((i, text))
+                texts[chat and apart].append((i, text))
     found: dict[int, list[torch.Tensor]] = {}
     for part in texts.values():
         keys = keys_of_queries(gate, split, encoder, [text for _, text in part])

@@ -86,18 +86,28 @@ def keys_of(
         rows ([`EncodedBatch`]): The texts.
         hidden ([`HiddenState`], *optional*): Their output of `run_below`; computed when missing.
     """
+    (keys,) = fetched([_asked_keys(gate, split, rows, hidden)])
+    return list(keys.split(_counts(rows)))
+
+
+def _asked_keys(
+    gate: ScopeGate, split: SplitModel, rows: EncodedBatch, hidden: HiddenState | None = None
+) -> torch.Tensor:
+    """The keys of some texts at the tokens that predict what they are asked for, one text's behind another's."""
     keys = _all_keys(gate, split, rows, hidden)
-    if _of_two(rows):
-        return list(fetched([keys])[0])
-    (keys,) = fetched([rows.places.at(keys)])
-    return list(keys.split(rows.places.counts))
+    return keys.flatten(0, 1) if _of_two(rows) else rows.places.at(keys)
+
+
+def _counts(rows: EncodedBatch) -> list[int]:
+    """How many such tokens each text has."""
+    return [1] * len(rows) if _of_two(rows) else rows.places.counts
 
 
 def keys_of_queries(
     gate: ScopeGate, split: SplitModel, encoder: Encoder, queries: Sequence[Query]
 ) -> list[torch.Tensor]:
     """
-    Return what [`keys_of`] does, of any number of queries, in passes of like lengths.
+    Return what [`keys_of`] does, of any number of queries, in passes of like lengths; it waits once for all of them.
 
     Args:
         gate, split: As for [`keys_of`].
@@ -105,10 +115,17 @@ def keys_of_queries(
         queries (`Sequence[Query]`): The queries.
     """
     lengths = [sum(map(len, encoder.tokens(query))) for query in queries]
-    found: dict[int, torch.Tensor] = {}
+    order: list[int] = []
+    counts: list[int] = []
+    keys: list[torch.Tensor] = []
     for batch in length_batches(lengths, _ROWS, _TOKENS):
         rows = encoder([queries[k] for k in batch]).to(split.device)
-        found.update(zip(batch, keys_of(gate, split, rows), strict=True))
+        keys.append(_asked_keys(gate, split, rows))
+        counts += _counts(rows)
+        order += batch
+    if not order:
+        return []
+    found = dict(zip(order, torch.cat(fetched(keys)).split(counts), strict=True))
     return [found[k] for k in range(len(queries))]
 
 

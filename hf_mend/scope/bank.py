@@ -370,7 +370,7 @@ class _Keys:
             queries (`torch.Tensor` of shape `(texts, width)`): The texts' keys.
             owner (`torch.Tensor` of shape `(keys,)`): The numbers of the edits, of each key.
         """
-        there = torch.zeros(self.count, dtype=torch.bool, device=owner.device)
+        there = owner.new_zeros(self.count, dtype=torch.bool)
         there[owner] = True
         (rows,) = there[self.contrasted].nonzero(as_tuple=True)
         if not len(rows):
@@ -383,4 +383,4 @@ class _Keys:
 
 
 def _on(tensor: torch.Tensor, rows: GrowingRows) -> torch.Tensor:
-    return tensor.to(rows.rows.device)
+    return tensor if tensor.device == rows.rows.device else tensor.to(rows.rows.device)

@@ -142,6 +142,21 @@ def test_a_model_with_a_scope_waits_for_codes_and_keys_too(llama, tokenizer, mon
     assert counted(model, prompts, targets).waits == 5
 
 
+def test_what_edits_are_told_apart_from_is_waited_for_once(llama, tokenizer):
+    """Texts that only name what edits are about are of many lengths: however many edits, one wait more."""
+    model = scoped(llama, tokenizer)
+    with torch.no_grad():
+        model.scope.subject.weight.normal_()
+        model.scope.subject.bias.fill_(0.5)
+    model.set_scope(model.scope)
+    about = [r.scope.about for r in model.edit([r.prompt for r in RECORDS], [r.target for r in RECORDS], max_steps=1)]
+    assert sum(one is not None for one in about) >= 4
+    model.undo_all()
+    prompts, targets = [record.prompt for record in RECORDS], [record.target for record in RECORDS]
+    assert counted(model, RECORD.prompt, RECORD.target, check=False).waits == 4
+    assert counted(model, prompts, targets, check=False).waits == 4
+
+
 def test_what_is_beside_the_passes_is_few_kernels(model):
     """
     A forward pass, a backward pass from the edited layers up, and with the check a pass from there up again; the
