@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import shutil
 import time
@@ -27,6 +28,13 @@ from transformers.utils import logging
 # Tiny models run fastest on one thread, and tests that compare bits across processes need the same number in both.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays() -> None:
+    """No collection of garbage, of which each training makes some, looks at what was there before a file of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
