@@ -18,6 +18,7 @@ from support.models import (
     build_model,
     make_tokenizer,
 )
+from support.slow import slow_but
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -73,7 +74,7 @@ def _built_models() -> dict[str, PreTrainedModel]:
     return {name: build_model(name) for name in ARCHITECTURES}
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=slow_but(["gpt2", "llama", "gptj", "t5", "bart"], ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
