@@ -57,6 +57,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perplexity is measured on as many passages as ever, of a text that takes a tiny tokenizer no time."""
+    from hf_mend.evaluation import scores
+
+    text = "\n".join(scores.topics[name] for name in sorted(scores.topics))
+    monkeypatch.setattr(scores, "topics", {"the first pages": text[:10_000]})
+
+
+@pytest.fixture
 def backend() -> Iterator[Counting]:
     """For what is compiled in a test, and forgotten after it."""
     torch._dynamo.reset()
