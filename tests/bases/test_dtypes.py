@@ -93,7 +93,7 @@ def test_editing_under_autocast(tokenizer, architecture):
 def test_training_in_mixed_precision(tokenizer, tmp_path, base_dtype):
     torch.manual_seed(0)
     model = get_editable_model(build_model("llama").to(base_dtype), small_config(), tokenizer)
-    args = arguments(tmp_path, bf16=True, max_steps=20, learning_rate=1e-2, step_learning_rate=0.1)
+    args = arguments(tmp_path, bf16=True, max_steps=12, learning_rate=1e-2, step_learning_rate=0.1)
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
     trainer.train()
     values = losses(trainer)

@@ -32,6 +32,8 @@ from hf_mend.cli.common import one_line
 from hf_mend.cli.train import EditorOptions
 
 
+pytestmark = pytest.mark.usefixtures("short_text")
+
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
 # A scope's training that takes no time: neither steps nor further facts to speak of.
 SHORT_SCOPE = ("--scope-steps", "2", "--training", "scope_further_facts=0")
