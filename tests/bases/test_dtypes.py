@@ -188,8 +188,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 DEFAULTS = [torch.bfloat16, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", DEFAULTS, ids=["bfloat16", "float64"])
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        pytest.param(
+            method,
+            dtype,
+            id=f"{method}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] if dtype is torch.float64 and method != "mend" else [],
+        )
+        for method in registered_methods()
+        for dtype in DEFAULTS
+    ],
+)
 def test_edits_do_not_depend_on_torchs_default_dtype(tokenizer, tmp_path, method, dtype):
     prompts, targets = [record.prompt for record in RECORDS[:3]], [record.target for record in RECORDS[:3]]
     found = []

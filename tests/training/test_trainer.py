@@ -73,7 +73,7 @@ def test_training_on_calls_in_a_row_lowers_the_loss(tokenizer, tmp_path, method)
 def test_malmen_trains(tokenizer, tmp_path):
     model = fresh(tokenizer, method="malmen")
     args = arguments(
-        tmp_path, max_steps=12, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
+        tmp_path, max_steps=6, per_device_train_batch_size=8, group_size=8, micro_batch_size=4, learning_rate=1e-2,
         step_learning_rate=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
@@ -88,13 +88,13 @@ def test_malmen_trains(tokenizer, tmp_path):
 
 
 def test_resuming_gives_the_losses_of_an_unbroken_run(tokenizer, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     whole = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
     whole.train()
     again = EditorTrainer(fresh(tokenizer), arguments(tmp_path / "a", **options), RECORDS, questions=QUESTIONS)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
-    assert len(losses(whole)) == 8
-    assert losses(again)[-4:] == losses(whole)[-4:]
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert len(losses(whole)) == 6
+    assert losses(again)[-3:] == losses(whole)[-3:]
     for one, two in zip(
         whole.model.editor.state_dict().values(), again.model.editor.state_dict().values(), strict=True
     ):
@@ -153,16 +153,6 @@ def test_steps_go_through_groups_of_one_two_four_and_so_on(tokenizer, tmp_path, 
         by_hand = float(editing_loss(model.context, batch, weights, group_size=size).loss.detach())
         assert loss == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
     assert len(found) == 5
-
-
-def test_mixed_precision(tokenizer, tmp_path):
-    trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=True), RECORDS, questions=QUESTIONS)
-    plain = EditorTrainer(fresh(tokenizer), arguments(tmp_path), RECORDS, questions=QUESTIONS)
-    trainer.train()
-    plain.train()
-    assert losses(trainer) != losses(plain)
-    assert losses(trainer) == pytest.approx(losses(plain), rel=0.1)
-    assert all(p.dtype == torch.float32 for p in trainer.model.editor.parameters())
 
 
 def test_checkpoints_hold_the_editor_alone_and_the_best_one_comes_back(tokenizer, tmp_path):
@@ -651,7 +641,8 @@ def test_a_scope_is_trained_behind_the_editor(tokenizer, tmp_path):
 def test_training_in_bfloat16_follows_single_precision_and_keeps_the_weights(tokenizer, tmp_path):
     found = []
     for half in (False, True):
-        trainer = EditorTrainer(fresh(tokenizer), arguments(tmp_path, bf16=half), RECORDS, questions=QUESTIONS)
+        args = arguments(tmp_path, max_steps=4, bf16=half)
+        trainer = EditorTrainer(fresh(tokenizer), args, RECORDS, questions=QUESTIONS)
         trainer.train()
         assert all(p.dtype == torch.float32 for p in trainer.editable_model.parameters())
         found.append(losses(trainer))
