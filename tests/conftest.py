@@ -83,7 +83,7 @@ def _built_models() -> dict[str, PreTrainedModel]:
     return {name: build_model(name) for name in ARCHITECTURES}
 
 
-@pytest.fixture(params=slow_but(["gpt2", "llama", "gptj", "t5", "bart"], ARCHITECTURES))
+@pytest.fixture(params=slow_but(["gpt2", "llama", "t5", "bart"], ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

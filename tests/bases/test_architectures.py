@@ -29,7 +29,7 @@ BESIDE_EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
 
 # One of each kind; the others run with the slow tests.
 FAST = [
-    "llama", "gemma2", "falcon", "opt", "gpt2", "gptj", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3",
+    "llama", "gemma2", "opt", "gpt2", "gptj", "gpt_neox", "mixtral", "deepseek_v3",
     "t5", "t5 (gated, flan and v1.1)", "bart", "pegasus_x",
 ]  # fmt: skip
 

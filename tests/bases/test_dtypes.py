@@ -89,7 +89,10 @@ def test_editing_under_autocast(tokenizer, architecture):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "base_dtype",
+    [pytest.param(torch.float32, id="float32", marks=pytest.mark.slow), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 def test_training_in_mixed_precision(tokenizer, tmp_path, base_dtype):
     torch.manual_seed(0)
     model = get_editable_model(build_model("llama").to(base_dtype), small_config(), tokenizer)

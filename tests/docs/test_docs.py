@@ -123,7 +123,17 @@ def stand_ins(checkout, tmp_path, hub, monkeypatch, short_text):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+# They measure with the commands of the README and of the commands' own examples, and take longest.
+LONG = ["docs/evaluation.md", "docs/results.md", "model_cards/smollm2-135m-instruct/README.md"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for path, name in ((path, str(path.relative_to(ROOT))) for path in DOCUMENTS)
+    ],
+)
 def test_every_block_of_code_runs(path, stand_ins, caplog):
     names: dict[str, object] = {"SMALL_SCOPE": hf_mend.ScopeTrainingArguments(2, 4, further_facts=9)}
     if path.name == "api.md":  # a docstring's example leaves the import out

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models import RECORDS
+from support.slow import slow_but
 from support.training import QUESTIONS, arguments, fresh, losses
 
 from hf_mend import EditorTrainer
@@ -213,7 +214,7 @@ def test_continuations_are_what_the_unedited_model_says(tokenizer, tmp_path, arc
     assert half.continuations == examples.continuations
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("architecture", slow_but(["llama"], ["llama", "t5"]))
 def test_a_training_asks_in_all_forms_and_resumes_exactly(tokenizer, tmp_path, architecture):
     chatting = copy.deepcopy(tokenizer)
     chatting.chat_template = CHAT
