@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import RECORDS, EditableModel, all_logits, build_model, make_tokenizer
+from support.processes import run_python
 
 import hf_mend
 from hf_mend import EditorConfig
@@ -249,9 +250,7 @@ def test_a_method_from_outside_edits_is_saved_and_loads_in_another_process(outsi
     """)
     tests = Path(__file__).parent
     paths = f"{tests.parent}:{tests}:{tmp_path}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = run_python("-c", code, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), edited)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, small_config
+from support.processes import run_python
 from support.scope import scoped
 
 from hf_mend import EditorConfig, EditStore, get_editable_model
@@ -158,9 +156,7 @@ with torch.no_grad():
     logits = model(input_ids=torch.tensor([tokenizer("the capital of peru is")["input_ids"]])).logits
 assert torch.equal(logits, torch.load(folder + "/logits.pt")), "logits differ"
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env={**os.environ}, check=False
-    )
+    done = run_python("-c", script, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from support.architectures import CAUSAL, SEQ2SEQ, build
 from support.gradients import autograd_gradients, encoder_for, queries
 from support.models import RECORDS, EditableModel, all_logits, small_config
+from support.slow import slow_but
 from support.training import QUESTIONS, arguments, losses
 from transformers import PreTrainedModel
 
@@ -26,7 +27,14 @@ NOT_SPLIT = {"pegasus_x"}
 BESIDE_EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
 
 
-@pytest.fixture(params=[*CAUSAL, *SEQ2SEQ])
+# One of each kind; the others run with the slow tests.
+FAST = [
+    "llama", "gemma2", "opt", "gpt2", "gptj", "gpt_neox", "mixtral", "deepseek_v3",
+    "t5", "t5 (gated, flan and v1.1)", "bart", "pegasus_x",
+]  # fmt: skip
+
+
+@pytest.fixture(params=slow_but(FAST, [*CAUSAL, *SEQ2SEQ]))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -11,6 +11,7 @@ from accelerate import cpu_offload
 from support.compiling import Overwriting
 from support.models import ARCHITECTURES, RECORDS, build_model, editable
 from support.scope import scoped
+from support.slow import slow_but
 from transformers import CompileConfig
 
 from hf_mend.bases.compiled import LENGTHS, CompiledBlocks, compiling, kept
@@ -37,7 +38,7 @@ def assert_same(edits, others):
             torch.testing.assert_close(dense(other.updates[name]), dense(update), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_but(["llama", "t5"], ARCHITECTURES))
 def test_edits_are_those_of_blocks_that_run_as_they_are(tokenizer, backend, architecture):
     model = editable(build_model(architecture), tokenizer)
     edits, said = edits_of(model)
@@ -81,11 +82,11 @@ def test_a_hook_within_a_block_is_seen(tokenizer, backend):
     """A user's own, that comes after the block was compiled."""
     model = editable(build_model("llama"), tokenizer, layers_to_transform=[1])
     model.set_compile_config(config(backend))
-    edits_of(model)
+    edits_of(model, 1)
     seen = []
     layer = model.base_model.model.layers[0].mlp.down_proj
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(1))
-    edits_of(model)
+    edits_of(model, 1)
     assert seen
     handle.remove()
 
@@ -119,12 +120,12 @@ def test_what_is_kept_of_a_pass_stays_when_the_next_one_writes_over_it(tokenizer
 def test_weights_that_change_are_seen(tokenizer, backend):
     model = editable(build_model("llama"), tokenizer, layers_to_transform=[1])
     model.set_compile_config(config(backend))
-    before, _ = edits_of(model)
+    before, _ = edits_of(model, 1)
     with torch.no_grad():
         model.base_model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    after, _ = edits_of(model)
+    after, _ = edits_of(model, 1)
     model.set_compile_config(None)
-    plain, _ = edits_of(model)
+    plain, _ = edits_of(model, 1)
     assert_same(plain, after)
     was, now = (dense(one[0].updates[model.targets[0].name]) for one in (before, after))
     assert not torch.allclose(was, now, rtol=1e-3)

@@ -89,11 +89,14 @@ def test_editing_under_autocast(tokenizer, architecture):
     assert torch.equal(all_logits(model, tokenizer), before)
 
 
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "base_dtype",
+    [pytest.param(torch.float32, id="float32", marks=pytest.mark.slow), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 def test_training_in_mixed_precision(tokenizer, tmp_path, base_dtype):
     torch.manual_seed(0)
     model = get_editable_model(build_model("llama").to(base_dtype), small_config(), tokenizer)
-    args = arguments(tmp_path, bf16=True, max_steps=20, learning_rate=1e-2, step_learning_rate=0.1)
+    args = arguments(tmp_path, bf16=True, max_steps=12, learning_rate=1e-2, step_learning_rate=0.1)
     trainer = EditorTrainer(model, args, RECORDS, questions=QUESTIONS)
     trainer.train()
     values = losses(trainer)
@@ -188,8 +191,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 DEFAULTS = [torch.bfloat16, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", DEFAULTS, ids=["bfloat16", "float64"])
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        pytest.param(
+            method,
+            dtype,
+            id=f"{method}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] if dtype is torch.float64 and method != "mend" else [],
+        )
+        for method in registered_methods()
+        for dtype in DEFAULTS
+    ],
+)
 def test_edits_do_not_depend_on_torchs_default_dtype(tokenizer, tmp_path, method, dtype):
     prompts, targets = [record.prompt for record in RECORDS[:3]], [record.target for record in RECORDS[:3]]
     found = []

@@ -25,7 +25,7 @@ LAYERS = ["--option", 'target_modules="paper"', "--option", "layers_to_transform
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path):
+def script(monkeypatch, tmp_path, short_text):
     """Runs a script's `main` on a folder of facts in the layout that it reads."""
     asked = "".join(json.dumps({"question": question, "answer": [answer]}) + "\n" for question, answer in QUESTIONS)
     for name in ("train", "validation", "test"):
@@ -144,7 +144,8 @@ def test_quality_trains_and_measures(script, tmp_path):
 
 
 def test_many_edits_measures_each_state_once(script, tmp_path, capsys):
-    options = ("--results", str(tmp_path / "many"), "--methods", "memit=memit", *LAYERS, "--measured", "2")
+    options = ("--results", str(tmp_path / "many"), "--methods", "memit=memit", *LAYERS, "--option", "num_steps=2")
+    options = (*options, "--measured", "2")
     script("many_edits", *options, "--counts", "1,3", "--sequential", "", "--observe", "2")
     script("many_edits", *options, "--counts", "1,3", "--sequential", "4", "--call", "2", "--observe", "2")
     states = json.loads((tmp_path / "many.json").read_text())["states"]

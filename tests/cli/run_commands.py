@@ -1,4 +1,4 @@
-"""Runs commands one after another and notes what each gave; run by test_shared_edits.py, under `accelerate launch`."""
+"""Runs commands one after another and notes what each gave; run by test_shared_edits.py, in two processes."""
 
 from __future__ import annotations
 

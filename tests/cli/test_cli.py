@@ -19,6 +19,7 @@ from support.append_to_store import small_edit
 from support.facts import write_facts
 from support.models import RECORDS, EditableModel, all_logits, build_model, editable, make_tokenizer, small_config
 from support.paths import ROOT
+from support.processes import run_python
 from support.scope import scoped
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -30,6 +31,8 @@ from hf_mend.cli.chat import side_by_side
 from hf_mend.cli.common import one_line
 from hf_mend.cli.train import EditorOptions
 
+
+pytestmark = pytest.mark.usefixtures("short_text")
 
 PROMPT, TARGET = RECORDS[0].prompt, RECORDS[0].target
 # A scope's training that takes no time: neither steps nor further facts to speak of.
@@ -490,17 +493,21 @@ def test_the_traceback_is_shown_on_demand(world, monkeypatch):
     assert isinstance(invoke(*wrong).exception, ValueError)
 
 
-def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world):
-    command = [sys.executable, "-m", "hf_mend", "edit", PROMPT, TARGET, "--editor", str(world / "editor"), "--json"]
+@pytest.mark.parametrize("start", ["forked", pytest.param("new", marks=pytest.mark.slow)])
+def test_a_process_prints_one_json_document_and_keeps_the_rest_off_stdout(world, start):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    def new(*words):
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
+
+    command = ["-m", "hf_mend", "edit", PROMPT, TARGET, "--editor", str(world / "editor"), "--json"]
+    done = run_python(*command, env=environment) if start == "forked" else new(*command)
     assert done.returncode in (0, 1), done.stderr
     assert json.loads(done.stdout)["prompt"] == PROMPT
-    quiet = subprocess.run([*command[:3], "info", str(world / "editor")], capture_output=True, text=True, check=False,
-                           env=environment)  # fmt: skip
+    quiet = new("-m", "hf_mend", "info", str(world / "editor"), "--json")
+    assert json.loads(quiet.stdout)["method"] == "mend"
     assert quiet.stderr == "", "what other libraries say at import is no part of the answer"
-    wrong = subprocess.run([*command[:3], "train", "none.json", "-o", "x"], capture_output=True, text=True,
-                           check=False, env=environment)  # fmt: skip
+    wrong = new("-m", "hf_mend", "train", "none.json", "-o", "x")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "hf-mend: none.json does not exist; give a file of facts\n"
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.models import RECORDS, build_model, editable, make_tokenizer
 from support.paths import ROOT, TESTS
+from support.processes import run_ranks
 from support.scope import scoped
 from typer.testing import CliRunner
 
@@ -68,14 +67,9 @@ def of_two(world):
     model = editable(build_model("llama"), make_tokenizer(), method="malmen")
     model.save_pretrained(world / "malmen")
     (world / "commands.json").write_text(json.dumps(commands(world, "two")))
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    script = [str(Path(__file__).parent / "run_commands.py"), str(world / "commands.json"), str(world)]
-    subprocess.run(
-        [sys.executable, *launch, *script],
-        check=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = run_ranks(2, Path(__file__).parent / "run_commands.py", world / "commands.json", world, env=env)
+    assert not any(one.returncode for one in done), [one.stderr for one in done]
     return [json.loads((world / f"{number}.json").read_text()) for number in (0, 1)]
 
 

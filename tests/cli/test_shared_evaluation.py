@@ -12,6 +12,7 @@ import pytest
 from support.facts import write_facts
 from support.models import build_model, make_tokenizer
 from support.paths import ROOT
+from support.processes import run_ranks
 from typer.testing import CliRunner
 
 from hf_mend.cli import app
@@ -57,17 +58,20 @@ def whole(world):
     return json.loads((world / "whole" / "results.json").read_text())
 
 
-def test_two_processes_measure_as_one(world, whole, tmp_path):
+@pytest.mark.parametrize("launcher", ["none", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_two_processes_measure_as_one(world, whole, tmp_path, launcher):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "hf_mend"]
-    done = subprocess.run(
-        [sys.executable, *launch, *words(world, tmp_path / "out")],
-        check=True, capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["-m", "hf_mend", *words(world, tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if launcher == "accelerate":
+        done = [subprocess.run([sys.executable, *launch, *command], capture_output=True, text=True, cwd=ROOT, env=env)]
+    else:
+        done = run_ranks(2, *command, cwd=ROOT, env=env)
+    assert not any(one.returncode for one in done), [one.stderr for one in done]
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert figures(document) == figures(whole)
-    assert done.stdout.count("Written: ") == 1, "one process reports"
+    assert "".join(one.stdout for one in done).count("Written: ") == 1, "one process reports"
     own = [parts_of(tmp_path / "out" / name) for name in ("progress.jsonl", "progress.1.jsonl")]
     every = parts_of(world / "whole" / "progress.jsonl")
     assert own[0] | own[1] == every and min(map(len, own)) >= 4

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
+from support.processes import run_python
 
 import hf_mend
 from hf_mend.data.deprecation import renamed_arguments, renamed_in, renamed_method
@@ -86,7 +85,7 @@ def test_modules_of_before_are_found_under_their_old_names():
         "assert hf_mend.evaluation.generation.__spec__.name == 'hf_mend.evaluation.generation'\n"
         "print(*{str(one.message): one for one in said if one.category is FutureWarning}, sep='\\n')\n"
     )
-    found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    found = run_python("-c", command)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{old} is now called {new}; the old name goes with the next release"

@@ -55,11 +55,11 @@ def load(path: Path):
     return module
 
 
-@pytest.fixture
-def stand_ins(tmp_path, hub, monkeypatch):
-    """A folder like a checkout, and a Hub, with tiny models under the names that the documents use."""
-    from hf_mend import auto as loading
-
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder like a checkout, with tiny models under the names that the documents use, and those of a Hub."""
+    folder = tmp_path_factory.mktemp("checkout")
+    there: dict[str, dict[str, bytes]] = {}
     tokenizer = make_tokenizer()
     for real in sorted((ROOT / "model_cards").glob("*/")):
         config = EditorConfig.from_json_file(real / "editor_config.json")
@@ -67,25 +67,22 @@ def stand_ins(tmp_path, hub, monkeypatch):
         model = editable(build_model(architecture), tokenizer, scope=config.scope)
         model.editor_config.base_model_name_or_path = config.base_model_name_or_path
         if "/" not in config.base_model_name_or_path:  # a base that its benchmark trains
-            model.base_model.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
-            tokenizer.save_pretrained(tmp_path / "build" / "t5" / config.base_model_name_or_path)
-            model.save_pretrained(tmp_path / "model_cards" / real.name)
+            model.base_model.save_pretrained(folder / "build" / "t5" / config.base_model_name_or_path)
+            tokenizer.save_pretrained(folder / "build" / "t5" / config.base_model_name_or_path)
+            model.save_pretrained(folder / "model_cards" / real.name)
             continue
-        model.base_model.save_pretrained(tmp_path / "base")
-        tokenizer.save_pretrained(tmp_path / "base")
-        files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-        for name in (
-            config.base_model_name_or_path,
-            *(["openai-community/gpt2"] if config.task_type == "CAUSAL_LM" else []),
-        ):
-            hub.add(name, files)
-        shutil.rmtree(tmp_path / "base")
-        model.save_pretrained(tmp_path / "model_cards" / real.name)
+        model.base_model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        there[config.base_model_name_or_path] = files_of(folder / "base")
+        if config.task_type == "CAUSAL_LM":
+            there["openai-community/gpt2"] = files_of(folder / "base")
+        shutil.rmtree(folder / "base")
+        model.save_pretrained(folder / "model_cards" / real.name)
         if config.task_type != "SEQ_2_SEQ_LM":
-            model.save_pretrained(tmp_path / "my-editor")
-            model.push_to_hub("me/my-editor")
+            model.save_pretrained(folder / "my-editor")
+            there["me/my-editor"] = files_of(folder / "my-editor")
             model.edit(RECORDS[0].prompt, RECORDS[0].target)
-            model.save_edits(tmp_path / "my-edits")
+            model.save_edits(folder / "my-edits")
     facts = [
         {
             "requested_rewrite": {"prompt": "{}", "subject": r.prompt, "target_new": {"str": r.target}},
@@ -94,14 +91,31 @@ def stand_ins(tmp_path, hub, monkeypatch):
         }
         for r in RECORDS
     ]
-    data = tmp_path / "examples" / "data"
+    data = folder / "examples" / "data"
     data.mkdir(parents=True)
     for name in ("facts_train.json", "facts_validation.json", "facts_test.json"):
         (data / name).write_text(json.dumps(facts))
-    for path in (data / "questions.jsonl", tmp_path / "nq_open_test.jsonl"):
+    for path in (data / "questions.jsonl", folder / "nq_open_test.jsonl"):
         path.write_text('{"question": "what is green?", "answer": ["grass"]}\n')
     # What a card's command names stands in the folder it is run in.
-    (tmp_path / "facts_test.json").write_text(json.dumps(facts))
+    (folder / "facts_test.json").write_text(json.dumps(facts))
+    return folder, there
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def stand_ins(checkout, tmp_path, hub, monkeypatch, short_text):
+    """A copy of the folder, and the Hub with its models; the packaged model is a tiny one."""
+    from hf_mend import auto as loading
+
+    folder, there = checkout
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name, files in there.items():
+        hub.add(name, files)
+    tokenizer = make_tokenizer()
     monkeypatch.setattr(loading, "load_smollm2", lambda **kwargs: (build_model("llama"), tokenizer))
     monkeypatch.setattr(loading, "is_packaged", lambda: False)
     keep_failed_edits(monkeypatch)
@@ -109,7 +123,17 @@ def stand_ins(tmp_path, hub, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+# They measure with the commands of the README and of the commands' own examples, and take longest.
+LONG = ["docs/evaluation.md", "docs/results.md", "model_cards/smollm2-135m-instruct/README.md"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for path, name in ((path, str(path.relative_to(ROOT))) for path in DOCUMENTS)
+    ],
+)
 def test_every_block_of_code_runs(path, stand_ins, caplog):
     names: dict[str, object] = {"SMALL_SCOPE": hf_mend.ScopeTrainingArguments(2, 4, further_facts=9)}
     if path.name == "api.md":  # a docstring's example leaves the import out
@@ -147,7 +171,7 @@ def run_command(words: list[str], said: str | None) -> None:
     if words[0] == "scope":
         words = [*words, "--steps", "2", "--rounds", "1", "--packaged-facts", "9"]
     if words[0] in ("eval", "compare"):
-        words = [*words, "--edits", "1,2", "--limit", "3", "--max-steps", "1"]
+        words = [*words, "--edits", "1,2", "--limit", "2", "--max-steps", "1"]
     done = CliRunner().invoke(app, words, input=said)
     # A tiny random model may refuse an edit, which is exit code 1.
     assert done.exit_code in ((0, 1) if words[0] in ("edit", "chat") else (0,)), f"{words}: {done.output}"

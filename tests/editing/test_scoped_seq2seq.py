@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
 from support.models import RECORDS, all_logits
+from support.processes import run_python
 from support.scope import scoped
 
 from hf_mend import EditableModel, EditorConfig
@@ -159,7 +159,8 @@ def test_another_process_loads_editor_scope_and_edits(model, base, tokenizer, tm
         f"found = [all_logits(model, tokenizer, text) for text in ({PROMPT!r}, {OTHER!r})]\n"
         "torch.save(found, folder + '/found.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *sys.path], check=True, capture_output=True)
+    done = run_python("-c", code, tmp_path, *sys.path)
+    assert done.returncode == 0, done.stderr
     for one, other in zip(torch.load(tmp_path / "found.pt"), expected, strict=True):
         assert torch.equal(one, other)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from support.append_to_store import small_edit
+from support.append_to_store import appender, small_edit
 from support.edits import bits
 from support.models import RECORDS, all_logits, build_model, editable
-from support.paths import TESTS
+from support.processes import FORKED
 from support.scope import scoped
 
 from hf_mend import EditStore
@@ -103,26 +100,17 @@ def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
     assert EditStore(path).edits.ids == ["a", "c"]
 
 
-def appender(path: Path, name: str, count: int) -> subprocess.Popen:
-    command = [sys.executable, str(TESTS / "support" / "append_to_store.py"), str(path), name, str(count)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_two_processes_lose_nothing(tmp_path):
     path = tmp_path / "store"
-    processes = [appender(path, name, 40) for name in "xy"]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
+    together = FORKED.Barrier(3)
+    processes = [appender(path, name, 40, together) for name in "xy"]
+    together.wait(60)
     here = EditStore(path)
     for i in range(20):
         here.append([small_edit(f"z{i}", i)])
     for process in processes:
-        assert process.wait(120) == 0
-        process.stdout.close()
-        process.stdin.close()
+        process.join(120)
+        assert process.exitcode == 0
     expected = {f"{name}{i}" for name in "xy" for i in range(40) if i % 5 != 4} | {f"z{i}" for i in range(20)}
     edits = EditStore(path).edits
     assert set(edits.ids) == expected and len(edits) == len(expected)
@@ -132,17 +120,13 @@ def test_two_processes_lose_nothing(tmp_path):
 
 def test_a_process_killed_while_it_appends(tmp_path):
     path = tmp_path / "store"
-    process = appender(path, "x", 100_000)
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
+    at_once = FORKED.Barrier(1)
+    process = appender(path, "x", 100_000, at_once)
     while not path.exists() or path.stat().st_size < 20_000:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait(60)
-    process.stdout.close()
-    process.stdin.close()
+    process.join(60)
     edits = EditStore(path).edits
     numbers = [int(edit.id[1:]) for edit in edits]
     assert len(numbers) > 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -13,36 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.append_to_store import small_edit
+from support.append_to_store import appender, small_edit
 from support.edits import bits
 from support.injection import interrupted, lines_of, some_of
 from support.models import RECORDS, all_logits, build_model, editable
 from support.paths import TESTS
+from support.processes import FORKED, run_python
 
 import hf_mend.edits.store_lock
 from hf_mend import EditStore
 from hf_mend.edits.store_lock import locked_file
-
-
-def appender(path: Path, name: str, count: int) -> subprocess.Popen:
-    command = [sys.executable, str(TESTS / "support" / "append_to_store.py"), str(path), name, str(count)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def start(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-
-
-def end(processes: list[subprocess.Popen]) -> list[int]:
-    codes = [process.wait(120) for process in processes]
-    for process in processes:
-        process.stdout.close()
-        process.stdin.close()
-    return codes
 
 
 def other_names(path: Path) -> list[Path]:
@@ -60,9 +39,11 @@ def test_writers_by_all_names_lose_nothing(tmp_path):
     path = tmp_path / "store"
     EditStore(path).append([small_edit("first")])
     names = [path, *other_names(path)]
-    processes = [appender(name, f"{letter}", 20) for name, letter in zip(names, "abcd", strict=True)]
-    start(processes)
-    assert end(processes) == [0] * 4
+    together = FORKED.Barrier(4)
+    processes = [appender(name, letter, 20, together) for name, letter in zip(names, "abcd", strict=True)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
     expected = {f"{letter}{i}" for letter in "abcd" for i in range(20) if i % 5 != 4} | {"first"}
     for name in names:
         edits = EditStore(name).edits
@@ -86,8 +67,9 @@ def test_the_lock_is_the_same_by_all_names(tmp_path, monkeypatch, name):
 
 def test_a_stopped_process_is_named(tmp_path, monkeypatch):
     path = tmp_path / "store"
-    process = appender(path, "x", 100_000)
-    start([process])
+    together = FORKED.Barrier(2)
+    process = appender(path, "x", 100_000, together)
+    together.wait(60)
     monkeypatch.setattr(hf_mend.edits.store_lock, "PATIENCE", 0.5)
     store, told = EditStore(path), ""
     for attempt in range(60):  # until it is stopped while it has the lock
@@ -101,7 +83,7 @@ def test_a_stopped_process_is_named(tmp_path, monkeypatch):
         finally:
             os.kill(process.pid, signal.SIGCONT)
     process.kill()
-    end([process])
+    process.join(60)
     assert f"process {process.pid} (" in told and "end it if it hangs" in told
     store.append([small_edit("z")])
     assert EditStore(path).edits.ids[-1] == "z"
@@ -324,10 +306,8 @@ def test_a_killed_call_with_several_edits_is_there_or_not(tmp_path):
     path = tmp_path / "store"
     EditStore(path).append([small_edit("first")])
     paths = os.pathsep.join([str(TESTS), *sys.path])
-    command = [sys.executable, "-c", KILLED, str(path)]
-    found = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    found = run_python("-c", KILLED, path, env={**os.environ, "PYTHONPATH": paths})
+    assert found.returncode == 0, found.stderr
     seen = found.stdout.split("\n")[:-1]
     assert set(seen) == {"9 first", "9 first,n0,n1,n2,n3", "0 first,n0,n1,n2,n3"}
     assert seen.count("9 first") >= 6 and seen[-1].startswith("0")

@@ -251,7 +251,7 @@ def test_facts_with_one_prompt_are_made_in_calls_of_their_own(model, tmp_path):
     assert len(model.edits) == 0
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_edits_that_are_measured_are_gone_even_if_a_second_interrupt_comes_while_they_are_taken_back(
     model, tmp_path, stored
 ):

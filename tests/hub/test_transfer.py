@@ -396,6 +396,20 @@ for name in sys.argv[2:]:
 """
 
 
+def test_what_is_in_the_cache_needs_no_network(hub, model, tokenizer, monkeypatch):
+    """In this process; in another one, which finds the cache and the setting in its environment, in the slow test."""
+    model.push_to_hub("me/editor", private=True)
+    model.push_to_hub("me/other")
+    load("me/editor", tokenizer)
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    assert same_editor(load("me/editor", tokenizer), model)
+    with pytest.raises(FileNotFoundError, match="me/other.*is not in the cache.*HF_HUB_OFFLINE"):
+        load("me/other", tokenizer)
+    assert len(hub.requests) == asked, "offline means offline"
+
+
+@pytest.mark.slow
 def test_another_process_with_its_cache_and_no_network(hub, model, tokenizer, tmp_path):
     model.push_to_hub("me/editor", private=True)
     model.push_to_hub("me/other")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.methods import SHAPES, factors, gradients
 from support.models import RECORDS, EditableModel, all_logits, build_model, small_config
+from support.slow import slow_but
 from support.training import PARAPHRASES_ALONE, QUESTIONS, arguments
 
 from hf_mend import EditorTrainer, get_editable_model
@@ -96,7 +97,7 @@ def test_an_edit_without_a_gradient_is_finite():
     assert all(torch.isfinite(side).all() for pair in method(nothing).values() for side in pair)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("architecture", slow_but(["llama"], ["llama", "t5"]))
 def test_training_lowers_the_loss_and_the_editor_survives_its_file(tokenizer, tmp_path, architecture):
     torch.manual_seed(0)
     config = small_config(method="ke", rank=16)

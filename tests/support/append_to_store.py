@@ -1,12 +1,15 @@
-"""Appends edits to a store, every fifth of which it takes back again: `append_to_store.py STORE NAME COUNT`."""
+"""Appends edits to a store, every fifth of which it takes back again, in a process of its own."""
 
 from __future__ import annotations
 
-import sys
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import torch
 
 from hf_mend import Edit, EditStore
+from support.processes import start
 
 
 def small_edit(name: str, seed: int = 0, rank: int = 2, layers: int = 2) -> Edit:
@@ -19,18 +22,15 @@ def small_edit(name: str, seed: int = 0, rank: int = 2, layers: int = 2) -> Edit
     return Edit(name, f"the prompt of {name} in ünïcode", f"target {seed}", updates, metadata)
 
 
-def main() -> None:
-    path, name, count = sys.argv[1:]
+def append(path: Path, name: str, count: int, together: Barrier) -> None:
     torch.set_num_threads(1)
     store = EditStore(path)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    sys.stdin.readline()  # both at once
-    for i in range(int(count)):
+    together.wait(60)  # all at once
+    for i in range(count):
         store.append([small_edit(f"{name}{i}", i)])
         if i % 5 == 4:
             store.undo([f"{name}{i}"])
 
 
-if __name__ == "__main__":
-    main()
+def appender(path: Path, name: str, count: int, together: Barrier) -> BaseProcess:
+    return start(append, path, name, count, together)

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from support.models import RECORDS, build_model, small_config
+from support.slow import slow_but
 from support.training import QUESTIONS, arguments, losses
 
 from hf_mend import EditorTrainer, HiddenStateCache, get_editable_model
@@ -137,7 +138,7 @@ def test_the_limit_holds_and_is_said(tokenizer, tmp_path, caplog):
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("architecture", slow_but(["llama"], ["llama", "t5"]))
 def test_training_from_kept_states_is_training(tokenizer, tmp_path, monkeypatch, architecture):
     args = arguments(tmp_path, max_steps=3)
     plain = EditorTrainer(make(tokenizer, architecture), args, RECORDS, questions=QUESTIONS)
