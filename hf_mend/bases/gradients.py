@@ -19,7 +19,7 @@ from .fused import Pair, of_one_shape, stacked
 from .projection import projected, read_once, swept
 from .quantized import gradients_pass
 from .split import HiddenState, Inputs, SplitModel, logits_at
-from .targets import Target, block_lists
+from .targets import Target
 from .threads import as_this_thread, hooked, present_forward, replaced_forward
 
 
@@ -137,7 +137,7 @@ def gradient_factors(
         torch.enable_grad(),
         gradients_pass(split.unusual_layers),
         record_factors(targets) as record,
-        _recomputed_if_offloaded(split.model),
+        _recomputed_if_offloaded(split),
     ):
         slope: torch.Tensor | None = None
         if head is None:
@@ -273,13 +273,13 @@ def kl_divergence(edited: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _recomputed_if_offloaded(model: nn.Module) -> Iterator[None]:
+def _recomputed_if_offloaded(split: SplitModel) -> Iterator[None]:
     """
     Recompute the blocks of an offloaded model in backward passes within the context, in place of keeping their
     weights: otherwise all weights above the first target would be in memory at once.
     """
     with ExitStack() as undo:
-        for block_list in block_lists(model):
+        for block_list in split.block_lists:
             for block in block_list.blocks:
                 if any(parameter.is_meta for parameter in block.parameters()):
                     undo.enter_context(replaced_forward(block, partial(_recomputed, present_forward(block))))

@@ -17,7 +17,7 @@ from ..data.encoding import EncodedBatch
 from .gradients import kl_divergence
 from .projection import plain_head, projected
 from .split import HiddenState, SplitModel, logits_of, same_logits
-from .targets import ATTENTION_NAME, MLP_NAME, block_lists
+from .targets import ATTENTION_NAME, MLP_NAME
 from .threads import hooked
 
 
@@ -173,7 +173,7 @@ def _kl_and_gradient(logits: torch.Tensor, base: torch.Tensor) -> tuple[torch.Te
 
 def last_mlp(split: SplitModel) -> nn.Module | None:
     """Return the MLP of the last block, behind which each token is for itself; `None` where none is found."""
-    lists = {block_list.kind: block_list for block_list in block_lists(split.model)}
+    lists = {block_list.kind: block_list for block_list in split.block_lists}
     block = lists["decoder"].blocks[-1]
     for name, module in block.named_modules():
         if MLP_NAME.search(name) and not ATTENTION_NAME.search(name):

@@ -98,7 +98,8 @@ class SplitModel:
     def __init__(self, model: nn.Module, targets: Sequence[Target]):
         self.model: Any = model
         kind, self.block = lowest_block(targets)
-        lists = {block_list.kind: block_list for block_list in block_lists(model)}
+        self.block_lists = block_lists(model)  # which takes as long as half a short pass
+        lists = {block_list.kind: block_list for block_list in self.block_lists}
         self.blocks = lists[kind].blocks
         self.cuts_decoder_of_two = kind == "decoder" and "encoder" in lists
         config: Any = model.config
