@@ -11,7 +11,7 @@ import torch
 # best has to reach: the larger, the more the words that matter in the text and in the edit's differ, the subject's
 # name above all, and the more rivals are at most a part of that room short of acting. It is no more than most of what
 # a perfect score has left.
-RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.6, 0.8
+RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.25, 0.8
 
 # A text that names something else in the place of what an edit's own names ("Portugal" for "France") has more to
 # reach, whether there are rivals or not: from this share of its words on, and all of it from that share on, so much of
