@@ -15,7 +15,8 @@ from support.paths import ROOT
 from support.scope import scoped
 from support.training import QUESTIONS
 
-from hf_mend import EditorTrainer
+from hf_mend import EditorTrainer, read_counterfact
+from hf_mend.data.encoding import Query
 from hf_mend.edits.store import EditStore
 
 
@@ -262,3 +263,24 @@ def test_in_the_wild_measures_alone_beside_others_and_without_scopes(script, tmp
     assert all(len(document["edits"]) == 2 for document in found.values())
     assert found["alone"]["decisions"] and found["kept"]["strictness"] and not found["merged"]["decisions"]
     assert "What the scope decides" in (tmp_path / "wild" / "kept.md").read_text()
+
+
+def test_all_neighbours_that_no_kept_edit_is_about_are_measured(script, tmp_path):
+    model = scoped(build_model("llama"), make_tokenizer())
+    model.save_pretrained(tmp_path / "editor")
+    store = tmp_path / "store"
+    script("in_the_wild", "--editor", str(tmp_path / "editor"), "--limit", "2", "--kept", "4", "--store", str(store),
+           "--results", str(tmp_path / "wild"))  # fmt: skip
+    options = ("--editor", str(tmp_path / "editor"), "--store", str(store), "--limit", "2")
+    script("neighbours", *options, "--results", str(tmp_path / "neighbours"))
+    found = json.loads((tmp_path / "neighbours.json").read_text())
+    facts = list(read_counterfact(tmp_path / "facts_test.json"))
+    kept = {edit.prompt for edit in EditStore(store).edits}
+    about = [fact.subject for fact in facts if fact.prompt in kept]
+    counted = {text for fact in facts[:2] for text in fact.neighborhood
+               if not any(one in text for one in about if one != fact.subject)}  # fmt: skip
+    assert found["edits"] == 4 and found["neighbours"] == len(counted) > 0
+    assert set(found["stays"]) == {"neighbours", "behind text"}
+    module = importlib.import_module("neighbours")
+    model.edit(facts[0].prompt, "lima", max_steps=40)
+    assert module.stays(model, [Query(facts[0].prompt), Query("the river of egypt is")]) == (0.5, 0.5)
