@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.methods import searching, second_moment
 from support.models import EditableModel
+from support.slow import slow_but
 
 from hf_mend import EditorConfig
 from hf_mend.bases.gradients import record_inputs
@@ -19,7 +20,7 @@ from hf_mend.edits.low_rank import dense
 TEXTS = ["the capital of france is paris and of italy is rome", ("the capital of spain is", "madrid")]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("architecture", slow_but(["gpt2", "t5"], ["llama", "gpt2", "t5"]))
 def test_the_second_moment_is_of_the_page_and_the_texts(base, tokenizer):
     model = searching(base, tokenizer, "rome", layers_to_transform=[1], whiten_rank=512, whiten_ridge=0.05)
     model.observe(TEXTS * 30)

@@ -7,6 +7,7 @@ import torch
 from support.architectures import build
 from support.models import RECORDS, build_model, editable
 from support.scope import scoped
+from support.slow import slow_but
 
 from hf_mend.data.encoding import Query
 from hf_mend.data.places import Places
@@ -14,13 +15,16 @@ from hf_mend.editing import part
 from hf_mend.editing.scoring import score_targets
 
 
+NAMES = ["llama", "gpt2", "mistral", "gemma2", "bart", "t5"]
 FACTS = torch.tensor([3, 1])
 QUERIES = [Query(record.prompt, record.target) for record in RECORDS[:4]]
 FORMS = [form for query in QUERIES for form in (query, Query(f"rome has lima. {query.prompt}", query.answer))]
 
 
 @pytest.mark.parametrize("has_scope", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "bart", "t5"])
+@pytest.mark.parametrize(
+    "name", slow_but(["llama", "gemma2", "t5"], ["llama", "gpt2", "mistral", "gemma2", "bart", "t5"])
+)
 def test_some_facts_by_themselves_are_what_they_are_in_the_batch(tokenizer, name, has_scope):
     model = (scoped if has_scope else editable)(build(name), tokenizer)
     context = model.context

@@ -13,6 +13,7 @@ from support.edits import random_edit
 from support.models import RECORDS, all_logits, build_model, editable
 from support.reading import asked_meanwhile, at_once, hooks_of
 from support.scope import scoped
+from support.slow import slow_but
 
 from hf_mend import EditableModel
 from hf_mend.edits.low_rank import dense
@@ -35,7 +36,7 @@ def test_threads_that_only_ask_after_loading_all_get_the_models_answer(llama, to
         assert torch.equal(all_logits(again, tokenizer), expected)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("architecture", slow_but(["llama", "t5"], ["llama", "gpt2", "t5"]))
 @pytest.mark.parametrize("through", ["the model", "its base"])
 def test_answers_beside_edits_and_undos_are_those_of_a_state(architecture, tokenizer, through):
     model = editable(build_model(architecture), tokenizer)
