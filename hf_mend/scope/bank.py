@@ -26,7 +26,7 @@ from .network import (
     other_words,
     part_scores,
 )
-from .penalties import least_near, penalty_of
+from .penalties import least_near, penalty_of, room_above
 
 
 Found = TypeVar("Found")
@@ -312,7 +312,7 @@ class _Keys:
         """Return the number of the edit that each text asks for, by a look at all keys that are near to any."""
         none = queries.new_full((len(queries),), -1, dtype=torch.long)
         # Rivals count, too, from as far below their thresholds on as a perfect score is above.
-        least = torch.minimum(self.thresholds + strictness, 2.0 * self.thresholds - 1.0)
+        least = torch.minimum(self.thresholds + strictness, self.thresholds - room_above(self.thresholds))
         near = may_pass(cosines, least).nonzero()[:, 0]
         near = near[may_pass(least_cosines(queries, [part[near] for part in self.parts]), least[near])]
         if not len(near):

@@ -18,6 +18,15 @@ RIVAL_MISSING, RIVAL_MANY, RIVAL_NEAR, RIVAL_MOST = 0.5, 0.2, 0.25, 0.8
 # what a perfect score has left.
 OTHER_FROM, OTHER_TO, OTHER_MOST = 0.4, 0.8, 0.8
 
+# All of it is measured by what a perfect score has left, and by no more than this: a scope that has learned nothing of
+# its user's kinds of facts has low thresholds, beneath which nearly everything would be a rival.
+MOST_ROOM = 0.24
+
+
+def room_above(threshold: torch.Tensor) -> torch.Tensor:
+    """Return how far a perfect score is above a threshold, as far as that counts."""
+    return (1.0 - threshold).clamp(0.0, MOST_ROOM)
+
 
 def penalty_of(
     rival: torch.Tensor, threshold: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, count: torch.Tensor
@@ -42,7 +51,7 @@ def other_penalty(threshold: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         other (`torch.Tensor` of the same shape): How far it does ([`~hf_mend.scope.network.other_words`]).
     """
     share = ((other - OTHER_FROM) / (OTHER_TO - OTHER_FROM)).clamp(0.0, 1.0)
-    return OTHER_MOST * share * (1.0 - threshold).clamp(min=0.0)
+    return OTHER_MOST * share * room_above(threshold)
 
 
 def rival_penalty(
@@ -58,11 +67,11 @@ def rival_penalty(
             ([`~hf_mend.scope.network.missing_words`]).
         count (`torch.Tensor` of the same shape): How many of the rivals' keys are near ([`least_near`]).
     """
-    room = (1.0 - threshold).clamp(min=0.0)
+    room = room_above(threshold)
     share = RIVAL_MISSING * missing * (1.0 + RIVAL_MANY * (1.0 + count).log2())
     return torch.minimum(share * (rival + room).clamp(min=0.0), RIVAL_MOST * room)
 
 
 def least_near(threshold: torch.Tensor) -> torch.Tensor:
     """Return how far past a rival key's threshold, or short of it, a text has to be for the key to count as near."""
-    return RIVAL_NEAR * (threshold - 1.0)
+    return -RIVAL_NEAR * room_above(threshold)

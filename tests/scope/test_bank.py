@@ -54,8 +54,8 @@ def margins_by_hand(query: torch.Tensor, edits: list[Edit]) -> dict[int, tuple[f
     for i in over:
         rivals = [j for j in over if edits[j].target != edits[i].target]
         rival = max((over[j] for j in rivals), default=-2.0)
-        room = 1 - thresholds[i]
-        near = sum(margin > -(1 - threshold) / 4 for j in rivals for margin, threshold in every[j])
+        room = min(1 - thresholds[i], 0.24)
+        near = sum(margin > -min(1 - threshold, 0.24) / 4 for j in rivals for margin, threshold in every[j])
         share = 0.5 * (0.3 + 0.3 * 0.3) * (1 + 0.2 * math.log2(1 + near))  # no words are known
         found[i] = over[i], min(share * max(rival + room, 0.0), 0.8 * room)
     return found
