@@ -55,7 +55,7 @@ _ABSENT = 0.5
 _NOT_THERE = -1e4
 # What is asked for of a kind that training did not have scores less, whether rightly or wrongly. Where training has no
 # records of its user's, most will be: the threshold is so much lower then.
-UNKNOWN_KINDS = 0.28
+UNKNOWN_KINDS = 0.23
 # The share of each kind of text that may find an edit, at the threshold that training sets.
 WRONG_FIRES: Mapping[str, float] = {"neighborhood": 0.03, "same_subject": 0.05, "unrelated": 0.002, "after": 0.03}
 
